@@ -1,0 +1,183 @@
+"""What erasekit asks of a text-to-image model. Everything else is free functions over this protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from erasekit.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts.
+
+    Attributes:
+        tokens: (n, length, width), what the denoiser reads per token, pads included.
+        pooled: (n, width) where the model reads a summary too (FLUX), else None.
+        lengths: (n,) how many tokens each prompt has, begin and end tokens included.
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None
+    lengths: torch.Tensor
+
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        """The prompts at `index` (a slice, a list or a tensor of indices)."""
+        return self._map(lambda t: t[index])
+
+    def repeat(self, n: int) -> Conditioning:
+        """A single prompt `n` times, without copying."""
+        return self._map(lambda t: t.expand(n, *t.shape[1:]))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """Move to a device and a floating type."""
+        return self._map(lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device))
+
+    def _map(self, function: Any) -> Conditioning:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: None if v is None else function(v) for k, v in values.items()})
+
+
+def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+    """The prompts of all parts, in order."""
+    pooled = [p.pooled for p in parts if p.pooled is not None]
+    return Conditioning(
+        tokens=torch.cat([p.tokens for p in parts]),
+        pooled=torch.cat(pooled) if pooled else None,
+        lengths=torch.cat([p.lengths for p in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that reads raw text embeddings.
+
+    Attributes:
+        name: the module's path in the denoiser.
+        reads: which field of Conditioning it is given.
+    """
+
+    name: str
+    reads: Literal["tokens", "pooled"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backbone is, for checking a method's needs before anything is loaded.
+
+    Attributes:
+        family: architecture of the denoiser.
+        prediction: the form of its output.
+        guidance: `cfg` (a second, unconditional pass) or `embedded` (a distilled scale).
+    """
+
+    family: Literal["unet", "dit"]
+    prediction: Literal["epsilon", "velocity"]
+    guidance: Literal["cfg", "embedded"]
+
+    def names(self) -> frozenset[str]:
+        """The set that a method's `requires` is compared with."""
+        return frozenset(getattr(self, f.name) for f in fields(self))
+
+
+class BackboneConfig(BaseModel):
+    """Where a backbone comes from and how it is held."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field("", description="hub id or local diffusers folder; empty means the backbone's own")
+    revision: str | None = Field(None, description="revision on the hub")
+    device: str = Field("auto", description="torch device; auto takes a GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of the weights; auto is float32 on a CPU")
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A text-to-image model. `x` are latents (b, ...) as the denoiser takes them, `tau` is progress (b,) in [0, 1]."""
+
+    name: ClassVar[str]
+    domain: ClassVar[Literal["natural", "mini"]]
+    capabilities: ClassVar[Capabilities]
+    prefix: ClassVar[str]  # the denoiser's name in the pipeline: "unet" or "transformer"
+    Config: ClassVar[type[BackboneConfig]]
+
+    denoiser: nn.Module
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> Backbone:
+        """Load the parts.
+
+        Raises:
+            EnvironmentProblem: the weights cannot be had; says why and what to do.
+        """
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the denoiser's tensors that an erasure can touch: two bases are equal if this is."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with the pipeline's own encoders (cached per prompt)."""
+
+    def spans(self, prompt: str, phrase: str) -> list[range]:
+        """Token positions at which `phrase` stands in `prompt`."""
+
+    def text_sites(self) -> list[Site]:
+        """The linear layers through which text enters the denoiser."""
+
+    def lora_targets(self, scope: str) -> list[str]:
+        """Paths of the linear layers of a named scope.
+
+        Raises:
+            UsageError: the scope is unknown or matches nothing.
+        """
+
+    def schedule(self, steps: int) -> Schedule:
+        """The sampler's steps."""
+
+    def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
+        """Initial noise, one picture per seed; the same as the pipeline draws for a generator with that seed."""
+
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The denoiser's own prediction (epsilon or velocity), differentiable."""
+
+    def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
+        """One step of the sampler, from step `k` of the schedule to the next."""
+
+    def to_x0(self, prediction: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """The finished latents that a prediction implies."""
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """Latents at progress `tau` on the way from `noise` to `x0`."""
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1], differentiable."""
+
+    def pipeline(self) -> Any:
+        """A fresh, unmodified diffusers pipeline of the same base, with weights of its own."""
+
+    def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
+        """Keyword arguments that give the pipeline already encoded prompts and a guidance scale.
+
+        `empty` is the encoded empty prompt (one row), for pipelines with a second, unconditional pass.
+        """
+
+    def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
+        """Free the memory of a part that is not needed any more."""
+
+
+def guided(
+    backbone: Backbone, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, uncond: Conditioning, scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance: f(x, 0) + scale (f(x, c) - f(x, 0)), both passes in one batch."""
+    both = concatenate([uncond.repeat(len(x)) if len(uncond) == 1 else uncond, cond])
+    empty, full = backbone.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
+    return empty + scale * (full - empty)

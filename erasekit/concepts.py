@@ -1,0 +1,54 @@
+"""What is to be erased: a concept, its phrases, and the neutral words that take its place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from erasekit.errors import UsageError
+
+Kind = Literal["object", "identity", "style", "nsfw", "free"]
+
+
+class Concept(BaseModel):
+    """One concept.
+
+    Attributes:
+        name: what the concept is called in files and tables.
+        kind: decides defaults; `free` where nothing is known.
+        phrases: the wordings by which it is erased, with their article ("a cat"); the first one is its own name.
+        neutral: what it becomes; "" is the empty prompt.
+        templates: sentences with one `{}` that the phrases are put into.
+        preserve: phrases of what must not change with it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Kind = "free"
+    phrases: tuple[str, ...]
+    neutral: str = ""
+    templates: tuple[str, ...] = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}")
+    preserve: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Concept:
+        """Read `name` or `name:phrase,phrase`.
+
+        Raises:
+            UsageError: the name is empty.
+        """
+        name, _, rest = text.partition(":")
+        name = " ".join(name.split())
+        if not name:
+            raise UsageError(f"A concept needs a name, given '{text}'. Write 'cat' or 'cat:kitty,kitten'.")
+        return cls(name=name, phrases=(name, *(p for p in (" ".join(r.split()) for r in rest.split(",")) if p)))
+
+    def prompts(self, templates: tuple[str, ...] | None = None) -> list[str]:
+        """Every phrase in every template (`self.templates` if none are given)."""
+        return [t.format(p) for p in self.phrases for t in templates or self.templates]
+
+    def neutral_prompts(self, templates: tuple[str, ...] | None = None) -> list[str]:
+        """What each of `prompts()` becomes: the same template around `neutral`, or the empty prompt if that is empty."""
+        return [t.format(self.neutral) if self.neutral else "" for _ in self.phrases for t in templates or self.templates]

@@ -1,0 +1,88 @@
+"""The base of every erasure method, and what a method is handed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from erasekit.backbone import Backbone
+    from erasekit.concepts import Concept
+    from erasekit.erasure import Erasure
+    from erasekit.tasks import Prompt, Task
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's settings: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass
+class RunContext:
+    """All that a method may touch.
+
+    Attributes:
+        backbone: the loaded model; its adapters belong to the method while it runs.
+        concepts: what to erase.
+        task: where prompts for training and validation come from.
+        seed: the run's seed; use `generator(name)`.
+        directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
+        log: called with (step, total, {name: value}) once per training step.
+    """
+
+    backbone: Backbone
+    concepts: tuple[Concept, ...]
+    task: Task
+    seed: int = 0
+    directory: Path | None = None
+    log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
+
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator of its own for each named use: adding a use never shifts another one's numbers."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def prompts(self, which: str, split: str = "train") -> list[Prompt]:
+        """Prompts of the task for training or choosing settings; never those that numbers are measured on.
+
+        Raises:
+            ValueError: the evaluation split was asked for.
+        """
+        if split == "evaluation":
+            raise ValueError("Evaluation prompts are for measuring only; use 'train' or 'validation'.")
+        return self.task.prompts(which, self.concepts, split)
+
+
+class Method:
+    """An erasure method. Subclasses set the class attributes and implement `erase`.
+
+    Attributes:
+        name: the registered name.
+        Config: the settings; field descriptions are the documentation.
+        defaults: settings that differ per backbone name or family, e.g. {"flux": {...}}.
+        presets: named sets of settings.
+        ablations: {row of a table: settings that differ from the default}.
+        requires: capabilities a backbone must have (see `Capabilities.names`), e.g. {"velocity"}.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: Any) -> None:
+        """Keep the validated settings, an instance of `Config`."""
+        self.config = config
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        """Compute the erasure of `ctx.concepts` from `ctx.backbone`; leaves the backbone's own weights untouched."""
+        raise NotImplementedError

@@ -1,0 +1,52 @@
+"""The progress axis: tau in [0, 1], 0 is pure noise and 1 the finished picture, on every backbone.
+
+Nothing else in erasekit names a direction of time. Papers and published code disagree on it (for DDPM the timestep
+falls while the picture appears; a flow's sigma does too), so the two maps live here and are tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one sampling run, from noise to picture.
+
+    Attributes:
+        timesteps: what the denoiser is given at each step, (steps,), falling.
+        tau: progress at each step, (steps,), rising.
+    """
+
+    timesteps: torch.Tensor
+    tau: torch.Tensor
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self.tau)
+
+    def first_late(self, tau0: float) -> int:
+        """The index of the first step with tau >= tau0 (`len(self)` if there is none)."""
+        return int((self.tau < tau0 - 1e-6).sum())
+
+
+def ddpm_tau(timestep: torch.Tensor, train_steps: int = 1000) -> torch.Tensor:
+    """Progress of DDPM timesteps: `train_steps - 1` is pure noise (0), timestep -1 would be the picture (1)."""
+    return 1 - (timestep.double() + 1) / train_steps
+
+
+def ddpm_timestep(tau: torch.Tensor, train_steps: int = 1000) -> torch.Tensor:
+    """The integer timestep nearest to `tau`, the inverse of `ddpm_tau`."""
+    return ((1 - tau.double()) * train_steps - 1).round().clamp(0, train_steps - 1).long()
+
+
+def flow_tau(sigma: torch.Tensor) -> torch.Tensor:
+    """Progress of a rectified flow: sigma 1 is pure noise (0), sigma 0 the picture (1)."""
+    return 1 - sigma.double()
+
+
+def flow_sigma(tau: torch.Tensor) -> torch.Tensor:
+    """The inverse of `flow_tau`."""
+    return 1 - tau.double()

@@ -1,0 +1,92 @@
+"""What is measured: prompts with seeds, how pictures are drawn from them, and which evaluators look at them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from erasekit.concepts import Concept
+
+Split = Literal["train", "validation", "evaluation"]
+
+
+class Prompt(NamedTuple):
+    """One picture to draw.
+
+    Attributes:
+        text: the prompt.
+        seed: the seed of its noise.
+        label: what the picture should show (an evaluator's label); "" if nothing is checked.
+        set: which prompt set it belongs to: erase, synonyms, preserve, clean or pairs.
+        concept: the erased concept that this prompt asks for, "" if none.
+    """
+
+    text: str
+    seed: int
+    label: str = ""
+    set: str = ""
+    concept: str = ""
+
+
+class Protocol(BaseModel):
+    """How pictures are drawn. Two numbers may stand in one column only if the hashes of their protocols agree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampler: str = Field("ddim", description="the sampler: default (the pipeline's own), ddim, dpm")
+    steps: int = Field(15, ge=1, description="sampling steps")
+    guidance: float = Field(4.0, ge=0, description="classifier-free guidance scale")
+    size: int = Field(64, ge=8, description="side of the picture in pixels")
+    batch: int = Field(30, ge=1, description="pictures per batch")
+
+    def hash(self, *parts: Any) -> str:
+        """Eight hex digits over the protocol and everything else that decides a number (prompts, evaluators)."""
+        text = json.dumps([self.model_dump(), *parts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Task:
+    """A task: prompt sets, a protocol, evaluators, and how their scores become the task's metrics.
+
+    Attributes:
+        name: the registered name; `--task objects` means the task of that name in the backbone's domain.
+        domain: the domain its prompts speak of.
+        version: rises when any number it gives could change.
+        title: one line for tables and reports; a stand-in says that it is one.
+        concepts: the names it knows, each run on its own when no concept is given.
+        evaluators: names of the evaluators that look at its pictures.
+        protocol: how its pictures are drawn.
+    """
+
+    name: ClassVar[str]
+    domain: ClassVar[Literal["natural", "mini"]]
+    version: ClassVar[int] = 1
+    title: ClassVar[str] = ""
+    concepts: ClassVar[tuple[str, ...]] = ()
+    evaluators: ClassVar[tuple[str, ...]] = ()
+    protocol: ClassVar[Protocol] = Protocol()
+    blurred: ClassVar[bool] = False  # pictures are blurred in reports unless --reveal
+
+    def concept(self, text: str) -> Concept:
+        """Complete what a user wrote (`cat`, `cat:kitty,kitten`) to a concept of this task.
+
+        Raises:
+            UsageError: the task does not know the name.
+        """
+        raise NotImplementedError
+
+    def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
+        """One prompt set of one split: `erase`, `synonyms`, `preserve`, `clean`, `pairs`, or `captions` (training only).
+
+        Prompts and seeds of the three splits are disjoint. `limit` is the most per set and concept.
+        """
+        raise NotImplementedError
+
+    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Any]:
+        """The task's metrics from the per-image scores (see `results.Metric`)."""
+        raise NotImplementedError
+
