@@ -1,0 +1,1 @@
+"""What erasekit brings along: registered like any plugin."""

@@ -1,0 +1,150 @@
+"""Closed-form edits of the layers that read raw text embeddings.
+
+Every edit here has the form Delta = W D S: `read` S (n, width) says how much of each erased embedding a token holds, and
+`difference` D (width, n) what is then added to it. D and S depend on embeddings only, so one solve serves all sites, and
+the rank is at most the number of erased embeddings. A layer's bias plays no part and stays as it is.
+
+All functions are pure and compute in float64. Embeddings are rows: `concept_ND` e_w, `neutral_ND` e_u, both raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from erasekit.deltas import LowRank
+
+_RANK_TOLERANCE = 1e-10  # relative to the largest singular value: below it two embeddings count as the same
+
+
+@dataclass(frozen=True, eq=False)
+class TextEdit:
+    """The edit Delta = W D S, for any number of layers W that read the same embeddings.
+
+    Attributes:
+        difference_DN: D, (width, n), float64.
+        read_ND: S, (n, width), float64.
+    """
+
+    difference_DN: torch.Tensor
+    read_ND: torch.Tensor
+
+    def delta(self, weight: torch.Tensor) -> LowRank:
+        """The delta of one layer: up = W D, down = S, in float64 on the edit's device. `weight` is (out, width)."""
+        return LowRank(weight.detach().to(self.difference_DN) @ self.difference_DN, self.read_ND)
+
+    def damped(self, eta: float) -> TextEdit:
+        """The edit times `eta`: 1 is all of it, 0 none."""
+        return TextEdit(self.difference_DN * eta, self.read_ND)
+
+    def columns(self, index: slice | Sequence[int]) -> TextEdit:
+        """The share of some of the erased embeddings in a joint solve; the shares of all of them sum to the edit."""
+        return TextEdit(self.difference_DN[:, index], self.read_ND[index])
+
+    def split(self, sizes: Sequence[int]) -> list[TextEdit]:
+        """The shares of consecutive groups of erased embeddings, e.g. one group per concept.
+
+        Raises:
+            ValueError: the sizes do not sum to the number of embeddings.
+        """
+        if sum(sizes) != len(self.read_ND):
+            raise ValueError(f"Groups of {list(sizes)} do not make up {len(self.read_ND)} embeddings.")
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        return [self.columns(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+    def compressed(self, tolerance: float = 1e-12) -> TextEdit:
+        """The same edit with the least rank, so never more than the width; the rows of `read` become orthonormal.
+
+        Singular values of D S below `tolerance` times the largest one are dropped. Orthonormal rows also keep the edit
+        exact when it is cast to float32: what is dropped or rounded is relative to the edit, not to its factors.
+        """
+        q_DN, r_left = torch.linalg.qr(self.difference_DN)
+        q_WN, r_right = torch.linalg.qr(self.read_ND.T)
+        u, s_R, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        rank = max(1, int((s_R > tolerance * s_R[0]).sum()))
+        return TextEdit((q_DN @ u)[:, :rank] * s_R[:rank], vh[:rank] @ q_WN.T)
+
+
+def covariance(embeddings_ND: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The second moment C = mean of c c^T, (width, width), float64, `weights` (n,) counting some rows more.
+
+    It is not centred: tr(Delta C Delta^T) is then the mean of |Delta c|^2, the drift that an edit causes.
+    """
+    c_ND = embeddings_ND.double()
+    w_N = torch.ones(len(c_ND), dtype=torch.float64, device=c_ND.device) if weights is None else weights.double()
+    return (c_ND * (w_N / w_N.sum())[:, None]).T @ c_ND
+
+
+def eq1(concept_ND: torch.Tensor, neutral_ND: torch.Tensor) -> TextEdit:
+    """TRACE, Eq. 1: W' = W + W (e_u - e_w) e_w^T / |e_w|^2, so that W' e_w = W e_u.
+
+    For several embeddings S is the least-norm matrix with S e_wi = e_i (the i-th unit vector), the pseudo-inverse; for
+    one it is e_w^T / |e_w|^2. Where e_w are linearly dependent, least squares.
+    """
+    w_ND, u_ND = concept_ND.double(), neutral_ND.double()
+    return TextEdit((u_ND - w_ND).T, torch.linalg.pinv(w_ND.T, rtol=_RANK_TOLERANCE))
+
+
+def delta_projection(concept_ND: torch.Tensor, neutral_ND: torch.Tensor) -> TextEdit:
+    """TRACE, Prop. 3.2: W' = W (I - P), P the projection on delta = e_w - e_u, so that W' e_w = W' e_u.
+
+    It is the least-norm edit with that property (others exist, METHODS section 6); for several embeddings P projects
+    on the span of their differences.
+    """
+    delta_ND = concept_ND.double() - neutral_ND.double()
+    return TextEdit(-delta_ND.T, torch.linalg.pinv(delta_ND.T, rtol=_RANK_TOLERANCE))
+
+
+def whitened(
+    concept_ND: torch.Tensor,
+    neutral_ND: torch.Tensor,
+    covariance_DD: torch.Tensor,
+    *,
+    ridge: float = 0.0,
+    fix_neutral: bool = True,
+) -> TextEdit:
+    """The edit that moves other tokens least: min tr(Delta C Delta^T) subject to Delta K = R.
+
+    K = [e_w, e_u] and R = [W (e_u - e_w), 0], so that W' e_w = W' e_u = W e_u; its solution is
+    Delta = R (K^T C^-1 K)^-1 K^T C^-1, with a pseudo-inverse where columns of K are dependent (repeated pads).
+
+    Args:
+        concept_ND: e_w, (n, width).
+        neutral_ND: e_u, (n, width).
+        covariance_DD: C (see `covariance`); directions below 1e-8 of its mean eigenvalue count as that much.
+        ridge: softens the constraints: added to the Gram matrix's diagonal, relative to its mean.
+        fix_neutral: hold e_u; without it K = [e_w] only (ROME's form of Eq. 1).
+    """
+    w_ND, u_ND = concept_ND.double(), neutral_ND.double()
+    k_DM = (torch.cat([w_ND, u_ND]) if fix_neutral else w_ND).T
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+    root_DD = (vectors_DD * values_D.clamp_min(1e-8 * values_D.mean()).rsqrt()) @ vectors_DD.T  # C^-1/2
+    u, s_M, vh = torch.linalg.svd(root_DD @ k_DM, full_matrices=False)
+    softening = ridge * s_M.square().sum() / k_DM.shape[1]
+    kept = s_M > _RANK_TOLERANCE * s_M[0]
+    filter_M = torch.where(kept, s_M / (s_M.square() + softening), 0.0)
+    read_MD = (vh.T * filter_M) @ u.T @ root_DD
+    return TextEdit((u_ND - w_ND).T, read_MD[: len(w_ND)])
+
+
+def uce(
+    concept_ND: torch.Tensor,
+    neutral_ND: torch.Tensor,
+    preserve_MD: torch.Tensor,
+    *,
+    lamb: float,
+    erase_scale: float,
+    preserve_scale: float,
+) -> TextEdit:
+    """Unified Concept Editing (WACV 2024), Eq. 7, as the delta W' - W = sum_e s_e W (e_u - e_w) e_w^T M^-1.
+
+    M = C + lamb tr(C)/width I and C = s_e sum e_w e_w^T + s_p sum e_p e_p^T over the erased and the preserved
+    embeddings. The paper's lambda is absolute; relative to the mean of C's diagonal it means the same on every text
+    encoder. `lamb` 0 gives the least-norm solution. `preserve_MD` may have no rows.
+    """
+    w_ND, u_ND, p_MD = concept_ND.double(), neutral_ND.double(), preserve_MD.double()
+    c_DD = erase_scale * w_ND.T @ w_ND + preserve_scale * p_MD.T @ p_MD
+    m_DD = c_DD + lamb * c_DD.diagonal().mean() * torch.eye(len(c_DD), dtype=torch.float64, device=c_DD.device)
+    return TextEdit((u_ND - w_ND).T, erase_scale * w_ND @ torch.linalg.pinv(m_DD, hermitian=True, rtol=1e-14))
