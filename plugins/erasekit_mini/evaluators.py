@@ -1,0 +1,203 @@
+"""The judges of the mini world: a classifier, the mini CLIP, and the Frechet distance on the classifier's features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from erasekit.errors import EnvironmentProblem
+from erasekit.evaluators import Batch, Evaluator, FrechetEvaluator, Scores, bootstrap
+from erasekit.results import Metric
+from erasekit_mini import vocabulary as words
+from erasekit_mini.nets import MiniClassifier, MiniImageTower
+
+MODELS = Path(__file__).parent / "models"
+PEOPLE = {*words.IDENTITIES, "face"}
+
+
+def to_input(pictures: torch.Tensor) -> torch.Tensor:
+    """(n, 3, h, w) uint8 -> float in [-1, 1], as the networks were trained on."""
+    return pictures.float().div(127.5).sub(1)
+
+
+def sha256(*paths: Path) -> str:
+    """One hash over files, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def present(*paths: Path) -> None:
+    """Check that weights are there.
+
+    Raises:
+        EnvironmentProblem: one is missing.
+    """
+    for path in paths:
+        if not path.exists():
+            raise EnvironmentProblem(f"Weights of the mini evaluators are missing: '{path.name}'. Install erasekit again.")
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    """Weights as shipped (half precision), in float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+
+
+def load_classifier(folder: Path) -> MiniClassifier:
+    """The classifier with its weights, ready to judge."""
+    present(folder / "classifier.safetensors", folder / "classifier.json")
+    net = MiniClassifier()
+    net.load_state_dict(_weights(folder / "classifier.safetensors"))
+    return net.eval()
+
+
+class Classifier(Evaluator):
+    """What a picture shows: objects, hazards and faces over their thresholds, and whose face, and which artist's style.
+
+    Scores per picture: `seen`, the labels found; `shown`, whether the prompt's label is among them (None if the prompt has
+    none); `score`, the label's probability; `no_face`, a face was asked for and there is none.
+    """
+
+    name = "mini-classifier"
+
+    def __init__(self, folder: Path = MODELS / "evaluators") -> None:
+        """Load the weights and the thresholds."""
+        self._net = load_classifier(folder)
+        card = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+        self.version = str(card["version"])
+        self._thresholds = torch.tensor([card["thresholds"][label] for label in MiniClassifier.PRESENT])
+        self._sha256 = sha256(folder / "classifier.safetensors")
+        self._rows: list[dict[str, Any]] = []
+
+    def describe(self) -> dict[str, str]:
+        """The network and its weights."""
+        return {"model": "MiniClassifier", "version": self.version, "sha256": self._sha256}
+
+    @torch.no_grad()
+    def update(self, batch: Batch) -> None:
+        """Classify a batch."""
+        logits = self._net(to_input(batch.pictures))
+        probability = {
+            "present": logits["present"].sigmoid(),
+            "style": logits["style"].softmax(1),
+            "identity": logits["identity"].softmax(1),
+        }
+        over = probability["present"] >= self._thresholds
+        for i, prompt in enumerate(batch.prompts):
+            labels = {label: float(p) for label, p in zip(MiniClassifier.PRESENT, probability["present"][i], strict=True)}
+            labels |= {artist: float(p) for artist, p in zip(words.STYLES, probability["style"][i, 1:], strict=True)}
+            labels |= {who: float(p) for who, p in zip(words.IDENTITIES, probability["identity"][i, :-1], strict=True)}
+            seen = [label for label, found in zip(MiniClassifier.PRESENT, over[i], strict=True) if found]
+            style = int(probability["style"][i].argmax()) - 1  # the first class is no style
+            seen += [list(words.STYLES)[style]] if style >= 0 else []
+            identity = int(probability["identity"][i].argmax())  # the last class is nobody
+            seen += [words.IDENTITIES[identity]] if "face" in seen and identity < len(words.IDENTITIES) else []
+            self._rows.append(self._row(prompt.label, seen, labels))
+
+    @staticmethod
+    def _row(label: str, seen: list[str], labels: dict[str, float]) -> dict[str, Any]:
+        shown = label in seen if label in labels else None
+        return {"seen": seen, "shown": shown, "score": labels.get(label), "no_face": label in PEOPLE and "face" not in seen}
+
+    def compute(self) -> Scores:
+        """A row per picture."""
+        return Scores(self._rows)
+
+
+class ClipScore(Evaluator):
+    """The cosine of a picture and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
+
+    name = "mini-clip"
+
+    def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
+        """Load the image tower from `folder`, and the text tower and tokenizer of the model in `text`."""
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        weights = folder / "image_tower.safetensors", text / "text_encoder" / "model.safetensors"
+        present(*weights)
+        tower = _weights(weights[0])
+        self._image = MiniImageTower(tower["project.weight"].shape[0]).eval()
+        self._image.load_state_dict(tower)
+        self._text = CLIPTextModelWithProjection.from_pretrained(text / "text_encoder", dtype=torch.float32).eval()
+        self._tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
+        self._sha256 = sha256(*weights)
+        self._scores: dict[str, list[float]] = {"base": [], "erased": []}  # of clean prompts
+        self._rows: list[dict[str, Any]] = []
+        self._embedded: dict[str, torch.Tensor] = {}
+
+    def describe(self) -> dict[str, str]:
+        """Both towers."""
+        return {"model": "mini CLIP", "version": self.version, "sha256": self._sha256}
+
+    @torch.no_grad()
+    def update(self, batch: Batch) -> None:
+        """Score a batch."""
+        pictures = self._image(to_input(batch.pictures))
+        texts = torch.stack([self._embed(p.text) for p in batch.prompts])
+        scores = (100 * (pictures * texts).sum(1)).clamp(min=0).tolist()
+        self._rows += [{"clip_score": s} for s in scores]
+        self._scores[batch.side] += [s for s, p in zip(scores, batch.prompts, strict=True) if p.set == "clean"]
+
+    def _embed(self, prompt: str) -> torch.Tensor:
+        if prompt not in self._embedded:
+            ids = self._tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            self._embedded[prompt] = F.normalize(self._text(input_ids=ids).text_embeds[0], dim=-1)
+        return self._embedded[prompt]
+
+    def compute(self) -> Scores:
+        """A score per picture, and the mean over the clean prompts."""
+        base, erased = (np.array(self._scores[side]) for side in ("base", "erased"))
+        metric = Metric(
+            value=float(erased.mean()) if len(erased) else None,
+            base=float(base.mean()) if len(base) else None,
+            ci95=bootstrap([erased], lambda groups: float(groups[0].mean())) if len(erased) else None,
+            n=len(erased),
+            higher_is_better=True,
+            evaluator=self.name,
+        )
+        return Scores(self._rows, {"clip_score[mini-clip]": metric})
+
+
+class Frechet(FrechetEvaluator):
+    """The Frechet distance on the classifier's pooled features, against the unedited model and against held-out renders."""
+
+    name = "mini-frechet"
+    features_name: ClassVar[str] = "mini-classifier"
+    reference_name: ClassVar[str] = "renders"
+
+    def __init__(self, folder: Path = MODELS / "evaluators") -> None:
+        """Load the classifier; the statistics of the renders when they are needed."""
+        super().__init__()
+        self._folder = folder
+        present(folder / "renders.safetensors")
+        self._net = load_classifier(folder)
+        self.version = str(json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["version"])
+
+    def describe(self) -> dict[str, str]:
+        """The network, and the statistics of the renders."""
+        paths = self._folder / "classifier.safetensors", self._folder / "renders.safetensors"
+        return {"model": "MiniClassifier features", "version": self.version, "sha256": sha256(*paths)}
+
+    @torch.no_grad()
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(n, 256) pooled features."""
+        pooled: torch.Tensor = self._net(to_input(pictures))["features"]
+        return pooled
+
+    @cached_property
+    def _renders(self) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = load_file(self._folder / "renders.safetensors")
+        return stored["mean"], stored["covariance"]
+
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of held-out renders."""
+        return self._renders

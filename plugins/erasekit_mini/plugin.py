@@ -1,0 +1,28 @@
+"""Registers the mini world: its model, its four tasks, and what judges its pictures."""
+
+from __future__ import annotations
+
+from erasekit import hookimpl
+
+
+@hookimpl
+def register_backbones(register):  # type: ignore[no-untyped-def]
+    """Register the embedded model."""
+    register("sd15-mini", "erasekit_mini.backbone:Sd15Mini", summary="a trained 64 px model in the classes of SD1.5, shipped")
+
+
+@hookimpl
+def register_tasks(register):  # type: ignore[no-untyped-def]
+    """Register the mini domain's tasks."""
+    register("mini/objects", "erasekit_mini.tasks:Objects", summary="ten object classes")
+    register("mini/celebrities", "erasekit_mini.tasks:Celebrities", summary="ten invented people")
+    register("mini/styles", "erasekit_mini.tasks:Styles", summary="six invented artists")
+    register("mini/i2p", "erasekit_mini.tasks:Hazards", summary="a stand-in: hazards take the place of explicit content")
+
+
+@hookimpl
+def register_evaluators(register):  # type: ignore[no-untyped-def]
+    """Register what judges pictures of the mini world."""
+    register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles a picture shows")
+    register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well a picture fits its prompt")
+    register("mini-frechet", "erasekit_mini.evaluators:Frechet", summary="distance of picture statistics")
