@@ -1,0 +1,76 @@
+"""The command line. Results go to stdout, progress and messages to stderr; exit codes are those of `erasekit.errors`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from erasekit import __version__
+from erasekit.errors import ErasekitError
+from erasekit.registry import BrokenPlugin
+
+INTERRUPTED = 130
+FAILED = 4
+
+
+def build() -> typer.Typer:
+    """The application with its own commands and those of plugins."""
+    from erasekit.cli import doctor, ls, plugins
+    from erasekit.plugins import add_commands, default
+
+    app = typer.Typer(
+        name="erasekit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+    )
+    app.callback()(_root)
+    for module in (ls, plugins, doctor):
+        app.command(module.__name__.rpartition(".")[2])(module.command)
+    add_commands(default(), app)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"erasekit {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Erase concepts from text-to-image models, and measure what became of them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        typer.main.get_command(build()).main(args=arguments, prog_name="erasekit")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else FAILED
+    except ErasekitError as error:
+        if isinstance(error, BrokenPlugin):
+            typer.echo(error.details, err=True)
+        typer.secho(str(error), err=True, fg="red")
+        return error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Run the same command again to go on from here.", err=True)
+        return INTERRUPTED
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        typer.secho(f"This should not have happened: {line}. The traceback is in {_keep_traceback()}.", err=True, fg="red")
+        return FAILED
+    return 0
+
+
+def _keep_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="erasekit-", suffix=".txt", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erasekit.plugins import Registries, default, load
+
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="A Python file that is a plugin; repeatable.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where runs are kept.")]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="The erasure method.  [default: trace]", show_default=False)]
+Backbone = Annotated[str | None, typer.Option("--backbone", "-b", help="The model.  [default: sd15-mini]", show_default=False)]
+Task = Annotated[str | None, typer.Option("--task", "-t", help="What is measured.  [default: objects]", show_default=False)]
+Concept = Annotated[
+    list[str] | None,
+    typer.Option("--concept", "-c", metavar="NAME", help="What to erase, e.g. cat or cat:kitty,kitten.", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything random.  [default: 0]", show_default=False)]
+Limit = Annotated[int | None, typer.Option("--limit", help="The most pictures per prompt set.", show_default=False)]
+Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the method's settings.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file of settings.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting, e.g. method.steps=50.", show_default=False),
+]
+
+
+def registries(files: list[Path] | None) -> Registries:
+    """What is registered, the given plugin files included; broken plugins are named on stderr."""
+    found = load(files) if files else default()
+    for plugin in found.broken():
+        typer.secho(
+            f"Plugin '{plugin.name}' is broken: {plugin.error}. See 'erasekit plugins {plugin.name}'.", err=True, fg="red"
+        )
+    return found

@@ -1,0 +1,43 @@
+"""`erasekit plugins`: what was found, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from erasekit.cli import options
+from erasekit.errors import unknown
+from erasekit.plugins import PluginInfo, default, load
+
+COLOURS = {"ok": "green", "broken": "red", "disabled": "yellow"}
+
+
+def command(
+    name: Annotated[str, typer.Argument(help="Show one plugin, with its traceback if it is broken.", show_default=False)] = "",
+    plugin: options.Plugin = None,
+    as_json: options.Json = False,
+) -> None:
+    """List plugins, one line each; a broken one says why."""
+    found = (load(plugin) if plugin else default()).found
+    if name:
+        found = [p for p in found if p.name == name]
+        if not found:
+            raise unknown("plugin", name, [p.name for p in default().found], "erasekit plugins")
+    if as_json:
+        typer.echo(json.dumps([asdict(p) for p in found], indent=1))
+        return
+    console = Console(soft_wrap=True)
+    for info in found:
+        console.print(_line(info))
+        if name and info.details:
+            console.print(Text(info.details))
+
+
+def _line(info: PluginInfo) -> Text:
+    reason = f"  {info.error}" if info.error else ""
+    return Text(f"{info.name}  {info.source}  {info.status}{reason}", style=COLOURS[info.status])

@@ -1,0 +1,284 @@
+"""From flags, a TOML file and overrides to one frozen plan of a run, with every mistake listed at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from erasekit.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from erasekit.backbone import Backbone, BackboneConfig
+    from erasekit.concepts import Concept
+    from erasekit.method import Method, MethodConfig
+    from erasekit.plugins import Registries
+    from erasekit.tasks import Protocol, Task
+
+
+class Options(BaseModel):
+    """Settings of the parts of a run that differ from their defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
+    backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
+    protocol: dict[str, Any] = Field(default_factory=dict, description="how pictures are drawn")
+
+
+class RunConfig(BaseModel):
+    """What a user asks for. `--config` files have the same keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field("trace", description="the erasure method")
+    backbone: str = Field("sd15-mini", description="the model to erase from")
+    task: str = Field("objects", description="what is measured; the task of that name in the backbone's domain")
+    concepts: tuple[str, ...] = Field(
+        (), description="what to erase, together; empty: each of the task's concepts, one run each"
+    )
+    seed: int = Field(0, ge=0, description="the seed of everything random")
+    limit: int | None = Field(None, ge=1, description="the most pictures per prompt set")
+    preset: str = Field("", description="a named set of the method's settings")
+    options: Options = Field(default_factory=Options, description="settings of the method, the backbone and the protocol")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every name looked up and every setting checked.
+
+    Attributes:
+        config: what was asked for, with registered names in place of aliases.
+        separate: each concept is a run of its own, and this plan is their summary.
+    """
+
+    config: RunConfig
+    backbone: type[Backbone]
+    backbone_config: BackboneConfig
+    method: type[Method]
+    method_config: MethodConfig
+    task: Task
+    concepts: tuple[Concept, ...]
+    protocol: Protocol
+    separate: bool = False
+
+    @property
+    def hash(self) -> str:
+        """Eight hex digits over all that decides the result, resolved: equal runs spelled differently are one."""
+        content = {
+            **self.config.model_dump(include={"method", "backbone", "task", "seed", "limit"}),
+            "task_version": self.task.version,
+            "separate": self.separate,
+            "concepts": [c.model_dump() for c in self.concepts],
+            "settings": [c.model_dump(mode="json") for c in (self.backbone_config, self.method_config, self.protocol)],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    def singles(self) -> list[Plan]:
+        """One plan per concept of a separate plan."""
+        names = [c.name for c in self.concepts]
+        configs = [self.config.model_copy(update={"concepts": (name,)}) for name in names]
+        return [replace(self, config=k, concepts=(c,), separate=False) for k, c in zip(configs, self.concepts, strict=True)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: there is none, or it is not TOML; says the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"No config file '{path}'. Give --config the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the config file '{path}': {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"'{path}' is not TOML: {error}.") from None
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Read `part.key=value` overrides; a value is a TOML value, or else text.
+
+    Raises:
+        UsageError: one of them has no "part.key=" in front.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not equals or len(path) < 2 or not all(path):
+            raise UsageError(f"Cannot read the setting '{text}'. Write method.key=value, backbone.key=... or protocol.key=...")
+        place = options
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"The setting '{text}' contradicts an earlier one for '{part}'. Give one of them.")
+        place[path[-1]] = _value(value.strip())
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def build(flags: Mapping[str, Any], *, file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Put together a configuration: the file first, flags that were given over it, overrides over both.
+
+    Raises:
+        UsageError: lists every mistake.
+    """
+    values = read(file) if file else {}
+    values |= {key: value for key, value in flags.items() if value not in (None, ())}
+    values["options"] = _merge(values.get("options", {}), parse_overrides(overrides))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_mistakes(error, RunConfig))) from None
+
+
+def _merge(base: Any, over: Mapping[str, Any]) -> Any:
+    if not isinstance(base, dict):
+        return base  # left for validation to name
+    both = {k: _merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()}
+    return base | both
+
+
+def _mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per fault that pydantic found."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = prefix + ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            fields = {**model.model_fields, **({} if prefix else {f"options.{k}": None for k in Options.model_fields})}
+            lines.append(str(unknown("setting", where, [prefix + name for name in fields], "erasekit ls settings")))
+        else:
+            given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
+            lines.append(f"Setting '{where}': {fault['msg'][0].lower()}{fault['msg'][1:]}{given}.")
+    return lines
+
+
+class _Mistakes:
+    """Collects errors, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def attempt(self, function: Any, *arguments: Any) -> Any:
+        """The function's value, or None and its error noted."""
+        try:
+            return function(*arguments)
+        except UsageError as error:
+            self.lines.append(str(error))
+            return None
+
+    def settings(self, model: Any, values: Mapping[str, Any], prefix: str) -> Any:
+        """The validated settings, or None and their faults noted."""
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            self.lines += _mistakes(error, model, prefix)
+            return None
+
+
+def resolve(config: RunConfig, registries: Registries) -> Plan:
+    """Look up every name and check every setting, before anything is loaded.
+
+    Raises:
+        UsageError: one line for each mistake.
+        BrokenPlugin: a chosen name belongs to a plugin that cannot be loaded.
+    """
+    faults = _Mistakes()
+    method_entry = faults.attempt(registries.methods.entry, config.method)
+    backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
+    method = method_entry and method_entry.load()
+    backbone = backbone_entry and backbone_entry.load()
+    task = backbone and faults.attempt(_task, config.task, backbone.domain, registries)
+
+    options = config.options
+    backbone_config = backbone and faults.settings(backbone.Config, options.backbone, "backbone.")
+    method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config, faults)
+    protocol = task and faults.settings(type(task.protocol), task.protocol.model_dump() | options.protocol, "protocol.")
+    concepts = _concepts(task, config, faults) if task else ()
+    if method and backbone:
+        faults.lines += _unmet(method_entry.name, method, backbone_entry.name, backbone)
+    if faults.lines:
+        raise UsageError("\n".join(faults.lines))
+    names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": config.task.split("/")[-1]}
+    separate = not config.concepts and len(concepts) > 1
+    canonical = config.model_copy(update=names)
+    return Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+
+
+def _task(name: str, domain: str, registries: Registries) -> Any:
+    target = registries.tasks.get(name, domain)
+    task = target() if isinstance(target, type) else target
+    for evaluator in task.evaluators:
+        registries.evaluators.entry(evaluator)
+    return task
+
+
+def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig, faults: _Mistakes) -> Any:
+    """The method's settings: its own, then the backbone's family's and name's, then the preset's, then the user's."""
+    if config.preset and config.preset not in method.presets:
+        raise unknown(f"preset of '{config.method}'", config.preset, method.presets, "erasekit ls methods")
+    layers = [method.presets.get(config.preset, {}), config.options.method]
+    if backbone:
+        layers = [method.defaults.get(backbone.capabilities.family, {}), method.defaults.get(backbone_entry.name, {}), *layers]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = _merge(values, layer)
+    return faults.settings(method.Config, values, "method.")
+
+
+def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...]:
+    texts = config.concepts or task.concepts
+    if not texts:
+        faults.lines.append(f"The task '{config.task}' declares no concepts. Name one: --concept cat.")
+    concepts = [c for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    names = [c.name for c in concepts]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]
+    return tuple(concepts)
+
+
+def _unmet(method_name: str, method: Any, backbone_name: str, backbone: Any) -> list[str]:
+    """One line per capability that the method needs and the backbone lacks."""
+    from erasekit.backbone import Capabilities
+
+    has = backbone.capabilities
+    field_of = {choice: field for field, hint in get_type_hints(Capabilities).items() for choice in get_args(hint)}
+    verbs = {"family": "is a", "prediction": "predicts", "guidance": "has guidance"}
+    lines = []
+    for need in sorted(method.requires - has.names()):
+        field = field_of.get(need)
+        fact = f"'{backbone_name}' {verbs[field]} {getattr(has, field)}" if field else "no backbone has that"
+        lines.append(f"'{method_name}' needs {need}; {fact}.")
+    return lines
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as a TOML file that `--config` reads back to the same configuration."""
+    values = config.model_dump(mode="json", exclude_none=True, exclude={"options"})
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    for part, settings in config.options.model_dump(mode="json", exclude_none=True).items():
+        if settings:
+            lines += ["", f"[options.{part}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in settings.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

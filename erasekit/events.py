@@ -1,0 +1,121 @@
+"""What happens in a run, told to the log, to the command line and to every plugin with an `on_event` hook."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pluggy
+
+    from erasekit.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    def record(self) -> dict[str, Any]:
+        """The event as a line of `log.jsonl`."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run begins, or goes on where it was stopped."""
+
+    method: str
+    backbone: str
+    task: str
+    concepts: tuple[str, ...]
+    config_hash: str
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class StageStarted(Event):
+    """A stage of the run begins."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class StepEnd(Event):
+    """One training step is done."""
+
+    step: int
+    total: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """Pictures were drawn: `done` of `total` in the set `which` (`base` or `erased`)."""
+
+    which: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """The erasure is on disk."""
+
+    path: Path
+    sha256: str
+
+    def record(self) -> dict[str, Any]:
+        """The line of the log, without the absolute path."""
+        return {"event": "Saved", "path": self.path.name, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The pictures are scored: {metric: {"value": ..., ...}}."""
+
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run is complete; its results are in `results.json` in the directory."""
+
+    directory: Path
+
+    def record(self) -> dict[str, Any]:
+        """The line of the log, without the path."""
+        return {"event": "RunFinished"}
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """The run ended with an error; what was finished is kept."""
+
+    error: str
+
+
+Listener = Callable[[Event], None]
+
+
+class Dispatcher:
+    """Hands each event to the log of the run, to one local listener, and to the plugins."""
+
+    def __init__(self, manager: pluggy.PluginManager, run: RunDirectory, listener: Listener | None) -> None:
+        """`listener` is the command line's own progress display, or None."""
+        self.manager = manager
+        self.run = run
+        self.listener = listener
+
+    def __call__(self, event: Event) -> None:
+        """Tell everybody. An error in a plugin's hook is logged: a tracker that is down must not cost a run."""
+        self.run.log(event)
+        if self.listener is not None:
+            self.listener(event)
+        try:
+            self.manager.hook.on_event(event=event, run=self.run)
+        except Exception:
+            logging.getLogger("erasekit").warning("A plugin failed in on_event(%s).", type(event).__name__, exc_info=True)

@@ -1,0 +1,165 @@
+"""Names and what they stand for: lazy targets, aliases, and who registered them."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from erasekit.errors import EnvironmentProblem, UsageError, unknown
+
+
+class DuplicateName(UsageError):
+    """Two plugins registered the same name."""
+
+
+class BrokenPlugin(EnvironmentProblem):
+    """A plugin, or what it registered, cannot be loaded.
+
+    Attributes:
+        details: the plugin's own traceback.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
+        """One line, and the traceback that belongs to it."""
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    Attributes:
+        name: the name; "slot/name" for a component, "domain/name" for a task.
+        target: "module:attribute", or the object itself.
+        plugin: the plugin that registered it.
+        source: that plugin's distribution or file.
+        aliases: other names for the same thing.
+        summary: one line for `erasekit ls`.
+        paper: where it was published.
+    """
+
+    name: str
+    target: Any
+    plugin: str
+    source: str
+    aliases: tuple[str, ...] = ()
+    summary: str = ""
+    paper: str = ""
+
+    def load(self) -> Any:
+        """The object behind the name.
+
+        Raises:
+            BrokenPlugin: it cannot be imported.
+        """
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:
+            message = f"'{self.name}' of {self.source} cannot be loaded: {type(error).__name__}: {error}"
+            raise BrokenPlugin(" ".join(message.split()), traceback.format_exc()) from error
+
+
+class Names:
+    """Names of one kind of thing, and who registered them."""
+
+    def __init__(self, kind: str, plural: str) -> None:
+        """`kind` is what error messages call it, `plural` its name in `erasekit ls`."""
+        self.kind = kind
+        self.plural = plural
+        self._entries: dict[str, Entry] = {}
+        self._names: dict[str, str] = {}  # every name and alias -> the entry's own name
+        self.broken: dict[str, BrokenPlugin] = {}  # plugins that failed, by name: a missing name may be theirs
+
+    def add(self, entry: Entry) -> None:
+        """Add one entry.
+
+        Raises:
+            DuplicateName: its name or an alias is taken; names both owners.
+        """
+        for name in (entry.name, *entry.aliases):
+            if name in self._names:
+                first = self._entries[self._names[name]]
+                owners = f"'{first.plugin}' ({first.source}) and '{entry.plugin}' ({entry.source})"
+                raise DuplicateName(f"The {self.kind} '{name}' is registered by both {owners}. Rename or disable one.")
+        self._entries[entry.name] = entry
+        self._names |= dict.fromkeys((entry.name, *entry.aliases), entry.name)
+
+    def remove(self, plugin: str) -> None:
+        """Forget everything that `plugin` registered."""
+        self._entries = {k: e for k, e in self._entries.items() if e.plugin != plugin}
+        self._names = {k: v for k, v in self._names.items() if v in self._entries}
+
+    def entries(self) -> list[Entry]:
+        """All entries, by name."""
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    def entry(self, name: str) -> Entry:
+        """The entry that `name` or an alias stands for.
+
+        Raises:
+            UsageError: nobody registered it; says the nearest known name.
+            BrokenPlugin: nobody registered it, and a plugin of that name is broken.
+        """
+        if name in self._names:
+            return self._entries[self._names[name]]
+        if name in self.broken:
+            raise self.broken[name]
+        raise unknown(self.kind, name, self._names, f"erasekit ls {self.plural}")
+
+
+class Registry(Names):
+    """Things with a plain name."""
+
+    def get(self, name: str) -> Any:
+        """The object that `name` or an alias stands for.
+
+        Raises:
+            UsageError: nobody registered it.
+            BrokenPlugin: it cannot be imported.
+        """
+        return self.entry(name).load()
+
+
+class ComponentRegistry(Names):
+    """Choices for the slots of methods; the key of a choice is "slot/name"."""
+
+    def choices(self, slot: str) -> list[str]:
+        """The names registered for a slot."""
+        return [e.name.partition("/")[2] for e in self.entries() if e.name.startswith(f"{slot}/")]
+
+    def get(self, slot: str, name: str) -> Any:
+        """The callable registered as the choice `name` of `slot`.
+
+        Raises:
+            UsageError: the slot has no such choice; says the nearest one.
+            BrokenPlugin: it cannot be imported.
+        """
+        if name not in self.choices(slot):
+            raise unknown(f"choice for '{slot}'", name, self.choices(slot), "erasekit ls components")
+        return self.entry(f"{slot}/{name}").load()
+
+
+class TaskRegistry(Names):
+    """Tasks; the key of a task is "domain/name"."""
+
+    def get(self, name: str, domain: str) -> Any:
+        """The task `name` in `domain`; `name` may be written in full.
+
+        Raises:
+            UsageError: the domain has no such task; says the nearest one.
+            BrokenPlugin: it cannot be imported.
+        """
+        here = [e.name.removeprefix(f"{domain}/") for e in self.entries() if e.name.startswith(f"{domain}/")]
+        short = name.removeprefix(f"{domain}/")
+        if short in here:
+            return self.entry(f"{domain}/{short}").load()
+        elsewhere = [e.name for e in self.entries() if e.name == name or e.name.partition("/")[2] == name]
+        if elsewhere:
+            raise UsageError(f"The task '{elsewhere[0]}' is not of the backbone's domain '{domain}'. See 'erasekit ls tasks'.")
+        raise unknown(f"{domain} task", name, here, "erasekit ls tasks")
