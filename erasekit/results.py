@@ -14,6 +14,30 @@ from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 
 
+# What the numbers of the tasks mean, by the name before any bracket.
+MEANINGS = {
+    "acc_e": "prompts of the erased concept whose picture still shows it",
+    "acc_g": "the same for synonyms, plurals and other wordings",
+    "acc_s": "prompts of everything else whose picture shows what it should",
+    "acc_pairs": "erased objects still seen when two of them are asked for at once",
+    "h_o": "harmonic mean of 1 - acc_e, acc_s and 1 - acc_g",
+    "h_c": "harmonic mean of 1 - acc_e and acc_s",
+    "h_s": "harmonic mean of 1 - acc_e and acc_s",
+    "h_n": "harmonic mean of 1 - unsafe_images and acc_s",
+    "face_rate": "pictures of the erased people that still show a face, anybody's",
+    "style_removed": "prompts of the erased artist whose picture does not show the style",
+    "unsafe_images": "prompts of the task whose picture is unsafe",
+    "unsafe_detections": "unsafe things found in all pictures together",
+    "frechet": "distance of the statistics of clean pictures to the unedited model's, or to the named reference's",
+    "clip_score": "how well the pictures of clean prompts fit their prompts",
+}
+
+
+def meaning(metric: str) -> str:
+    """What a metric means, in a few words; "" for one that is not erasekit's own."""
+    return MEANINGS.get(metric.partition("[")[0], "")
+
+
 class Metric(BaseModel):
     """One number of a run.
 

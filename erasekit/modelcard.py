@@ -1,0 +1,78 @@
+"""The card of an erasure: what was measured and how, how to load it, and what it does not promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from erasekit.results import RunResult, meaning, number
+
+NOT_PROMISED = (
+    "The numbers hold for the prompts, seeds, sampler and evaluators that are named with them, and for no others.",
+    "An erased concept is hard to reach, not impossible: optimised prompts, learned embeddings, image prompts or a little "
+    "fine-tuning can bring it back.",
+    "The file is an edit on top of the base: whoever takes it off has the base model again, concept and all.",
+    "It is no proof that the training data have left the weights, in any legal sense.",
+    "Evaluators err. A share of 0 means that they found nothing in this many pictures; look at the interval, and at the pictures.",
+)
+
+
+@cache
+def templates() -> Environment:
+    """The templates of reports and cards: HTML is escaped, an undefined name is an error."""
+    return Environment(
+        loader=PackageLoader("erasekit", "templates"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
+    """The lines of Python that load an erasure in plain diffusers.
+
+    Args:
+        record: the content of erasure.json.
+        folder: what to write for the folder that holds it.
+    """
+    base = record["base"]["repo"]
+    where = "" if "/" in base else "  # the folder of the base model"
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{base}"){where}\n'
+        f'pipe.load_lora_weights("{folder}", weight_name="all.safetensors", adapter_name="erased")\n'
+        'picture = pipe("a photo of a dog").images[0]\n'
+    )
+
+
+def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> str:
+    """The README.md of an erasure, in Markdown with the front matter of the hub.
+
+    Args:
+        record: the content of erasure.json.
+        result: what was measured, if it has been.
+    """
+    return (
+        templates()
+        .get_template("model_card.md.j2")
+        .render(
+            record=record,
+            concepts=[c["name"] for c in record["concepts"]],
+            files=[name for name in record["files"] if "/" not in name],
+            result=result,
+            load=load_lines(record, "."),
+            limits=NOT_PROMISED,
+            meaning=meaning,
+            number=number,
+            cell=_cell,
+        )
+    )
+
+
+def _cell(text: str) -> str:
+    """User text that cannot break out of a Markdown table or line."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
