@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.functional import cast_adapter_dtype
 
 from erasekit.backbone import Backbone
-from erasekit.deltas import Dense, Deltas, LowRank
+from erasekit.deltas import Deltas, Dense, LowRank
 from erasekit.errors import UsageError
 
 

@@ -112,6 +112,8 @@ class Backbone(Protocol):
     Config: ClassVar[type[BackboneConfig]]
 
     denoiser: nn.Module
+    source: str  # hub id, or the name of the local folder: what an erasure says it was made for
+    revision: str  # revision on the hub, "" if none was asked for
 
     @classmethod
     def load(cls, config: BackboneConfig) -> Backbone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,7 +68,10 @@ def concatenate(parts: Sequence[Deltas]) -> Deltas:
 
 def scale(deltas: Deltas, factor: float) -> Deltas:
     """Every delta times `factor`."""
-    return {n: LowRank(d.up * factor, d.down) if isinstance(d, LowRank) else Dense(d.weight * factor) for n, d in deltas.items()}
+    return {
+        name: LowRank(d.up * factor, d.down) if isinstance(d, LowRank) else Dense(d.weight * factor)
+        for name, d in deltas.items()
+    }
 
 
 def compress(delta: Delta, *, tolerance: float = 1e-7) -> LowRank:
@@ -97,14 +100,6 @@ def norm(delta: Delta) -> float:
     r_up = torch.linalg.qr(delta.up.double(), mode="r").R
     r_down = torch.linalg.qr(delta.down.double().T, mode="r").R
     return float((r_up @ r_down.T).norm())
-
-
-def cast(deltas: Deltas, convert: Callable[[torch.Tensor], torch.Tensor]) -> Deltas:
-    """Every tensor through `convert`, e.g. to another type or device."""
-    return {
-        n: LowRank(convert(d.up), convert(d.down)) if isinstance(d, LowRank) else Dense(convert(d.weight))
-        for n, d in deltas.items()
-    }
 
 
 def merge_(denoiser: nn.Module, deltas: Deltas) -> None:

@@ -21,6 +21,9 @@ from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.schedule import Schedule, ddpm_tau, ddpm_timestep
 
+_Pipeline: Any = StableDiffusionPipeline  # Any: diffusers is untyped
+_DDIM: Any = DDIMScheduler
+
 _SCOPES = {
     "kv": r"\.attn2\.to_[kv]$",
     "cross": r"\.attn2\.",
@@ -36,7 +39,8 @@ class StableDiffusion:
 
     Attributes:
         path: hub id or local folder that is loaded if the config names none.
-        source: what was loaded, without a local folder's parents.
+        source: hub id, or the name of the local folder.
+        revision: revision on the hub, "" if none was asked for.
         denoiser: the UNet, in evaluation mode and frozen.
     """
 
@@ -47,13 +51,13 @@ class StableDiffusion:
     prefix: ClassVar[str] = "unet"
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
 
-    def __init__(self, folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, *, source: str, revision: str, device: torch.device, dtype: torch.dtype) -> None:
         """Load the diffusers pipeline in `folder`; use `load` to go from a config.
 
         Raises:
             EnvironmentProblem: the folder does not hold a Stable Diffusion 1.x pipeline.
         """
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
         self._folder = folder
         self._pipe: Any = self.pipeline()
         predicts = self._pipe.scheduler.config.prediction_type
@@ -63,8 +67,9 @@ class StableDiffusion:
         for part in (self._pipe.unet, self._pipe.vae, self._pipe.text_encoder):
             part.eval().requires_grad_(False)
         self._linears = {n: m for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)}
-        # Latents have no fixed range, so clipping is off whatever the config leaves out.
-        self._ddim: Any = DDIMScheduler.from_config(self._pipe.scheduler.config, clip_sample=False)
+        # Latents have no fixed range, so nothing is clipped; trailing spacing starts at pure noise (tau 0).
+        config = self._pipe.scheduler.config
+        self._ddim: Any = _DDIM.from_config(config, clip_sample=False, timestep_spacing="trailing")
         self._encoded: dict[str, tuple[torch.Tensor, int]] = {}
         self._fingerprint = ""
 
@@ -77,16 +82,14 @@ class StableDiffusion:
         """
         path = config.path or cls.path
         folder = _resolve(path, config.revision)
-        if config.device != "auto":
-            device = torch.device(config.device)
-        else:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = device or torch.device("cpu")
+        auto = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = torch.device(config.device) if config.device != "auto" else auto or torch.device("cpu")
         if config.dtype != "auto":
             dtype: torch.dtype = getattr(torch, config.dtype)
         else:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return cls(folder, Path(path).name if Path(path).is_dir() else path, device, dtype)
+        source = Path(path).name if Path(path).is_dir() else path
+        return cls(folder, source=source, revision=config.revision or "", device=device, dtype=dtype)
 
     def pipeline(self) -> Any:
         """A fresh pipeline of the same base with weights of its own, on the backbone's device, without a safety checker.
@@ -96,7 +99,7 @@ class StableDiffusion:
         """
         try:
             with _quiet():
-                pipe = StableDiffusionPipeline.from_pretrained(
+                pipe = _Pipeline.from_pretrained(
                     self._folder,
                     dtype=self.dtype,
                     use_safetensors=True,
@@ -182,7 +185,8 @@ class StableDiffusion:
         side = self.denoiser.config.sample_size if size is None else size // self._pipe.vae_scale_factor
         shape = (len(seeds), self.denoiser.config.in_channels, side, side)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+        noise: torch.Tensor = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+        return noise
 
     def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Epsilon (b, 4, h, w) for latents `x` at progress `tau` (b,)."""
@@ -198,12 +202,12 @@ class StableDiffusion:
         return result
 
     def to_x0(self, prediction: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """x0 = (x - sqrt(1 - a) epsilon) / sqrt(a)."""
+        """Finished latents x0 = (x - sqrt(1 - a) epsilon) / sqrt(a)."""
         signal, noise = self._rates(x, tau)
         return (x - noise * prediction) / signal
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """x = sqrt(a) x0 + sqrt(1 - a) noise."""
+        """Latents x = sqrt(a) x0 + sqrt(1 - a) noise."""
         signal, rate = self._rates(x0, tau)
         return signal * x0 + rate * noise
 
@@ -279,7 +283,7 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         # Parts that are given (as None) are not downloaded.
         parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        return Path(StableDiffusionPipeline.download(repo, revision=revision, use_safetensors=True, **parts))
+        return Path(_Pipeline.download(repo, revision=revision, use_safetensors=True, **parts))
     except GatedRepoError as error:
         raise EnvironmentProblem(
             f"{repo} is gated: accept its licence at huggingface.co/{repo}, then run 'hf auth login'."
@@ -299,7 +303,8 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor of a model folder, sharded or not, of the main variant."""
-    paths = sorted(folder.glob("diffusion_pytorch_model-*-of-*.safetensors")) or [folder / "diffusion_pytorch_model.safetensors"]
+    name = "diffusion_pytorch_model"
+    paths = sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [folder / f"{name}.safetensors"]
     where: dict[str, Path] = {}
     for path in paths:
         with safe_open(path, "pt") as file:

@@ -1,0 +1,304 @@
+"""An erasure in memory and on disk: one small LoRA file per concept that loads in plain diffusers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from erasekit.concepts import Concept
+from erasekit.deltas import Deltas, Dense, LowRank, compress, concatenate
+from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from erasekit.method import RunContext
+
+SCHEMA_VERSION = 1
+MANIFEST = "erasure.json"
+ALL = "all.safetensors"
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What a method computed, and from what.
+
+    Attributes:
+        method: its registered name.
+        config: its settings, as plain data.
+        concepts: what was erased.
+        backbone: the registered name of the base.
+        prefix: the denoiser's name in the pipeline.
+        base: `repo`, `revision` and `sha256` of the base (see `Backbone.fingerprint`).
+        deltas: {concept: {part: deltas}}. A part is what can be loaded on its own, e.g. "refine" and "adapter"; an
+            adapter that several concepts share stands under a name of its own.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    concepts: tuple[Concept, ...]
+    backbone: str
+    prefix: str
+    base: Mapping[str, str]
+    deltas: Mapping[str, Mapping[str, Deltas]]
+
+    @classmethod
+    def of(
+        cls, ctx: RunContext, *, method: str, config: Mapping[str, Any], deltas: Mapping[str, Mapping[str, Deltas]]
+    ) -> Erasure:
+        """The erasure of `ctx.concepts` from `ctx.backbone`."""
+        backbone = ctx.backbone
+        return cls(
+            method=method,
+            config=config,
+            concepts=ctx.concepts,
+            backbone=backbone.name,
+            prefix=backbone.prefix,
+            base={"repo": backbone.source, "revision": backbone.revision, "sha256": backbone.fingerprint()},
+            deltas=deltas,
+        )
+
+    def total(self) -> Deltas:
+        """The sum over concepts and parts, as `all.safetensors` holds it."""
+        return concatenate([part for parts in self.deltas.values() for part in parts.values()])
+
+    def save(self, folder: Path) -> str:
+        """Write the erasure, replacing what is in `folder`; it appears there whole or not at all.
+
+        The same deltas give the same bytes: time and environment stand in `erasure.json` only.
+
+        Returns:
+            SHA-256 over the tensor files' names and hashes.
+
+        Raises:
+            ErasekitError: the erasure holds no deltas, or values that are not finite.
+            EnvironmentProblem: the folder cannot be written.
+        """
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            files, parts = self._write_tensors(temporary)
+            manifest = json.dumps(self._manifest(files, parts), indent=1, ensure_ascii=False)
+            (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
+            _replace(folder, temporary)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise EnvironmentProblem(f"Cannot write '{folder}': {reason}. Free disk space or choose another folder.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return digest(files)
+
+    @classmethod
+    def load(cls, folder: Path, base_fingerprint: str | None = None) -> Erasure:
+        """Read an erasure, every file checked against its hash.
+
+        Raises:
+            UsageError: the folder holds no erasure, one of a newer erasekit, or one of another base.
+            EnvironmentProblem: a file is missing or damaged.
+        """
+        manifest = read_manifest(folder, base_fingerprint)
+        for name in manifest["files"]:
+            _check(folder, manifest, name)
+        deltas = {
+            entry: {part: _read_deltas(folder / file, manifest["denoiser"]) for part, file in parts.items()}
+            for entry, parts in manifest["parts"].items()
+        }
+        return cls(
+            method=manifest["method"],
+            config=manifest["config"],
+            concepts=tuple(Concept.model_validate(c) for c in manifest["concepts"]),
+            backbone=manifest["backbone"],
+            prefix=manifest["denoiser"],
+            base=manifest["base"],
+            deltas=deltas,
+        )
+
+    def _write_tensors(self, folder: Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """Write all tensor files; their hashes, and which file holds which part of which concept."""
+        files: dict[str, str] = {}
+        parts: dict[str, dict[str, str]] = {}
+        stems = file_stems(list(self.deltas))
+        for entry, own in self.deltas.items():
+            whole = f"{stems[entry]}.safetensors"
+            files[whole] = _write(folder / whole, concatenate(list(own.values())), self.prefix)
+            parts[entry] = {part: f"parts/{stems[entry]}.{_slug(part)}.safetensors" if len(own) > 1 else whole for part in own}
+            if len(own) > 1:
+                files |= {parts[entry][part]: _write(folder / parts[entry][part], d, self.prefix) for part, d in own.items()}
+        files[ALL] = _write(folder / ALL, self.total(), self.prefix)
+        return files, parts
+
+    def _manifest(self, files: Mapping[str, str], parts: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+        config = json.loads(json.dumps(self.config, default=str))
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "base": dict(self.base),
+            "backbone": self.backbone,
+            "denoiser": self.prefix,
+            "method": self.method,
+            "config": config,
+            "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8],
+            "concepts": [c.model_dump(mode="json") for c in self.concepts],
+            "parts": parts,
+            "files": files,
+            "erasure_sha256": digest(files),
+            "environment": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "peft")},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def file_stems(names: Sequence[str]) -> dict[str, str]:
+    """A file name without ending for each concept: plain letters, distinct, also fit to name a diffusers adapter."""
+    stems: dict[str, str] = {}
+    for name in names:
+        stem = _slug(name)
+        taken = {"all", *stems.values()}
+        stems[name] = next(s for s in (stem, *(f"{stem}-{k}" for k in range(2, len(names) + 3))) if s not in taken)
+    return stems
+
+
+def digest(files: Mapping[str, str]) -> str:
+    """SHA-256 over the names and hashes of tensor files."""
+    lines = sorted(f"{name} {sha256}\n" for name, sha256 in files.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, base_fingerprint: str | None = None) -> dict[str, Any]:
+    """What `erasure.json` says; the tensor files are not looked at.
+
+    Raises:
+        UsageError: the folder holds no erasure, one of a newer erasekit, or one of another base.
+        EnvironmentProblem: `erasure.json` is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"'{folder}' holds no erasure: there is no {MANIFEST} in it.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        newer, base = manifest["schema_version"] > SCHEMA_VERSION, manifest["base"]
+        if digest(manifest["files"]) != manifest["erasure_sha256"]:
+            raise ValueError("its hashes do not belong together")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentProblem(f"'{path}' is damaged ({error}). Copy the erasure again, or make it again.") from error
+    if newer:
+        raise UsageError(f"'{folder}' was written by a newer erasekit (schema {manifest['schema_version']}); update erasekit.")
+    if base_fingerprint is not None and base["sha256"] != base_fingerprint:
+        raise UsageError(
+            f"'{folder}' was made for another base, {base['repo']} ({base['sha256'][:8]}); this one is {base_fingerprint[:8]}. "
+            f"Use it with '--backbone {manifest['backbone']}'."
+        )
+    return manifest
+
+
+def load_into(
+    pipe: Any, folder: Path, concepts: Sequence[str] | None = None, *, base_fingerprint: str | None = None
+) -> list[str]:
+    """Load an erasure into a diffusers pipeline with the pipeline's own `load_lora_weights`.
+
+    Args:
+        pipe: the pipeline of the erasure's base.
+        folder: the erasure.
+        concepts: load these, an adapter each; all of them as one adapter (`all`) if left out.
+        base_fingerprint: refuse an erasure of another base.
+
+    Returns:
+        The adapters' names, all active, for `pipe.set_adapters`.
+
+    Raises:
+        UsageError: see `read_manifest`; or the erasure has no such concept, or the pipeline's projections are fused.
+        EnvironmentProblem: a file is missing or damaged.
+        ErasekitError: diffusers did not load every tensor.
+    """
+    manifest = read_manifest(folder, base_fingerprint)
+    stems = file_stems(list(manifest["parts"]))
+    for concept in concepts or ():
+        if concept not in stems:
+            raise unknown("concept of this erasure", concept, stems, f"{folder}/{MANIFEST}")
+    names = ["all"] if concepts is None else [stems[c] for c in concepts]
+    denoiser: Any = getattr(pipe, manifest["denoiser"])
+    if any(getattr(m, "fused_projections", False) for m in denoiser.modules()):
+        raise UsageError(
+            "The pipeline's projections are fused and would bypass the erasure: call unfuse_qkv_projections() first."
+        )
+    for name in names:
+        _load_file(pipe, denoiser, folder, manifest, name)
+    if names:
+        pipe.set_adapters(names)
+    return names
+
+
+def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Load one file as the adapter `name` and see that every tensor arrived."""
+    from peft.functional import get_peft_model_state_dict
+
+    file = f"{name}.safetensors"
+    _check(folder, manifest, file)
+    pipe.load_lora_weights(folder, weight_name=file, adapter_name=name)
+    saved = {key.removeprefix(f"{manifest['denoiser']}.") for key in load_file(folder / file)}
+    loaded = get_peft_model_state_dict(denoiser, adapter_name=name).keys() if name in denoiser.peft_config else set()
+    if saved != loaded:
+        raise ErasekitError(f"'{file}' holds {len(saved)} tensors, the pipeline loaded {len(saved & loaded)} of them.")
+
+
+def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """See that a tensor file is what was written."""
+    try:
+        sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise EnvironmentProblem(f"'{folder / name}' cannot be read ({error.strerror}). Copy the erasure again.") from error
+    if sha256 != manifest["files"][name]:
+        raise EnvironmentProblem(f"'{folder / name}' is damaged: its SHA-256 is not the recorded one. Copy the erasure again.")
+
+
+def _write(path: Path, deltas: Deltas, prefix: str) -> str:
+    """Write deltas as diffusers' `save_lora_weights` does: PEFT keys with the pipeline's prefix, scale baked into B.
+
+    Returns:
+        The file's SHA-256.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for module, delta in deltas.items():
+        full = isinstance(delta, LowRank) and delta.rank > min(delta.up.shape[0], delta.down.shape[1])
+        low = compress(delta) if isinstance(delta, Dense) or full else delta
+        tensors[f"{prefix}.{module}.lora_A.weight"] = low.down.detach().float().cpu().contiguous()
+        tensors[f"{prefix}.{module}.lora_B.weight"] = low.up.detach().float().cpu().contiguous()
+    if not tensors or not all(t.isfinite().all() for t in tensors.values()):
+        raise ErasekitError(
+            f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
+        )
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_deltas(path: Path, prefix: str) -> Deltas:
+    tensors = {key.removeprefix(f"{prefix}."): tensor for key, tensor in load_file(path).items()}
+    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {m: LowRank(up=tensors[f"{m}.lora_B.weight"], down=tensors[f"{m}.lora_A.weight"]) for m in modules}
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Give a finished folder its name; what had the name is moved aside first, since folders cannot be overwritten."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _slug(name: str) -> str:
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "concept"
+    # peft keeps adapters in a ModuleDict, which has no room for the names of its own attributes.
+    return f"{slug}-concept" if hasattr(nn.ModuleDict(), slug) else slug
