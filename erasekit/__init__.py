@@ -13,7 +13,7 @@ from erasekit.hookspecs import hookimpl
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "run": "erasekit.run",
+    "run": "erasekit.runner",
     "RunConfig": "erasekit.config",
     "RunResult": "erasekit.results",
     "Concept": "erasekit.concepts",

@@ -56,6 +56,7 @@ class Plan:
     Attributes:
         config: what was asked for, with registered names in place of aliases.
         separate: each concept is a run of its own, and this plan is their summary.
+        erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class Plan:
     concepts: tuple[Concept, ...]
     protocol: Protocol
     separate: bool = False
+    erasure_sha256: str = ""
 
     @property
     def hash(self) -> str:
@@ -75,6 +77,7 @@ class Plan:
             **self.config.model_dump(include={"method", "backbone", "task", "seed", "limit"}),
             "task_version": self.task.version,
             "separate": self.separate,
+            "erasure": self.erasure_sha256,
             "concepts": [c.model_dump() for c in self.concepts],
             "settings": [c.model_dump(mode="json") for c in (self.backbone_config, self.method_config, self.protocol)],
         }
@@ -160,7 +163,7 @@ def _mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") 
         where = prefix + ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
             fields = {**model.model_fields, **({} if prefix else {f"options.{k}": None for k in Options.model_fields})}
-            lines.append(str(unknown("setting", where, [prefix + name for name in fields], "erasekit ls settings")))
+            lines.append(str(unknown("setting", where, [prefix + name for name in fields], "erasekit run --dry-run")))
         else:
             given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
             lines.append(f"Setting '{where}': {fault['msg'][0].lower()}{fault['msg'][1:]}{given}.")
@@ -181,13 +184,17 @@ class _Mistakes:
             self.lines.append(str(error))
             return None
 
-    def settings(self, model: Any, values: Mapping[str, Any], prefix: str) -> Any:
-        """The validated settings, or None and their faults noted."""
-        try:
-            return model.model_validate(values)
-        except ValidationError as error:
-            self.lines += _mistakes(error, model, prefix)
-            return None
+
+def settings_of(model: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    """Validated settings; `prefix` ("method.") is how a user writes them.
+
+    Raises:
+        UsageError: lists every fault, one a line.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_mistakes(error, model, prefix))) from None
 
 
 def resolve(config: RunConfig, registries: Registries) -> Plan:
@@ -205,10 +212,13 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     task = backbone and faults.attempt(_task, config.task, backbone.domain, registries)
 
     options = config.options
-    backbone_config = backbone and faults.settings(backbone.Config, options.backbone, "backbone.")
-    method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config, faults)
-    protocol = task and faults.settings(type(task.protocol), task.protocol.model_dump() | options.protocol, "protocol.")
+    backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
+    method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config)
+    values = task and task.protocol.model_dump() | options.protocol
+    protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
     concepts = _concepts(task, config, faults) if task else ()
+    for slot, choice in _choices(method, method_config) if method_config else ():
+        faults.attempt(registries.components.entry_of, slot, choice)
     if method and backbone:
         faults.lines += _unmet(method_entry.name, method, backbone_entry.name, backbone)
     if faults.lines:
@@ -227,7 +237,7 @@ def _task(name: str, domain: str, registries: Registries) -> Any:
     return task
 
 
-def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig, faults: _Mistakes) -> Any:
+def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig) -> Any:
     """The method's settings: its own, then the backbone's family's and name's, then the preset's, then the user's."""
     if config.preset and config.preset not in method.presets:
         raise unknown(f"preset of '{config.method}'", config.preset, method.presets, "erasekit ls methods")
@@ -237,7 +247,13 @@ def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunC
     values: dict[str, Any] = {}
     for layer in layers:
         values = _merge(values, layer)
-    return faults.settings(method.Config, values, "method.")
+    return settings_of(method.Config, values, "method.")
+
+
+def _choices(method: Any, config: Any) -> list[tuple[str, str]]:
+    """The components that a method's settings name, as (slot, name)."""
+    values = [(slot, getattr(config, slot)) for slot in method.slots]
+    return [(slot, name) for slot, value in values for name in ([value] if isinstance(value, str) else value)]
 
 
 def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...]:

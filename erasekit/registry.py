@@ -133,6 +133,16 @@ class ComponentRegistry(Names):
         """The names registered for a slot."""
         return [e.name.partition("/")[2] for e in self.entries() if e.name.startswith(f"{slot}/")]
 
+    def entry_of(self, slot: str, name: str) -> Entry:
+        """The entry of the choice `name` of `slot`.
+
+        Raises:
+            UsageError: the slot has no such choice; says the nearest one.
+        """
+        if name not in self.choices(slot):
+            raise unknown(f"choice for '{slot}'", name, self.choices(slot), "erasekit ls components")
+        return self.entry(f"{slot}/{name}")
+
     def get(self, slot: str, name: str) -> Any:
         """The callable registered as the choice `name` of `slot`.
 
@@ -140,9 +150,7 @@ class ComponentRegistry(Names):
             UsageError: the slot has no such choice; says the nearest one.
             BrokenPlugin: it cannot be imported.
         """
-        if name not in self.choices(slot):
-            raise unknown(f"choice for '{slot}'", name, self.choices(slot), "erasekit ls components")
-        return self.entry(f"{slot}/{name}").load()
+        return self.entry_of(slot, name).load()
 
 
 class TaskRegistry(Names):

@@ -1,0 +1,48 @@
+"""`erasekit evaluate`: measure an erasure that exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erasekit.cli import options
+from erasekit.cli.progress import listener
+from erasekit.cli.run import show_results
+from erasekit.config import build
+
+
+def command(
+    erasure: Annotated[Path, typer.Argument(help="The folder of an erasure.", show_default=False)],
+    task: options.Task = None,
+    seed: options.Seed = None,
+    limit: options.Limit = None,
+    settings: options.Set = None,
+    out: options.Out = Path("runs"),
+    force: Annotated[bool, typer.Option("--force", help="Measure again, even if the run is finished.")] = False,
+    plugin: options.Plugin = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw pictures with an erasure and without, measure both, and write a report."""
+    from erasekit.erasure import read_manifest
+    from erasekit.runner import planned, run
+
+    manifest = read_manifest(erasure)
+    flags = {
+        "method": manifest["method"],
+        "backbone": manifest["backbone"],
+        "concepts": tuple(c["name"] for c in manifest["concepts"]),
+        "options": {"method": manifest["config"]},
+        "task": task,
+        "seed": seed,
+        "limit": limit,
+    }
+    wanted = build(flags, overrides=settings or ())
+    registries = options.registries(plugin)
+    with listener() as told:
+        result = run(wanted, out=out, force=force, listener=told, registries=registries, erasure=erasure)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    else:
+        show_results(planned(wanted, registries, erasure=erasure), out)

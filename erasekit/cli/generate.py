@@ -1,0 +1,84 @@
+"""`erasekit generate`: draw prompts, with or without an erasure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from erasekit.cli import options
+from erasekit.config import parse_overrides, settings_of
+from erasekit.errors import UsageError
+from erasekit.tasks import Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from erasekit.plugins import Registries
+
+Erasure = Annotated[
+    Path | None, typer.Option("--erasure", "-e", metavar="FOLDER", help="An erasure to load.", show_default=False)
+]
+
+
+def command(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw.", show_default=False)],
+    backbone: options.Backbone = None,
+    erasure: Erasure = None,
+    concept: options.Concept = None,
+    seed: Annotated[int, typer.Option("--seed", help="The seed of the first picture; each further one has the next.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="Pictures per prompt.")] = 1,
+    settings: options.Set = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the pictures are written.")] = Path("pictures"),
+    plugin: options.Plugin = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw pictures through the plain diffusers pipeline. With --concept, only those parts of the erasure are loaded."""
+    registries = options.registries(plugin)
+    chosen = parse_overrides(settings or ())
+    pictures = _draw(prompts, [seed + i for i in range(n)], backbone, erasure, concept, registries, chosen)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, picture in enumerate(pictures):
+        path = out / f"{i // n:03d}-{seed + i % n}.png"
+        picture.save(path)
+        paths.append(str(path))
+    typer.echo(json.dumps(paths, indent=1) if as_json else "\n".join(paths))
+
+
+def _draw(
+    prompts: list[str],
+    seeds: list[int],
+    backbone: str | None,
+    erasure: Path | None,
+    concepts: list[str] | None,
+    registries: Registries,
+    chosen: dict[str, Any],
+) -> list[Image]:
+    """Every prompt with every seed."""
+    from erasekit.erasure import load_into, read_manifest
+    from erasekit.safety import reject_unsafe
+    from erasekit.sampling import generate
+
+    if concepts and erasure is None:
+        raise UsageError("--concept chooses parts of an erasure: give --erasure FOLDER too.")
+    if unknown_parts := sorted(set(chosen) - {"backbone", "protocol"}):
+        raise UsageError(f"'{unknown_parts[0]}' has no settings here. Write backbone.key=value or protocol.key=value.")
+    reject_unsafe(prompts)
+    name = backbone or (read_manifest(erasure)["backbone"] if erasure else "sd15-mini")
+    kind = registries.backbones.get(name)
+    protocol = settings_of(Protocol, _usual(kind.domain, registries).model_dump() | chosen.get("protocol", {}), "protocol.")
+    loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
+    pipe = loaded.pipeline()
+    if erasure:
+        load_into(pipe, erasure, concepts or None, base_fingerprint=loaded.fingerprint())
+    return generate(pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
+
+
+def _usual(domain: str, registries: Registries) -> Protocol:
+    """How pictures of a domain are drawn: as its first task does, or as Stable Diffusion's authors did."""
+    tasks = [entry for entry in registries.tasks.entries() if entry.name.startswith(f"{domain}/")]
+    usual: Protocol = tasks[0].load().protocol if tasks else Protocol(sampler="default", steps=50, guidance=7.5, size=512)
+    return usual

@@ -1,0 +1,35 @@
+"""`erasekit report`: show finished runs, and write their reports again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erasekit.cli import options
+from erasekit.cli.tables import show
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    reveal: Annotated[bool, typer.Option("--reveal", help="Do not blur pictures.")] = False,
+    plugin: options.Plugin = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show the numbers of runs side by side, and write the report of each again."""
+    from erasekit.report import write_report
+    from erasekit.results import compare, read_result, table
+
+    results = [read_result(folder / "results.json") for folder in runs]
+    registries = options.registries(plugin)
+    for folder, result in zip(runs, results, strict=True):
+        if (folder / "scores.parquet").is_file():
+            task = registries.tasks.get(result.task, result.domain)
+            path = write_report(folder, task() if isinstance(task, type) else task, reveal=reveal)
+            typer.echo(f"Report: {path}", err=True)
+    if as_json:
+        typer.echo(json.dumps([r.model_dump(mode="json") for r in results], indent=1))
+    else:
+        show(*(table(results[0]) if len(results) == 1 else compare(results)))

@@ -1,0 +1,90 @@
+"""`erasekit run`: the whole line, from names to a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from erasekit.cli import options
+from erasekit.cli.progress import listener
+from erasekit.cli.tables import show
+from erasekit.config import Plan, RunConfig, build, resolve
+from erasekit.rundir import path_of
+
+
+def command(
+    method: options.Method = None,
+    backbone: options.Backbone = None,
+    task: options.Task = None,
+    concept: options.Concept = None,
+    seed: options.Seed = None,
+    limit: options.Limit = None,
+    preset: options.Preset = None,
+    config: options.Config = None,
+    settings: options.Set = None,
+    out: options.Out = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; load nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew, even if the run is finished.")] = False,
+    plugin: options.Plugin = None,
+    as_json: options.Json = False,
+) -> None:
+    """Erase concepts, draw pictures before and after, measure both, and write a report.
+
+    The same command goes on with a run that was stopped, and shows the numbers of one that is finished.
+    """
+    names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
+    wanted = build({**names, "seed": seed, "limit": limit, "preset": preset}, file=config, overrides=settings or ())
+    registries = options.registries(plugin)
+    plan = resolve(wanted, registries)
+    if dry_run:
+        _show_plan(plan, out, as_json=as_json)
+        return
+    from erasekit.runner import run
+
+    with listener() as told:
+        result = run(wanted, out=out, force=force, listener=told, registries=registries)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    else:
+        show_results(plan, out)
+
+
+def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+    """Print what would be done: every setting with what it means, and the directory of every run."""
+    parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
+    names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
+    runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
+    if as_json:
+        settings = {part: values.model_dump(mode="json") for part, values in parts.items()}
+        typer.echo(json.dumps({**names, "options": settings, "runs": runs}, indent=1))
+        return
+    rows = [[name, str(value), RunConfig.model_fields[name].description or ""] for name, value in names.items()]
+    for part, values in parts.items():
+        fields = type(values).model_fields
+        rows += [[f"{part}.{k}", str(v), fields[k].description or ""] for k, v in values.model_dump(mode="json").items()]
+    show(["setting", "value", "meaning"], rows)
+    show(["run", "concepts"], [[path, ", ".join(concepts)] for path, concepts in runs.items()])
+
+
+def show_results(plan: Plan, out: Path) -> None:
+    """Print the numbers of a finished plan, where its report is, and how to load its erasure in diffusers."""
+    from erasekit.erasure import read_manifest
+    from erasekit.modelcard import load_lines
+    from erasekit.results import number, read_result, table
+
+    folder = path_of(out, plan)
+    result = read_result(folder / "results.json")
+    title = f"{plan.task.title or plan.task.name}: {plan.config.method} on {plan.config.backbone}"
+    if plan.separate:
+        singles = [(p.concepts[0].name, read_result(path_of(out, p) / "results.json")) for p in plan.singles()]
+        rows = [[name, *(number(r.metrics[m].value) for m in result.metrics)] for name, r in singles]
+        show(["concept", *result.metrics], rows, title=title)
+    show(*table(result), title="mean over the concepts" if plan.separate else f"{title}, erased: {', '.join(result.concepts)}")
+    if plan.separate:
+        typer.echo(f"\nThe reports are beside {folder}")
+        return
+    lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"))
+    typer.echo(f"\nReport: {folder / 'report.html'}\n\n{lines}", nl=False)
