@@ -16,7 +16,7 @@ NOT_PROMISED = (
     "fine-tuning can bring it back.",
     "The file is an edit on top of the base: whoever takes it off has the base model again, concept and all.",
     "It is no proof that the training data have left the weights, in any legal sense.",
-    "Evaluators err. A share of 0 means that they found nothing in this many pictures; look at the interval, and at the pictures.",
+    "Evaluators err. A share of 0 means that they found nothing in so many pictures: look at the interval, and at them.",
 )
 
 
@@ -62,7 +62,7 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
         .render(
             record=record,
             concepts=[c["name"] for c in record["concepts"]],
-            files=[name for name in record["files"] if "/" not in name],
+            files=[name for name in record["files"] if "/" not in name and name != "all.safetensors"],
             result=result,
             load=load_lines(record, "."),
             limits=NOT_PROMISED,

@@ -52,35 +52,31 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False) -> Path:
     """
     blur = task.blurred and not reveal
     sets = _pairs(read_scores(directory / "scores.parquet"))
-    record = _json(directory / "erasure" / "erasure.json")
-    result = read_result(directory / "results.json")
     for name, pairs in sets.items():
         paths = [[_path(directory, row) for row in side] for side in zip(*pairs, strict=True)]
         captions = [pair.base["prompt"] for pair in pairs]
         grid(paths[0], paths[1], directory / "samples" / f"{name}.png", captions=captions, blur=blur)
-    page = (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            title=task.title or task.name,
-            result=result,
-            sets=[(SET_TITLES.get(s, s), [_figure(directory, p, blur=blur) for p in pairs]) for s, pairs in sets.items()],
-            blur=blur,
-            curves=curves(_log(directory / "log.jsonl")),
-            certificate=_json(directory / "certificate.json"),
-            config=_text(directory / "config.toml"),
-            environment=_json(directory / "env.json"),
-            load=load_lines(record) if record else "",
-            limits=NOT_PROMISED,
-            meaning=meaning,
-            number=number,
-            scale=scale,
-        )
-    )
+    figures = [(SET_TITLES.get(s, s), [_figure(directory, p, blur=blur) for p in pairs]) for s, pairs in sets.items()]
+    content = _content(directory) | {"title": task.title or task.name, "sets": figures, "blur": blur}
+    page = templates().get_template("report.html.j2").render(content, meaning=meaning, number=number, scale=scale)
     path = directory / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _content(directory: Path) -> dict[str, Any]:
+    """What the page says besides its pictures."""
+    record = _json(directory / "erasure" / "erasure.json")
+    return {
+        "result": read_result(directory / "results.json"),
+        "curves": curves(_log(directory / "log.jsonl")),
+        "certificate": _json(directory / "certificate.json"),
+        "config": _text(directory / "config.toml"),
+        "environment": _json(directory / "env.json"),
+        "load": load_lines(record) if record else "",
+        "limits": NOT_PROMISED,
+    }
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Pair]]:
@@ -111,7 +107,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _path(directory: Path, row: Mapping[str, Any]) -> Path:
-    return directory / "images" / row["side"] / row["file"]
+    return directory / "images" / str(row["side"]) / str(row["file"])
 
 
 def _open(path: Path, *, blur: bool) -> Image.Image | None:
