@@ -263,7 +263,7 @@ def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
 
 
 def _write(path: Path, deltas: Deltas, prefix: str) -> str:
-    """Write deltas as diffusers' `save_lora_weights` does: PEFT keys with the pipeline's prefix, scale baked into B.
+    """Write what diffusers' `save_lora_weights` does: PEFT keys with the pipeline's prefix, scale baked into B.
 
     Returns:
         The file's SHA-256.
@@ -279,8 +279,21 @@ def _write(path: Path, deltas: Deltas, prefix: str) -> str:
             f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
         )
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    # One entry only: safetensors writes several in random order, and the same erasure has to give the same bytes.
+    save_file(tensors, path, metadata={"lora_adapter_metadata": _lora_config(tensors, prefix)})
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _lora_config(tensors: Mapping[str, torch.Tensor], prefix: str) -> str:
+    """The header in which diffusers looks for a LoRA's settings.
+
+    Without it, diffusers before 0.40 scales layers of other than the commonest rank by the wrong alpha.
+    """
+    ranks = {k.removesuffix(".lora_A.weight").removeprefix(f"{prefix}."): len(t) for k, t in tensors.items() if ".lora_A." in k}
+    rank = next(iter(ranks.values()))
+    pattern = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
+    config = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
+    return json.dumps({f"{prefix}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
 
 
 def _read_deltas(path: Path, prefix: str) -> Deltas:
