@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from erasekit.errors import EnvironmentProblem, UsageError
@@ -204,7 +204,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     net, tower = MiniClassifier(), MiniImageTower(tiny.WIDTH)
     for name, module in (("classifier", net), ("image_tower", tower)):
-        half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        half = {k: v.half() for k, v in module.state_dict().items() if "num_batches" not in k}
         save_file(half, path / f"{name}.safetensors")
     card = {"version": 7, "thresholds": dict.fromkeys(MiniClassifier.PRESENT, 0.5), "accuracy": {}}
     (path / "classifier.json").write_text(json.dumps(card))
@@ -289,6 +289,24 @@ def test_frechet_against_the_base_and_against_renders(folder):
     assert renders.value == pytest.approx(renders.base)
     assert renders.value > 0
     assert renders.evaluator == "mini-frechet"
+
+
+def test_a_text_tower_without_its_projection_is_refused(folder, tmp_path):
+    for file in folder.rglob("*.*"):
+        (tmp_path / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+        (tmp_path / file.relative_to(folder)).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    del tensors["text_projection.weight"]
+    save_file(tensors, tmp_path / "text_encoder" / "model.safetensors")
+    with pytest.raises(EnvironmentProblem, match="text_projection"):
+        ClipScore(tmp_path, tmp_path)
+
+
+def test_damaged_weights_are_one_line(folder, tmp_path):
+    for name in ("classifier.safetensors", "classifier.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[:-100])
+    with pytest.raises(EnvironmentProblem, match="damaged"):
+        Classifier(tmp_path)
 
 
 @pytest.mark.parametrize("make", [Classifier, lambda folder: ClipScore(folder, folder), Frechet])

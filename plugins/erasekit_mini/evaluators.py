@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from erasekit.errors import EnvironmentProblem
@@ -47,16 +49,29 @@ def present(*paths: Path) -> None:
             raise EnvironmentProblem(f"Weights of the mini evaluators are missing: '{path.name}'. Install erasekit again.")
 
 
-def _weights(path: Path) -> dict[str, torch.Tensor]:
-    """Weights as shipped (half precision), in float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load weights as they are shipped: in half precision, and without the step counters of batch norms.
+
+    Raises:
+        EnvironmentProblem: a tensor is missing, or the file is not one of this network.
+    """
+    try:
+        stored = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        found = net.load_state_dict(stored, strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise EnvironmentProblem(
+            f"Weights of the mini evaluators are damaged: '{path.name}'. Install erasekit again."
+        ) from error
+    missing = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
+    if wrong := missing + found.unexpected_keys:
+        raise EnvironmentProblem(f"'{path.name}' does not fit '{type(net).__name__}': {wrong[0]}. Install erasekit again.")
 
 
 def load_classifier(folder: Path) -> MiniClassifier:
     """The classifier with its weights, ready to judge."""
     present(folder / "classifier.safetensors", folder / "classifier.json")
     net = MiniClassifier()
-    net.load_state_dict(_weights(folder / "classifier.safetensors"))
+    load_weights(net, folder / "classifier.safetensors")
     return net.eval()
 
 
@@ -120,14 +135,14 @@ class ClipScore(Evaluator):
 
     def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
         """Load the image tower from `folder`, and the text tower and tokenizer of the model in `text`."""
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
         weights = folder / "image_tower.safetensors", text / "text_encoder" / "model.safetensors"
         present(*weights)
-        tower = _weights(weights[0])
-        self._image = MiniImageTower(tower["project.weight"].shape[0]).eval()
-        self._image.load_state_dict(tower)
-        self._text = CLIPTextModelWithProjection.from_pretrained(text / "text_encoder", dtype=torch.float32).eval()
+        self._text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(text / "text_encoder")).eval()
+        self._image = MiniImageTower(self._text.config.projection_dim).eval()
+        load_weights(self._image, weights[0])
+        load_weights(self._text, weights[1])
         self._tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
         self._sha256 = sha256(*weights)
         self._scores: dict[str, list[float]] = {"base": [], "erased": []}  # of clean prompts
