@@ -1,0 +1,122 @@
+"""A whole world in one plugin file: a backbone, a task, an evaluator and a method that trains, small enough for tests."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from erasekit import Concept, Erasure, Evaluator, Method, Prompt, Protocol, RunContext, Task, hookimpl
+from erasekit.adapters import AdapterBank
+from erasekit.errors import unknown
+from erasekit.evaluators import Scores, wilson
+from erasekit.results import Metric
+from erasekit.training import TrainingConfig, train
+from tests.tiny import TinySD
+
+SEEDS = {"train": 0, "validation": 100, "evaluation": 200}
+
+
+class Words(Task):
+    """Two words and two others."""
+
+    name = "words"
+    domain = "mini"
+    title = "Words of the tiny world"
+    concepts = ("cat", "dog")
+    evaluators = ("red",)
+    protocol = Protocol(sampler="ddim", steps=2, guidance=2.0, size=16, batch=2)
+
+    def concept(self, text):
+        concept = Concept.parse(text)
+        if concept.name not in self.concepts:
+            raise unknown("concept", concept.name, self.concepts, "erasekit ls tasks")
+        return concept.model_copy(update={"neutral": "thing"})
+
+    def prompts(self, which, concepts, split, limit=None):
+        erased = [c.name for c in concepts]
+        words = {"erase": erased, "preserve": ["ship"], "clean": ["red", "kitten", "photo"]}.get(which, [])
+        texts = [f"a photo of a {word}" for word in words][:limit]
+        return [
+            Prompt(t, SEEDS[split] + i, w, which, w if w in erased else "")
+            for i, (t, w) in enumerate(zip(texts, words, strict=False))
+        ]
+
+    def aggregate(self, rows, concepts):
+        values = [[r["red"] for r in rows[side] if r["set"] == "erase"] for side in ("erased", "base")]
+        value, base = (sum(v) / len(v) for v in values)
+        n = len(values[0])
+        return {"acc_e": Metric(value=value, base=base, ci95=wilson(value, n), n=n, higher_is_better=False, evaluator="red")}
+
+
+class Red(Evaluator):
+    """Whether a picture is more red than green."""
+
+    name = "red"
+
+    def __init__(self):
+        self.rows = []
+
+    def describe(self):
+        return {"model": "mean of channels", "version": self.version, "sha256": ""}
+
+    def update(self, batch):
+        means = batch.pictures.double().mean((2, 3))
+        self.rows += [{"red": float(r > g)} for r, g, _ in means.tolist()]
+
+    def compute(self):
+        return Scores(self.rows)
+
+
+class PullConfig(TrainingConfig):
+    """Settings."""
+
+    steps: int = Field(12, ge=0, description="training steps")
+    checkpoint_every: int = Field(3, ge=1, description="steps between checkpoints")
+    rank: int = Field(2, ge=1, description="rank of the LoRA")
+    nan_at: int = Field(-1, description="a step whose loss is not a number; -1 for none")
+
+
+class Pull(Method):
+    """Pulls the concept's prediction towards the neutral word's at random latents."""
+
+    name = "pull"
+    Config = PullConfig
+    presets = {"short": {"steps": 2}}
+    config: PullConfig
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        bank, backbone = AdapterBank(ctx.backbone), ctx.backbone
+        word, neutral = (backbone.encode([f"a {w}"]) for w in (ctx.concepts[0].name, "thing"))
+        bank.add("pull", backbone.lora_targets("kv"), self.config.rank, ctx.generator("init"))
+
+        def losses(batch, generator):
+            x, tau = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
+            with torch.no_grad(), bank.teacher():
+                target = backbone.predict(x, tau, neutral.repeat(2))
+            error = (backbone.predict(x, tau, word.repeat(2)) - target).square().mean()
+            return {"pull": error * float("nan") if batch == self.config.nan_at else error}
+
+        train(losses, bank.train_only("pull"), self.config, ctx=ctx, name="pull")
+        deltas = {ctx.concepts[0].name: {"adapter": bank.deltas("pull")}}
+        bank.remove()
+        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+
+
+@hookimpl
+def register_backbones(register):
+    register("tiny", TinySD, aliases=("tiny-sd",), summary="random weights")
+
+
+@hookimpl
+def register_tasks(register):
+    register("mini/words", Words, summary="two words")
+
+
+@hookimpl
+def register_evaluators(register):
+    register("red", Red, summary="more red than green")
+
+
+@hookimpl
+def register_methods(register):
+    register("pull", Pull, summary="trains for a second")
