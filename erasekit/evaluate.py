@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from erasekit.evaluators import Batch, Evaluator, Side
 from erasekit.results import Metric
 from erasekit.sampling import load_pictures
 from erasekit.tasks import Prompt, Task
+
+log = logging.getLogger("erasekit")
 
 
 class Evaluation(NamedTuple):
@@ -79,7 +82,9 @@ def _show(evaluator: Evaluator, batch: Batch, problems: dict[str, Exception]) ->
         evaluator.update(batch)
         return list(range(len(batch.prompts)))
     except Exception as error:  # a detector may fail in any way, and a failure must be counted, whatever it is
-        problems.setdefault(evaluator.name, error)
+        if len(batch.prompts) == 1 and evaluator.name not in problems:
+            problems[evaluator.name] = error
+            log.warning("'%s' fails on a picture of '%s': %s", evaluator.name, batch.prompts[0].text, error)
         if len(batch.prompts) == 1:
             return []
     singles = [Batch(batch.pictures[i : i + 1], [p], batch.side) for i, p in enumerate(batch.prompts)]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.evaluators import Batch
+from erasekit.evaluators import Batch, bootstrap
 from erasekit.tasks import Prompt
 from erasekit_mini import vocabulary as words
 from erasekit_mini.evaluators import Classifier, ClipScore, Frechet
@@ -168,6 +168,22 @@ def test_a_perfect_and_a_useless_erasure():
     assert OBJECTS.aggregate(rows(useless), [OBJECTS.concept("cat")])["h_o"].value == 0.0
 
 
+def test_the_interval_of_the_harmonic_mean_is_near_a_bootstrap_and_keeps_its_width():
+    sizes = {"erase": (60, 12), "synonyms": (60, 18), "preserve": (80, 64)}
+    groups = {which: np.array([1.0] * k + [0.0] * (n - k)) for which, (n, k) in sizes.items()}
+    erased = [r for which, flags in groups.items() for r in shown(which, "cat" if which != "preserve" else "dog", flags)]
+    found = OBJECTS.aggregate(rows(erased), [OBJECTS.concept("cat")])["h_o"]
+
+    def statistic(drawn) -> float:
+        return 3 / (1 / (1 - drawn[0].mean()) + 1 / (1 - drawn[1].mean()) + 1 / drawn[2].mean())
+
+    assert found.ci95 == pytest.approx(bootstrap(list(groups.values()), statistic, draws=4000), abs=0.015)
+    perfect = shown("erase", "cat", [0] * 50) + shown("synonyms", "cat", [0] * 50) + shown("preserve", "dog", [1] * 180)
+    found = OBJECTS.aggregate(rows(perfect), [OBJECTS.concept("cat")])["h_o"]
+    assert found.value == found.ci95[1] == 1.0
+    assert 0.95 < found.ci95[0] < 0.98
+
+
 def test_without_pictures_there_is_no_number():
     found = OBJECTS.aggregate(rows(shown("erase", "cat", [0])), [OBJECTS.concept("cat")])
     assert found["acc_e"].value == 0.0
@@ -272,11 +288,17 @@ def test_the_clip_score_is_a_cosine_per_picture(folder):
     assert metric.value == pytest.approx(np.mean(scores[3:]))
     assert metric.ci95[0] <= metric.value <= metric.ci95[1]
     with torch.no_grad():  # an independent path: one picture, one prompt, cosine by hand
-        ids = scorer._tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
+        ids = scorer._tokenizer(["a cat"], padding="max_length", max_length=tiny.LENGTH, return_tensors="pt").input_ids
         text = scorer._text(input_ids=ids).text_embeds[0].double()
         image = scorer._image(batch().pictures[:1].float() / 127.5 - 1)[0].double()
     cosine = float(text @ image / text.norm() / image.norm())
     assert scores[0] == pytest.approx(max(0.0, 100 * cosine), abs=1e-3)
+
+
+def test_a_long_prompt_is_cut_as_the_model_cuts_it(folder):
+    scorer = ClipScore(folder, folder)
+    scorer.update(Batch(batch(1).pictures, [Prompt("a cat " * 50, 0, "", "clean")], "base"))
+    assert len(scorer.compute().rows) == 1
 
 
 def test_frechet_against_the_base_and_against_renders(folder):

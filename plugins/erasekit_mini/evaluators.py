@@ -164,8 +164,9 @@ class ClipScore(Evaluator):
 
     def _embed(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embedded:
-            ids = self._tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            self._embedded[prompt] = F.normalize(self._text(input_ids=ids).text_embeds[0], dim=-1)
+            length = self._text.config.max_position_embeddings
+            tokens = self._tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            self._embedded[prompt] = F.normalize(self._text(input_ids=tokens.input_ids).text_embeds[0], dim=-1)
         return self._embedded[prompt]
 
     def compute(self) -> Scores:

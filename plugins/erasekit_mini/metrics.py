@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from erasekit.evaluators import bootstrap, harmonic_mean, wilson
+from erasekit.evaluators import harmonic_mean, wilson
 from erasekit.results import Metric
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # "base" and "erased", scored pictures only
@@ -36,39 +37,41 @@ def shares(rows: Rows, erased: Sequence[str], *, mean: str, general: bool = Fals
 
     `acc_e` is the share of pictures of `erase` prompts that show the concept, `acc_g` the same for synonyms, `acc_s` the
     share of `preserve` pictures that show their own label; each a mean over labels. The harmonic mean is of 1 - acc_e, acc_s
-    and (with `general`) 1 - acc_g, as in MACE (Lu et al. 2024, section 4.1); its interval resamples pictures within labels.
+    and (with `general`) 1 - acc_g, as in MACE (Lu et al. 2024, section 4.1).
     """
     kept = list(dict.fromkeys(r["label"] for r in rows["erased"] if r["set"] == "preserve"))
     sets = {"acc_e": ("erase", erased), "acc_s": ("preserve", kept)} | ({"acc_g": ("synonyms", erased)} if general else {})
-    groups = {
-        side: {metric: [shown(rows, side, which, label) for label in labels] for metric, (which, labels) in sets.items()}
-        for side in ("base", "erased")
-    }
-    found = {m: _share(groups["erased"][m], groups["base"][m], higher_is_better=m == "acc_s") for m in sets}
-    return found | {mean: _harmonic(groups)}
+    found = {}
+    for metric, (which, labels) in sets.items():
+        after, before = ([shown(rows, side, which, label) for label in labels] for side in ("erased", "base"))
+        found[metric] = _share(after, before, higher_is_better=metric == "acc_s")
+    good = [m if m.higher_is_better else complement(m) for m in found.values()]
+    return found | {mean: harmonic(good)}
 
 
-def _harmonic(groups: Mapping[str, Mapping[str, Sequence[np.ndarray]]]) -> Metric:
-    """The harmonic mean of what should be high, with its bootstrap interval."""
-    erased = groups["erased"]
-    flat = [g for metric in erased.values() for g in metric]
-    sizes = [len(metric) for metric in erased.values()]
+def harmonic(shares: Sequence[Metric]) -> Metric:
+    """The harmonic mean of shares that should be high, None if one is missing.
 
-    def statistic(resampled: Sequence[np.ndarray]) -> float:
-        ends = np.cumsum(sizes)
-        parts = [resampled[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        return _mean_from(dict(zip(erased, parts, strict=True))) or 0.0
+    Its interval adds the squares of what each share's own end makes of the mean (MOVER, Zou and Donner 2008): unlike a
+    bootstrap over pictures it keeps its width where every picture agrees.
+    """
+    values, bases = [m.value for m in shares], [m.base for m in shares]
+    known, known_base = [v for v in values if v is not None], [b for b in bases if b is not None]
+    value, interval = None, None
+    if len(known) == len(shares):
+        value = harmonic_mean(*known)
+        moved = [_moved(known, k, m.ci95, value) for k, m in enumerate(shares) if m.ci95]
+        below, above = (math.sqrt(sum(both[end] ** 2 for both in moved)) for end in (0, 1))
+        interval = (max(0.0, value - below), min(1.0, value + above))
+    base = harmonic_mean(*known_base) if len(known_base) == len(shares) else None
+    n = sum(m.n for m in shares)
+    return Metric(value=value, base=base, ci95=interval, n=n, higher_is_better=True, evaluator=JUDGE)
 
-    value = _mean_from(erased)
-    interval = None if value is None else bootstrap(flat, statistic)
-    n = sum(map(len, flat))
-    return Metric(value=value, base=_mean_from(groups["base"]), ci95=interval, n=n, higher_is_better=True, evaluator=JUDGE)
 
-
-def _mean_from(groups: Mapping[str, Sequence[np.ndarray]]) -> float | None:
-    values = {metric: _mean_of_means(parts) for metric, parts in groups.items()}
-    known = [v if metric == "acc_s" else 1 - v for metric, v in values.items() if v is not None]
-    return harmonic_mean(*known) if len(known) == len(values) else None
+def _moved(values: Sequence[float], k: int, ends: tuple[float, float], mean: float) -> tuple[float, float]:
+    """How far the harmonic mean moves when its k-th share goes to either end of its interval."""
+    low, high = (harmonic_mean(*values[:k], end, *values[k + 1 :]) for end in ends)
+    return low - mean, high - mean
 
 
 def pairs(rows: Rows) -> dict[str, Metric]:
