@@ -15,6 +15,7 @@ from peft.functional import cast_adapter_dtype
 from erasekit.backbone import Backbone
 from erasekit.deltas import Deltas, Dense, LowRank
 from erasekit.errors import UsageError
+from erasekit.quiet import quiet
 
 
 class AdapterBank:
@@ -143,7 +144,7 @@ class AdapterBank:
             alpha_pattern=patterns if set(ranks.values()) != {rank} else {},
             target_modules="|".join(re.escape(module) for module in ranks),  # a text is matched in full, a list by suffix
         )
-        with torch.random.fork_rng(devices=[]):  # peft draws initial weights that are overwritten
+        with quiet(), torch.random.fork_rng(devices=[]):  # peft draws initial weights that are overwritten
             self._denoiser.add_adapter(config, key)
         cast_adapter_dtype(self._denoiser, key)
         mark = re.compile(rf"\.(lora_[AB])\.{key}\.weight$")

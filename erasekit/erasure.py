@@ -243,9 +243,12 @@ def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, An
     """Load one file as the adapter `name` and see that every tensor arrived."""
     from peft.functional import get_peft_model_state_dict
 
+    from erasekit.quiet import quiet
+
     file = f"{name}.safetensors"
     _check(folder, manifest, file)
-    pipe.load_lora_weights(folder, weight_name=file, adapter_name=name)
+    with quiet():
+        pipe.load_lora_weights(folder, weight_name=file, adapter_name=name)
     saved = {key.removeprefix(f"{manifest['denoiser']}.") for key in load_file(folder / file)}
     loaded = get_peft_model_state_dict(denoiser, adapter_name=name).keys() if name in denoiser.peft_config else set()
     if saved != loaded:
@@ -287,7 +290,7 @@ def _write(path: Path, deltas: Deltas, prefix: str) -> str:
 def _lora_config(tensors: Mapping[str, torch.Tensor], prefix: str) -> str:
     """The header in which diffusers looks for a LoRA's settings.
 
-    Without it, diffusers before 0.40 scales layers of other than the commonest rank by the wrong alpha.
+    Without it, older diffusers (seen: 0.39) scales layers of other than the commonest rank by a wrong alpha.
     """
     ranks = {k.removesuffix(".lora_A.weight").removeprefix(f"{prefix}."): len(t) for k, t in tensors.items() if ".lora_A." in k}
     rank = next(iter(ranks.values()))

@@ -259,7 +259,7 @@ def test_wrong_folder_newer_schema_and_wrong_base(backbone, erasure, tmp_path):
     erasure.save(tmp_path / "e")
     other = tiny.load(tiny.save_pipeline(tmp_path / "other", seed=1))
     for read in (Erasure.load, read_manifest):
-        with pytest.raises(UsageError, match="made for another base, sd .*--backbone tiny"):
+        with pytest.raises(UsageError, match=r"made for another base, sd .*--backbone tiny"):
             read(tmp_path / "e", other.fingerprint())
     with pytest.raises(UsageError, match="another base"):
         load_into(other.pipeline(), tmp_path / "e", base_fingerprint=other.fingerprint())

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.quiet import quiet
 from erasekit.schedule import Schedule, ddpm_tau, ddpm_timestep
 
 _Pipeline: Any = StableDiffusionPipeline  # Any: diffusers is untyped
@@ -98,7 +96,7 @@ class StableDiffusion:
             EnvironmentProblem: a file is missing, broken or of another kind of model.
         """
         try:
-            with _quiet():
+            with quiet():
                 pipe = _Pipeline.from_pretrained(
                     self._folder,
                     dtype=self.dtype,
@@ -310,23 +308,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         with safe_open(path, "pt") as file:
             where.update(dict.fromkeys(file.keys(), path))
     return where
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back bars and remarks of diffusers and transformers (that an `AutoencoderTiny` is no `AutoencoderKL`, say)."""
-    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

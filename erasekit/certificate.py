@@ -1,0 +1,127 @@
+"""What TRACE's theory promises of an erasure, measured: Thm 3.1 and Prop. 3.2 per site, Thm 3.3 and Cor. 3.4 per tau."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from erasekit.alignment import align
+from erasekit.backbone import Backbone, Conditioning
+from erasekit.concepts import Concept
+from erasekit.deltas import Deltas, merged, norm, to_dense
+from erasekit.erasure import Erasure
+from erasekit.tasks import Task
+
+PER_SITE = ("to_neutral", "equal", "neutral_drift", "other_drift", "delta")
+
+
+@torch.no_grad()
+def certificate(
+    backbone: Backbone,
+    erasure: Erasure,
+    concepts: Sequence[Concept],
+    clean_prompts: Sequence[str],
+    *,
+    steps: int,
+    tau0: float = 0.15,
+) -> dict[str, Any]:
+    """Measure an erasure on a loaded base.
+
+    e_w are the embeddings of a concept's prompts from where they differ from the neutral ones to the last pad, e_u those
+    of the neutral prompts (`alignment.align`), e_o all those of the clean prompts. Errors of a site are root mean
+    squares relative to that of |W (e_w - e_u)|, so that 1 is as large as the concept itself.
+
+    Args:
+        backbone: the base, without adapters.
+        erasure: what is measured; all of its parts at once.
+        concepts: whose prompts and neutral prompts are used.
+        clean_prompts: prompts that must not change.
+        steps: sampling steps of the trajectories that predictions are compared on.
+        tau0: what counts as early.
+
+    Returns:
+        `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|, `neutral_drift`
+        |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|;
+        `sites`: [{"site", ...}], the same for each site;
+        `prediction_drift`: [{"tau", "clean", "concept"}], |f' - f| / |f| at every step;
+        `early_drift`: {"tau0", "clean", "concept"}, the mean of those with tau < tau0 (with `LateGate` it is 0).
+    """
+    deltas = erasure.total()
+    concept = backbone.encode([p for c in concepts for p in c.prompts()])
+    neutral = backbone.encode([c.neutralise(p) for c in concepts for p in c.prompts()])
+    clean = backbone.encode(list(clean_prompts))
+    sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
+    some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
+    drift = {name: _prediction_drift(backbone, deltas, cond, steps) for name, cond in (("clean", clean), ("concept", some))}
+    tau = backbone.schedule(steps).tau
+    first = backbone.schedule(steps).first_late(tau0)
+    return {
+        "max": {key: max(row[key] for row in sites.values()) for key in PER_SITE},
+        "mean": {key: _mean([row[key] for row in sites.values()]) for key in PER_SITE},
+        "sites": [{"site": name} | row for name, row in sites.items()],
+        "prediction_drift": [{"tau": t} | {name: d[k] for name, d in drift.items()} for k, t in enumerate(tau.tolist())],
+        "early_drift": {"tau0": tau0} | {name: _mean(d[:first]) for name, d in drift.items()},
+    }
+
+
+def certify(backbone: Backbone, erasure: Erasure, task: Task, *, prompts: int = 12) -> dict[str, Any]:
+    """The certificate of an erasure on the clean evaluation prompts of a task, at most `prompts` of them."""
+    clean = task.prompts("clean", erasure.concepts, "evaluation", prompts)
+    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], steps=task.protocol.steps)
+
+
+def _sites(
+    backbone: Backbone, deltas: Deltas, *, concept: Conditioning, neutral: Conditioning, clean: Conditioning
+) -> dict[str, dict[str, float]]:
+    """Errors of every site that reads text, in float64."""
+    embeddings = {}
+    for reads in {site.reads for site in backbone.text_sites()}:
+        pairs = align(concept, neutral) if reads == "tokens" else (_pooled(concept), _pooled(neutral))
+        others = clean.tokens.flatten(0, 1).double() if reads == "tokens" else _pooled(clean)
+        embeddings[reads] = (*pairs, others)
+    modules: Mapping[str, Any] = dict(backbone.denoiser.named_modules())
+    result = {}
+    for site in backbone.text_sites():
+        w_ND, u_ND, o_MD = embeddings[site.reads]
+        weight = modules[site.name].weight.double()
+        delta = deltas.get(site.name)
+        change = torch.zeros_like(weight) if delta is None else to_dense(delta).to(weight)
+        reach = _rms((w_ND - u_ND) @ weight.T)
+        result[site.name] = {
+            "to_neutral": _rms((w_ND - u_ND) @ weight.T + w_ND @ change.T) / reach,
+            "equal": _rms((w_ND - u_ND) @ (weight + change).T) / reach,
+            "neutral_drift": _rms(u_ND @ change.T) / reach,
+            "other_drift": _rms(o_MD @ change.T) / reach,
+            "delta": 0.0 if delta is None else norm(delta) / float(weight.norm()),
+        }
+    return result
+
+
+def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, steps: int) -> list[float]:
+    """|f' - f| / |f| at every step of the base's own trajectories under `cond` (seeds 0, 1, ...)."""
+    schedule = backbone.schedule(steps)
+    x = backbone.latents(range(len(cond)))
+    seen, base = [], []
+    for k in range(steps):
+        seen.append(x)
+        base.append(backbone.predict(x, schedule.tau[k].expand(len(x)), cond))
+        x = backbone.step(base[-1], x, k, schedule)
+    with merged(backbone.denoiser, deltas):
+        erased = [backbone.predict(x, schedule.tau[k].expand(len(x)), cond) for k, x in enumerate(seen)]
+    return [_rms(after - before) / _rms(before) for after, before in zip(erased, base, strict=True)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _rms(rows: torch.Tensor) -> float:
+    return float(rows.double().square().mean().sqrt())
+
+
+def _pooled(cond: Conditioning) -> torch.Tensor:
+    if cond.pooled is None:
+        raise ValueError("A site reads a pooled embedding that this backbone does not give.")
+    return cond.pooled.double()

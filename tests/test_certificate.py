@@ -1,0 +1,108 @@
+"""The certificate against the same quantities by hand, and against edits that are known to have or lack them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from erasekit import closedform
+from erasekit.alignment import align
+from erasekit.certificate import certificate
+from erasekit.concepts import Concept
+from erasekit.deltas import merged
+from erasekit.erasure import Erasure
+from tests import tiny
+
+CAT = Concept(name="cat", phrases=("a cat",), neutral="a thing", templates=("{}",))
+CLEAN = ["a photo of a dog", "a red ship"]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return tiny.load(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "sd"))
+
+
+def erasure(backbone, edit):
+    modules = dict(backbone.denoiser.named_modules())
+    deltas = {} if edit is None else {s.name: edit.delta(modules[s.name].weight) for s in backbone.text_sites()}
+    return Erasure(
+        method="test", config={}, concepts=(CAT,), backbone="tiny", prefix="unet", base={}, deltas={"cat": {"refine": deltas}}
+    )
+
+
+def pairs(backbone):
+    return align(backbone.encode(["a cat"]), backbone.encode(["a thing"]))
+
+
+def certify(backbone, edit):
+    return certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, steps=STEPS, tau0=0.5)
+
+
+def test_no_edit(backbone):
+    found = certify(backbone, None)
+    assert found["max"] == pytest.approx({"to_neutral": 1, "equal": 1, "neutral_drift": 0, "other_drift": 0, "delta": 0})
+    assert all(row["clean"] == row["concept"] == 0 for row in found["prediction_drift"])
+
+
+def test_each_solver_shows_what_it_promises(backbone):
+    w, u = pairs(backbone)
+    spread = closedform.covariance(backbone.encode(["a red photo of vint", *CLEAN]).tokens.flatten(0, 1))
+    spread = spread + 1e-3 * torch.eye(tiny.WIDTH, dtype=torch.float64)
+    whitened = certify(backbone, closedform.whitened(w, u, spread))
+    assert max(whitened["max"][k] for k in ("to_neutral", "equal", "neutral_drift")) < 1e-5
+    projected = certify(backbone, closedform.delta_projection(w, u))
+    assert projected["max"]["equal"] < 1e-5 < 1e-2 < projected["max"]["to_neutral"]
+    eq1 = certify(backbone, closedform.eq1(w, u))
+    assert eq1["max"]["to_neutral"] < 1e-5 < 1e-2 < eq1["max"]["neutral_drift"]
+    weighted = certify(backbone, closedform.whitened(w, u, spread, fix_neutral=False))  # Eq. 1's constraint, less drift
+    assert weighted["max"]["to_neutral"] < 1e-5
+    assert weighted["mean"]["other_drift"] < eq1["mean"]["other_drift"]
+
+
+def test_numbers_are_those_of_a_hook_on_the_edited_model(backbone):
+    """Thm 3.1 as it says: what the layers give out, on the model itself."""
+    edit = closedform.eq1(*pairs(backbone)).damped(0.7)
+    found = certify(backbone, edit)
+    w, u = pairs(backbone)
+    modules = dict(backbone.denoiser.named_modules())
+    before = {s.name: [modules[s.name](e.float()).double() for e in (w, u)] for s in backbone.text_sites()}
+    with merged(backbone.denoiser, erasure(backbone, edit).total()), torch.no_grad():
+        after = {s.name: [modules[s.name](e.float()).double() for e in (w, u)] for s in backbone.text_sites()}
+    for row in found["sites"]:
+        (bw, bu), (aw, au) = before[row["site"]], after[row["site"]]
+        reach = (bw - bu).norm()
+        assert row["to_neutral"] == pytest.approx(float((aw - bu).norm() / reach), rel=1e-4)
+        assert row["equal"] == pytest.approx(float((aw - au).norm() / reach), rel=1e-4)
+        assert row["neutral_drift"] == pytest.approx(float((au - bu).norm() / reach), rel=1e-4)
+    assert len(found["sites"]) == len(backbone.text_sites())
+    assert found["mean"]["equal"] == pytest.approx(sum(r["equal"] for r in found["sites"]) / len(found["sites"]))
+
+
+def test_prediction_drift_is_on_the_bases_own_trajectory(backbone):
+    edit = closedform.eq1(*pairs(backbone))
+    found = certify(backbone, edit)
+    schedule, cond, x = backbone.schedule(STEPS), backbone.encode(CLEAN), backbone.latents([0, 1])
+    for k, row in enumerate(found["prediction_drift"]):
+        tau = schedule.tau[k].expand(2)
+        with torch.no_grad():
+            base = backbone.predict(x, tau, cond)
+            with merged(backbone.denoiser, erasure(backbone, edit).total()):
+                moved = backbone.predict(x, tau, cond)
+        assert row["tau"] == pytest.approx(k / STEPS, abs=2e-3)
+        assert row["clean"] == pytest.approx(float((moved - base).norm() / base.norm()), rel=1e-4)
+        x = backbone.step(base, x, k, schedule)
+    early = [row["clean"] for row in found["prediction_drift"] if row["tau"] < 0.499]
+    assert found["early_drift"]["clean"] == pytest.approx(sum(early) / len(early))
+    assert found["early_drift"]["tau0"] == 0.5
+
+
+def test_it_leaves_the_base_alone_and_is_json(backbone):
+    before = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
+    found = certify(backbone, closedform.eq1(*pairs(backbone)))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.denoiser.state_dict().items())
+    assert json.loads(json.dumps(found)) == found
+    assert all(math.isfinite(v) for row in found["sites"] for k, v in row.items() if k != "site")

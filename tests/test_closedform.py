@@ -1,0 +1,196 @@
+"""The solvers against the same problems written down naively: loops over matrices, KKT systems, normal equations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from erasekit import closedform
+from erasekit.alignment import align
+from erasekit.closedform import TextEdit
+from erasekit.deltas import merged, to_dense
+from tests import tiny
+
+D, OUT = 12, 7
+
+
+def rows(n, seed, width=D):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def problem():
+    return {"w": rows(3, 1), "u": rows(3, 2), "p": rows(5, 3), "C": closedform.covariance(rows(60, 4)), "W": rows(OUT, 5)}
+
+
+def dense(edit: TextEdit, weight: torch.Tensor) -> np.ndarray:
+    return to_dense(edit.delta(weight)).numpy()
+
+
+def close(a, b, tolerance=1e-10):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max()))
+
+
+def kkt(weight, concept, neutral, covariance, fix_neutral):
+    """Row by row of Delta: minimise d C d^T subject to d K = r, through the (singular, consistent) KKT system."""
+    w, u, c, matrix = (t.numpy() for t in (concept, neutral, covariance, weight))
+    k = np.concatenate([w, u]).T if fix_neutral else w.T
+    r = np.concatenate([(u - w) @ matrix.T, 0 * (u @ matrix.T)]).T if fix_neutral else ((u - w) @ matrix.T).T
+    n, m = k.shape
+    system = np.block([[2 * c, k], [k.T, np.zeros((m, m))]])
+    return np.stack([np.linalg.lstsq(system, np.concatenate([np.zeros(n), row]), rcond=1e-13)[0][:n] for row in r])
+
+
+def test_eq1_of_one_embedding_is_the_papers_formula(problem):
+    w, u, matrix = problem["w"][0].numpy(), problem["u"][0].numpy(), problem["W"].numpy()
+    want = np.outer(matrix @ u - matrix @ w, w) / (w @ w)
+    close(dense(closedform.eq1(problem["w"][:1], problem["u"][:1]), problem["W"]), want)
+
+
+def test_eq1_of_several_is_the_least_norm_solution(problem):
+    w, u, matrix = (problem[k].numpy() for k in ("w", "u", "W"))
+    want = np.stack([np.linalg.lstsq(w, (u - w) @ row, rcond=None)[0] for row in matrix])  # Delta w_i = W (u_i - w_i)
+    close(dense(closedform.eq1(problem["w"], problem["u"]), problem["W"]), want)
+
+
+def test_delta_projection_is_the_projector(problem):
+    one = (problem["w"][0] - problem["u"][0]).numpy()
+    projector = np.outer(one, one) / (one @ one)
+    close(
+        dense(closedform.delta_projection(problem["w"][:1], problem["u"][:1]), problem["W"]), -problem["W"].numpy() @ projector
+    )
+    q, _ = np.linalg.qr((problem["w"] - problem["u"]).numpy().T)
+    close(dense(closedform.delta_projection(problem["w"], problem["u"]), problem["W"]), -problem["W"].numpy() @ q @ q.T)
+
+
+@pytest.mark.parametrize("fix_neutral", [True, False])
+def test_whitened_solves_the_kkt_system(problem, fix_neutral):
+    edit = closedform.whitened(problem["w"], problem["u"], problem["C"], fix_neutral=fix_neutral)
+    close(dense(edit, problem["W"]), kkt(problem["W"], problem["w"], problem["u"], problem["C"], fix_neutral))
+
+
+def test_whitened_with_a_ridge_is_the_formula(problem):
+    w, u, c, matrix = (problem[k].numpy() for k in ("w", "u", "C", "W"))
+    k = np.concatenate([w, u]).T
+    r = np.concatenate([(u - w) @ matrix.T, np.zeros((3, OUT))]).T
+    gram = k.T @ np.linalg.inv(c) @ k
+    want = r @ np.linalg.inv(gram + 0.3 * np.trace(gram) / 6 * np.eye(6)) @ k.T @ np.linalg.inv(c)
+    close(dense(closedform.whitened(problem["w"], problem["u"], problem["C"], ridge=0.3), problem["W"]), want)
+
+
+def test_whitened_moves_other_tokens_less_than_any_other_solution(problem):
+    drift = lambda edit: float(np.trace(dense(edit, problem["W"]) @ problem["C"].numpy() @ dense(edit, problem["W"]).T))  # noqa: E731
+    w, u = problem["w"], problem["u"]
+    best = closedform.whitened(w, u, problem["C"])
+    plain = closedform.whitened(w, u, torch.eye(D, dtype=torch.float64))
+    assert drift(best) < drift(plain)
+    assert drift(closedform.whitened(w, u, problem["C"], fix_neutral=False)) < drift(closedform.eq1(w, u))
+
+
+@pytest.mark.parametrize(("lamb", "n_preserve"), [(0.5, 5), (1e-3, 5), (0.5, 0), (0.0, 30)])
+def test_uce_is_the_loop_over_matrices(problem, lamb, n_preserve):
+    w, u, matrix = (problem[k].numpy() for k in ("w", "u", "W"))
+    p = rows(n_preserve, 8)
+    erase, preserve = 0.7, 0.2
+    c = sum(erase * np.outer(e, e) for e in w) + sum((preserve * np.outer(e, e) for e in p.numpy()), np.zeros((D, D)))
+    pull = lamb * np.trace(c) / D
+    left = pull * matrix + sum(erase * np.outer(matrix @ b, a) for a, b in zip(w, u, strict=True))
+    left = left + sum((preserve * np.outer(matrix @ e, e) for e in p.numpy()), np.zeros_like(matrix))
+    want = left @ np.linalg.inv(pull * np.eye(D) + c) - matrix
+    edit = closedform.uce(problem["w"], problem["u"], p, lamb=lamb, erase_scale=erase, preserve_scale=preserve)
+    close(dense(edit, problem["W"]), want)
+
+
+def test_covariance_is_the_weighted_second_moment():
+    c, weights = rows(9, 1), torch.rand(9, generator=torch.Generator().manual_seed(0))
+    want = sum(float(v) * np.outer(e, e) for v, e in zip(weights, c.numpy(), strict=True)) / float(weights.double().sum())
+    close(closedform.covariance(c, weights).numpy(), want)
+    close(closedform.covariance(c).numpy(), c.numpy().T @ c.numpy() / 9)
+    assert closedform.covariance(c.float()).dtype == torch.float64
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 5), repeats=st.integers(1, 4), same=st.integers(0, 2), seed=st.integers(0, 999))
+def test_whitened_with_repeated_and_unchanged_tokens(n, repeats, same, seed):
+    """Pads come up many times and BOS is the same in both prompts: K loses rank, the constraints still hold exactly."""
+    assume(2 * n + same <= D)
+    w, u, fixed = rows(n, seed), rows(n, seed + 1000), rows(same, seed + 2000)
+    concept, neutral = torch.cat([w] * repeats + [fixed] * 2), torch.cat([u] * repeats + [fixed] * 2)
+    covariance, matrix = closedform.covariance(rows(50, seed + 3000)), rows(OUT, 7)
+    delta = torch.from_numpy(dense(closedform.whitened(concept, neutral, covariance), matrix))
+    size = (matrix @ (w - u).T).norm()
+    assert ((matrix + delta) @ w.T - matrix @ u.T).norm() < 1e-8 * size
+    assert (delta @ u.T).norm() < 1e-8 * size
+    assert (delta @ fixed.T).norm() <= 1e-8 * size
+    unique = closedform.whitened(torch.cat([w, fixed]), torch.cat([u, fixed]), covariance)
+    close(delta.numpy(), dense(unique, matrix), 1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 40), rank=st.integers(1, D), seed=st.integers(0, 999), solver=st.sampled_from(["eq1", "delta", "uce"]))
+def test_rank_deficient_problems_stay_finite_and_least_squares(n, rank, seed, solver):
+    basis = rows(rank, seed)
+    w = rows(n, seed + 1, rank) @ basis
+    u, matrix = rows(n, seed + 2), rows(OUT, 3)
+    if solver == "eq1":
+        edit = closedform.eq1(w, u)
+        want = np.stack([np.linalg.lstsq(w.numpy(), ((u - w) @ row).numpy(), rcond=1e-10)[0] for row in matrix])
+        close(dense(edit, matrix), want, 1e-6)
+    elif solver == "delta":
+        edit = closedform.delta_projection(w, w - rows(n, seed + 4, rank) @ basis)
+        assert ((matrix + torch.from_numpy(dense(edit, matrix))) @ edit.difference_DN).abs().max() < 1e-7
+    else:
+        edit = closedform.uce(w, u, w[:0], lamb=0.1, erase_scale=1.0, preserve_scale=1.0)
+    assert edit.read_ND.isfinite().all()
+
+
+def test_compressing_keeps_the_edit_and_bounds_the_rank():
+    w, u = rows(3, 1).repeat(20, 1), rows(60, 2)
+    edit = closedform.uce(w, u, rows(4, 3), lamb=0.2, erase_scale=1.0, preserve_scale=1.0)
+    small = edit.compressed()
+    assert small.read_ND.shape == (3, D)
+    assert closedform.eq1(rows(40, 4), rows(40, 5)).compressed().read_ND.shape[0] <= D
+    close(dense(small, rows(OUT, 6)), dense(edit, rows(OUT, 6)))
+    close((small.read_ND @ small.read_ND.T).numpy(), np.eye(3))
+
+
+def test_shares_of_a_joint_solve_sum_to_it(problem):
+    edit = closedform.whitened(problem["w"], problem["u"], problem["C"])
+    parts = edit.split([1, 2])
+    assert [len(p.read_ND) for p in parts] == [1, 2]
+    close(sum(dense(p, problem["W"]) for p in parts), dense(edit, problem["W"]))
+    close(dense(parts[1], problem["W"]), dense(edit.columns([1, 2]), problem["W"]))
+    with pytest.raises(ValueError, match="do not make up 3"):
+        edit.split([1, 1])
+
+
+def test_damping_goes_from_nothing_to_all(problem):
+    edit = closedform.eq1(problem["w"], problem["u"])
+    for eta in (0.0, 0.4, 1.0):
+        close(dense(edit.damped(eta), problem["W"]), eta * dense(edit, problem["W"]))
+
+
+def test_solvers_take_float32_and_compute_in_float64(problem):
+    edit = closedform.whitened(problem["w"].float(), problem["u"].float(), problem["C"].float())
+    assert edit.read_ND.dtype == edit.difference_DN.dtype == torch.float64
+    assert edit.delta(problem["W"].to(torch.bfloat16)).up.dtype == torch.float64
+
+
+def test_hard_constraints_hold_at_every_site_of_a_real_unet(tmp_path):
+    """After `whitened`, W'e_w = W e_u and e_u stays, to 1e-5 of |W (e_w - e_u)|, with the weights and the files in float32."""
+    backbone = tiny.load(tiny.save_pipeline(tmp_path / "sd"))
+    w, u = (side[:6] for side in align(backbone.encode(["a cat"]), backbone.encode(["a thing"])))  # 12 < 32 dimensions
+    captions = backbone.encode(["a photo of a dog", "a red ship", "the style of vint", ""]).tokens.flatten(0, 1)
+    spread = closedform.covariance(captions) + 1e-3 * torch.eye(tiny.WIDTH, dtype=torch.float64)
+    edit = closedform.whitened(w, u, spread).compressed()
+    modules = dict(backbone.denoiser.named_modules())
+    before = {site.name: modules[site.name].weight.detach().clone().double() for site in backbone.text_sites()}
+    with merged(backbone.denoiser, {name: edit.delta(weight) for name, weight in before.items()}):
+        for name, weight in before.items():
+            after = modules[name].weight.detach().double()
+            reach = ((w - u) @ weight.T).norm()
+            assert (w @ after.T - u @ weight.T).norm() < 1e-5 * reach
+            assert (u @ after.T - u @ weight.T).norm() < 1e-5 * reach

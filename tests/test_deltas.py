@@ -1,0 +1,105 @@
+"""Deltas against plain matrices in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from erasekit.deltas import Dense, LowRank, add, compress, concatenate, merge_, merged, norm, scale, to_dense
+from erasekit.errors import ErasekitError
+
+
+def low_rank(out, rank, width, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(out, rank, generator=g, dtype=dtype), torch.randn(rank, width, generator=g, dtype=dtype))
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False)).to(dtype)
+
+
+def test_adding_concatenates_by_rank_and_sums():
+    a, b, c = low_rank(5, 2, 6, 1), low_rank(5, 3, 6, 2), Dense(to_dense(low_rank(5, 1, 6, 3)))
+    both = add(a, b)
+    assert isinstance(both, LowRank)
+    assert both.rank == 5
+    torch.testing.assert_close(to_dense(both), a.up @ a.down + b.up @ b.down)
+    assert isinstance(add(a, c), Dense)
+    torch.testing.assert_close(to_dense(add(a, c)), a.up @ a.down + c.weight)
+
+
+def test_concatenating_sets_takes_the_union_in_order():
+    a, b, c = low_rank(5, 2, 6, 1), low_rank(5, 1, 6, 2), low_rank(4, 1, 5, 3)
+    total = concatenate([{"1": c, "0": a}, {"0": b, "2": c}])
+    assert list(total) == ["1", "0", "2"]
+    torch.testing.assert_close(to_dense(total["0"]), a.up @ a.down + b.up @ b.down)
+    assert concatenate([]) == {}
+
+
+def test_scaling():
+    deltas = {"a": low_rank(5, 2, 6), "b": Dense(torch.ones(2, 3))}
+    for name, delta in scale(deltas, -0.5).items():
+        torch.testing.assert_close(to_dense(delta), -0.5 * to_dense(deltas[name]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(out=st.integers(1, 9), width=st.integers(1, 9), rank=st.integers(1, 30), true=st.integers(1, 9), seed=st.integers(0, 99))
+def test_compressing_finds_the_rank_and_loses_nothing(out, width, rank, true, seed):
+    mix = low_rank(out, true, width, seed)
+    spread = torch.randn(true, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    delta = LowRank(mix.up @ spread, torch.linalg.pinv(spread) @ mix.down)
+    full = to_dense(delta)
+    found = int(torch.linalg.matrix_rank(full, rtol=1e-7))
+    for given_delta in (delta, Dense(full)):
+        small = compress(given_delta)
+        assert small.rank == max(1, found) <= min(out, width)
+        torch.testing.assert_close(to_dense(small), full, atol=1e-6 * float(full.norm()), rtol=0)
+        torch.testing.assert_close(small.up.norm(dim=0), small.down.norm(dim=1))  # balanced
+
+
+def test_compressing_nothing_keeps_rank_one():
+    zero = compress(LowRank(torch.zeros(4, 3), torch.ones(3, 5)))
+    assert zero.rank == 1
+    assert not to_dense(zero).any()
+
+
+def test_norm_is_the_frobenius_norm():
+    delta = low_rank(7, 3, 9)
+    assert norm(delta) == pytest.approx(float((delta.up @ delta.down).norm()), rel=1e-12)
+    assert norm(Dense(to_dense(delta))) == pytest.approx(norm(delta), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_is_exact_before_the_cast_and_undone_bit_for_bit(dtype):
+    net = model(dtype)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    deltas = {"0": low_rank(5, 2, 6), "1": Dense(0.1 * torch.ones(4, 5))}
+    with merged(net, deltas):
+        for name, delta in deltas.items():
+            want = (before[f"{name}.weight"].float() + to_dense(delta).float()).to(dtype)
+            assert torch.equal(net[int(name)].weight, want)
+        assert torch.equal(net[0].bias, before["0.bias"])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    merge_(net, deltas)
+    assert not torch.equal(net[0].weight, before["0.weight"])
+
+
+def test_an_error_inside_also_restores():
+    net = model()
+    before = net[0].weight.clone()
+    with pytest.raises(RuntimeError, match="inside"), merged(net, {"0": low_rank(5, 2, 6)}):
+        raise RuntimeError("inside")
+    assert torch.equal(net[0].weight, before)
+
+
+@pytest.mark.parametrize(("name", "delta"), [("0.nothing", low_rank(5, 1, 6)), ("1", low_rank(5, 1, 6))])
+def test_a_delta_of_another_model_is_refused_and_changes_nothing(name, delta):
+    net = model()
+    before = net[0].weight.clone()
+    with pytest.raises(ErasekitError, match=f"'{name}'.*another base"):
+        merge_(net, {"0": low_rank(5, 1, 6), name: delta})
+    assert torch.equal(net[0].weight, before)
