@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 
-
 # What the numbers of the tasks mean, by the name before any bracket.
 MEANINGS = {
     "acc_e": "prompts of the erased concept whose picture still shows it",
