@@ -113,7 +113,7 @@ class Backbone(Protocol):
 
     denoiser: nn.Module
     source: str  # hub id, or the name of the local folder: what an erasure says it was made for
-    revision: str  # revision on the hub, "" if none was asked for
+    revision: str  # the commit on the hub, "" for a local folder
 
     @classmethod
     def load(cls, config: BackboneConfig) -> Backbone:

@@ -134,7 +134,7 @@ def test_sites_and_scopes_are_found_by_name(backbone):
     assert set(kv) < set(cross) < set(attention) < set(everything)
     assert len(cross) == 2 * len(kv)
     assert len(attention) == 2 * len(cross)
-    with pytest.raises(UsageError, match="Unknown scope 'kvs'.*kv, cross, attention, all"):
+    with pytest.raises(UsageError, match=r"Unknown scope 'kvs'.*kv, cross, attention, all"):
         backbone.lora_targets("kvs")
 
 
@@ -146,6 +146,7 @@ def test_prompts_are_encoded_once_and_alike_in_any_company(backbone):
     assert both.lengths.tolist() == [7, 6]
     assert backbone.encode([""]).lengths.tolist() == [2]
     assert len(fresh.encode(["a " * 99])) == 1
+    assert fresh.encode([]).tokens.shape == (0, tiny.LENGTH, tiny.WIDTH)
 
 
 def test_spans_are_token_positions(backbone):
@@ -235,6 +236,17 @@ def test_what_is_missing_is_said_in_one_line(folder, tmp_path, monkeypatch):
     message = problem("somebody/something")
     assert message.startswith("'somebody/something' could not be downloaded")
     assert message.endswith("-s backbone.path=FOLDER")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "xpu"])
+def test_a_device_that_is_not_there(folder, device):
+    with pytest.raises(EnvironmentProblem, match=f"Device '{device}' cannot be used") as error:
+        tiny.TinySD.load(BackboneConfig(path=str(folder), device=device))
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_base_is_named_without_its_parents(backbone, folder):
+    assert (backbone.source, backbone.revision) == (folder.name, "")
 
 
 def test_a_model_that_predicts_velocity_is_refused(folder, tmp_path):

@@ -38,7 +38,7 @@ class StableDiffusion:
     Attributes:
         path: hub id or local folder that is loaded if the config names none.
         source: hub id, or the name of the local folder.
-        revision: revision on the hub, "" if none was asked for.
+        revision: the commit on the hub, "" for a local folder.
         denoiser: the UNet, in evaluation mode and frozen.
     """
 
@@ -79,15 +79,16 @@ class StableDiffusion:
             EnvironmentProblem: the weights cannot be had; says why and what to do.
         """
         path = config.path or cls.path
+        device = _device(config.device)
         folder = _resolve(path, config.revision)
-        auto = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = torch.device(config.device) if config.device != "auto" else auto or torch.device("cpu")
         if config.dtype != "auto":
             dtype: torch.dtype = getattr(torch, config.dtype)
         else:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        source = Path(path).name if Path(path).is_dir() else path
-        return cls(folder, source=source, revision=config.revision or "", device=device, dtype=dtype)
+        local = Path(path).expanduser().is_dir()
+        # A download lies in a folder that is named by its commit.
+        source, revision = (folder.name, "") if local else (path, folder.name)
+        return cls(folder, source=source, revision=revision, device=device, dtype=dtype)
 
     def pipeline(self) -> Any:
         """A fresh pipeline of the same base with weights of its own, on the backbone's device, without a safety checker.
@@ -141,6 +142,8 @@ class StableDiffusion:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._encoded:
                 self._encoded[prompt] = self._encode(prompt)
+        if not prompts:
+            return self.encode([""])[:0]
         rows = [self._encoded[prompt] for prompt in prompts]
         return Conditioning(
             tokens=torch.cat([tokens for tokens, _ in rows]),
@@ -257,6 +260,23 @@ class StableDiffusion14(StableDiffusion):
 
     name: ClassVar[str] = "sd14"
     path: ClassVar[str] = "CompVis/stable-diffusion-v1-4"
+
+
+def _device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        EnvironmentProblem: this machine has no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EnvironmentProblem(
+            f"Device '{name}' cannot be used ({_first_line(error)}); 'backbone.device' takes auto, cpu, cuda, cuda:1, mps."
+        ) from error
 
 
 def _resolve(path: str, revision: str | None) -> Path:
