@@ -45,7 +45,8 @@ class Conditioning:
 
     def _map(self, function: Any) -> Conditioning:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: None if v is None else function(v) for k, v in values.items()})
+        changed: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
+        return replace(self, **changed)
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
