@@ -195,13 +195,21 @@ def erase(
     folder = directory.path / "erasure"
     if not (folder / MANIFEST).is_file():
         if given is None:
-            erasure = compute(plan, backbone, registries, directory=directory.path, log=_logger(emit))
+            compute(plan, backbone, registries, directory=directory.path, log=_logger(emit)).save(folder)
         else:
-            erasure = Erasure.load(given, backbone.fingerprint())
-        erasure.save(folder)
+            _copy(given, folder, backbone.fingerprint())
     sha256: str = read_manifest(folder, backbone.fingerprint())["erasure_sha256"]
     emit(Saved(folder, sha256))
     return sha256
+
+
+def _copy(given: Path, folder: Path, base_fingerprint: str) -> None:
+    """Copy an erasure, checked, so that it is there whole or not at all."""
+    Erasure.load(given, base_fingerprint)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(given, partial)
+    partial.rename(folder)
 
 
 def _logger(emit: Dispatcher) -> Callable[[int, int, Mapping[str, float]], None]:

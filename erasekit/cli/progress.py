@@ -17,7 +17,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Bars:
-    """Listens to a run and draws a bar per stage, with step, time left and memory."""
+    """Listens to a run and draws a bar per stage, with step, time left and memory.
+
+    Attributes:
+        started: whether a run began; one that was finished before does not.
+    """
 
     def __init__(self) -> None:
         """Draw on stderr."""
@@ -29,6 +33,7 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        self.started = False
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task: TaskID | None = None
 
@@ -42,6 +47,7 @@ class Bars:
     def __call__(self, event: Event) -> None:
         """Draw one event."""
         if isinstance(event, RunStarted):
+            self.started = True
             self._progress.console.print(_title(event), highlight=False, markup=False)
         elif isinstance(event, StageStarted):
             self._finish()
@@ -60,11 +66,16 @@ class Bars:
 
 
 class Lines:
-    """Listens to a run and writes a line per stage, and one every ten seconds within it."""
+    """Listens to a run and writes a line per stage, and one every ten seconds within it.
+
+    Attributes:
+        started: whether a run began; one that was finished before does not.
+    """
 
     def __init__(self) -> None:
         """Write to stderr."""
-        self._stage, self._started, self._last = "", 0.0, 0.0
+        self.started = False
+        self._stage, self._since, self._last = "", 0.0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -76,13 +87,14 @@ class Lines:
         """Write one event."""
         now = time.monotonic()
         if isinstance(event, RunStarted):
+            self.started = True
             _write(_title(event))
         elif isinstance(event, StageStarted):
-            self._stage, self._started, self._last = event.stage, now, now
+            self._stage, self._since, self._last = event.stage, now, now
             _write(event.stage)
         elif (counted := _count(event)) and (now - self._last > SECONDS_BETWEEN_LINES or counted[0] == counted[1]):
             done, total, note = counted
-            left = (now - self._started) / max(done, 1) * (total - done)
+            left = (now - self._since) / max(done, 1) * (total - done)
             self._last = now
             _write(f"{self._stage} {done}/{total}  {note}{left:.0f} s left  {peak_memory_mb():.0f} MB")
 

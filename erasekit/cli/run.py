@@ -46,6 +46,8 @@ def command(
 
     with listener() as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
+    if not told.started:
+        typer.echo("Finished before: these are its numbers. Begin anew with --force.", err=True)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
     else:

@@ -14,7 +14,12 @@ WIDTH_OF_A_FILE = 200
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table to stdout; a file or a pipe gets it wide, so that nothing is folded or cut."""
-    table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column, style="bold"))
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE).print(table)
+    if title:
+        console.print(Text(f"\n{title}", style="bold italic"))
+    console.print(table)

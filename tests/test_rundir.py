@@ -1,0 +1,134 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from erasekit import plugins
+from erasekit.config import RunConfig, build, resolve
+from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
+from erasekit.events import StepEnd
+from erasekit.rundir import open_run, path_of
+
+
+@pytest.fixture(scope="module")
+def plan(world):
+    flags = {"method": "pull", "backbone": "tiny", "task": "words", "concepts": ("cat:kitten",)}
+    return resolve(build(flags), plugins.load([world]))
+
+
+def refused(kind, says):
+    """The block ends with this error, in one line."""
+    return pytest.raises(kind, match=rf"^[^\n]*{says}[^\n]*$")
+
+
+def test_a_run_goes_from_new_over_partial_to_finished(tmp_path, plan):
+    with open_run(tmp_path, plan) as run:
+        assert run.path == tmp_path / "tiny" / "words" / "pull" / plan.hash
+        assert run.state == "new"
+        with run.stage("load"):
+            pass
+        with pytest.raises(KeyError), run.stage("erase"):
+            raise KeyError("x")
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "partial"
+        assert run.done("load")
+        assert not run.done("erase")
+        assert set(run.timings_s) == {"load", "erase"}
+        (run.path / "results.json").write_text("{}")
+        run.write_status("finished")
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "finished"
+        assert json.loads((run.path / "status.json").read_text())["state"] == "finished"
+    with open_run(tmp_path, plan, force=True) as run:
+        assert run.state == "new"
+        assert not (run.path / "results.json").exists()
+
+
+def test_a_finished_status_without_results_is_not_finished(tmp_path, plan):
+    with open_run(tmp_path, plan) as run:
+        run.write_status("finished")
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "partial"
+
+
+def test_what_is_written_about_a_run_names_no_machine(tmp_path, plan):
+    with open_run(tmp_path, plan) as run:
+        config = RunConfig.model_validate(tomllib.loads((run.path / "config.toml").read_text()))
+        environment = (run.path / "env.json").read_text()
+    assert config == plan.config
+    assert json.loads(environment)["versions"]["torch"]
+    assert os.uname().nodename not in environment
+    assert "/" not in environment
+
+
+def test_events_are_lines_of_the_log(tmp_path, plan):
+    with open_run(tmp_path, plan) as run:
+        run.log(StepEnd(1, 2, {"loss": 0.5}))
+        run.log(StepEnd(2, 2, {"loss": 0.25}))
+        lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert [line["values"]["loss"] for line in lines] == [0.5, 0.25]
+    assert {line["event"] for line in lines} == {"StepEnd"}
+
+
+def test_two_at_once_are_refused_and_a_dead_one_holds_nothing(tmp_path, plan):
+    with (
+        open_run(tmp_path, plan),
+        pytest.raises(EnvironmentProblem, match="Another process is at work"),
+        open_run(tmp_path, plan),
+    ):
+        pass
+    path = path_of(tmp_path, plan)
+    hold = (  # the lock is let go of when its object is, so it needs a name
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True);"
+        "import time; time.sleep(60)"
+    )
+    lock = path.with_name(f".{path.name}.lock")
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with refused(EnvironmentProblem, "Another process"), open_run(tmp_path, plan):
+            pass
+        other.kill()
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "partial"
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path, plan):
+    (tmp_path / "out").write_text("")
+    with (
+        pytest.raises(UsageError, match=r"Cannot write to .*Choose another folder with --out"),
+        open_run(tmp_path / "out", plan),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error (os error 28)")])
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path, plan, error):
+    with refused(EnvironmentProblem, "is full"), open_run(tmp_path, plan) as run:
+        with run.stage("load"):
+            pass
+        raise error
+    with open_run(tmp_path, plan) as run:
+        assert run.done("load")
+
+
+def test_other_errors_pass_through(tmp_path, plan):
+    with pytest.raises(OSError, match="elsewhere"), open_run(tmp_path, plan):
+        raise OSError(errno.EACCES, "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_damaged_status_is_named(tmp_path, plan, text):
+    with open_run(tmp_path, plan) as run:
+        pass
+    (run.path / "status.json").write_text(text)
+    with (
+        pytest.raises(ErasekitError, match=r"status\.json' is damaged\. Start the run anew with --force"),
+        open_run(tmp_path, plan),
+    ):
+        pass
+    with open_run(tmp_path, plan, force=True) as run:
+        assert run.state == "new"
