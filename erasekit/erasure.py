@@ -275,8 +275,9 @@ def _write(path: Path, deltas: Deltas, prefix: str) -> str:
     for module, delta in deltas.items():
         full = isinstance(delta, LowRank) and delta.rank > min(delta.up.shape[0], delta.down.shape[1])
         low = compress(delta) if isinstance(delta, Dense) or full else delta
-        tensors[f"{prefix}.{module}.lora_A.weight"] = low.down.detach().float().cpu().contiguous()
-        tensors[f"{prefix}.{module}.lora_B.weight"] = low.up.detach().float().cpu().contiguous()
+        # Cloned, since a method may use one matrix at several sites, and safetensors refuses shared memory.
+        tensors[f"{prefix}.{module}.lora_A.weight"] = low.down.detach().float().cpu().contiguous().clone()
+        tensors[f"{prefix}.{module}.lora_B.weight"] = low.up.detach().float().cpu().contiguous().clone()
     if not tensors or not all(t.isfinite().all() for t in tensors.values()):
         raise ErasekitError(
             f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
