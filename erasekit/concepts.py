@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +50,10 @@ class Concept(BaseModel):
         """Every phrase in every template (`self.templates` if none are given)."""
         return [t.format(p) for p in self.phrases for t in templates or self.templates]
 
-    def neutral_prompts(self, templates: tuple[str, ...] | None = None) -> list[str]:
-        """What each of `prompts()` becomes: the same template around `neutral`, or the empty prompt if that is empty."""
-        return [t.format(self.neutral) if self.neutral else "" for _ in self.phrases for t in templates or self.templates]
+    def neutralise(self, prompt: str) -> str:
+        """`prompt` with every phrase replaced by the neutral word; the empty prompt if that is empty."""
+        if not self.neutral:
+            return ""
+        for phrase in sorted(self.phrases, key=len, reverse=True):  # the longest first: "a cat" is in "a cat face"
+            prompt = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", self.neutral, prompt)
+        return prompt

@@ -24,6 +24,12 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _registered(slot: str, name: str) -> Any:
+    from erasekit.plugins import load
+
+    return load().components.get(slot, name)
+
+
 @dataclass
 class RunContext:
     """All that a method may touch.
@@ -35,6 +41,7 @@ class RunContext:
         seed: the run's seed; use `generator(name)`.
         directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
         log: called with (step, total, {name: value}) once per training step.
+        component: looks up what is registered for a slot, e.g. component("refine", "whitened").
     """
 
     backbone: Backbone
@@ -43,6 +50,7 @@ class RunContext:
     seed: int = 0
     directory: Path | None = None
     log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
+    component: Callable[[str, str], Any] = field(default=_registered)
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator of its own for each named use: adding a use never shifts another one's numbers."""
@@ -70,6 +78,7 @@ class Method:
         presets: named sets of settings.
         ablations: {row of a table: settings that differ from the default}.
         requires: capabilities a backbone must have (see `Capabilities.names`), e.g. {"velocity"}.
+        slots: settings that name a registered component (or several) of the slot with the setting's name.
     """
 
     name: ClassVar[str]
@@ -78,6 +87,7 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     requires: ClassVar[frozenset[str]] = frozenset()
+    slots: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         """Keep the validated settings, an instance of `Config`."""

@@ -34,7 +34,9 @@ class Words(Task):
 
     def prompts(self, which, concepts, split, limit=None):
         erased = [c.name for c in concepts]
-        words = {"erase": erased, "preserve": ["ship"], "clean": ["red", "kitten", "photo"]}.get(which, [])
+        others = ["red", "kitten", "photo"]
+        sets = {"erase": erased, "preserve": ["ship"], "clean": others, "captions": others if split == "train" else []}
+        words = sets.get(which, [])
         texts = [f"a photo of a {word}" for word in words][:limit]
         return [
             Prompt(t, SEEDS[split] + i, w, which, w if w in erased else "")

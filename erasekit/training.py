@@ -1,0 +1,116 @@
+"""The one training loop: accumulate, clip, log, checkpoint, resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from erasekit.errors import ErasekitError
+from erasekit.method import MethodConfig, RunContext
+
+Losses = Mapping[str, torch.Tensor]
+
+
+class TrainingConfig(MethodConfig):
+    """How a method trains; methods inherit these settings into their own."""
+
+    steps: int = Field(200, ge=0, description="training steps; 0 skips the training")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up; after it the rate falls along a cosine")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed into one step")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+
+
+def train(
+    losses: Callable[[int, torch.Generator], Losses],
+    parameters: Sequence[torch.Tensor],
+    config: TrainingConfig,
+    *,
+    ctx: RunContext,
+    name: str,
+) -> None:
+    """Minimise the sum of `losses(batch, generator)` over `parameters`, in place.
+
+    Every batch has a generator of its own, named by its number, so that a training that was killed goes on from its
+    checkpoint to the same result. Parameters without a gradient in a step keep their value and their moments.
+
+    Args:
+        losses: gives the named losses of batch number 0, 1, ...
+        parameters: what is trained, in a fixed order.
+        config: steps, rate and so on.
+        ctx: the run; checkpoints are written if it has a directory.
+        name: names the checkpoint and the generators.
+
+    Raises:
+        ErasekitError: a loss is not finite; the last checkpoint stays.
+    """
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    path = None if ctx.directory is None else ctx.directory / "checkpoints" / f"{name}.safetensors"
+    done = 0 if path is None else _restore(path, parameters, optimizer)
+    for step in range(done, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _rate(step, config)
+        optimizer.zero_grad(set_to_none=True)
+        values: dict[str, float] = {}
+        for batch in range(step * config.accumulate, (step + 1) * config.accumulate):
+            parts = losses(batch, ctx.generator(f"{name}/{batch}"))
+            total = torch.stack(list(parts.values())).sum() / config.accumulate
+            if not math.isfinite(total.item()):
+                raise ErasekitError(_not_finite(name, step, parts, path))
+            total.backward()
+            values |= {key: value.item() for key, value in parts.items()}
+        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip)
+        optimizer.step()
+        ctx.log(step + 1, config.steps, values)
+        if path is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            _save(path, step + 1, parameters, optimizer)
+
+
+def _rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up times a half cosine that ends at a twentieth."""
+    rise = min(1.0, (step + 1) / (config.warmup + 1))
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+
+
+def _not_finite(name: str, step: int, parts: Losses, path: Path | None) -> str:
+    bad = ", ".join(f"{key} = {value.item()}" for key, value in parts.items() if not math.isfinite(value.item()))
+    kept = f" The last checkpoint is kept in {path.name}." if path is not None and path.exists() else ""
+    return f"Training '{name}' stopped at step {step}: {bad or 'the sum is not finite'}.{kept} Lower the rate with '-s method.lr=...'."
+
+
+def _save(path: Path, step: int, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(step)})
+    partial.replace(path)
+
+
+def _restore(path: Path, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint into the parameters and the optimizer; a missing or unreadable one starts from zero."""
+    try:
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception:  # noqa: BLE001  safetensors raises types of its own; a broken checkpoint costs only its steps
+        return 0
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, slot = key.split(".", 2)
+            state.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"parameter.{i}"])
+    return step

@@ -1,0 +1,70 @@
+"""`nox -s lint types tests` before a commit; the other sessions before a release."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strict on erasekit."""
+    session.install("-e", ".[dev]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need no GPU and no foreign package."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Every method on every backbone whose weights can be made here."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", "tests/contracts", *session.posargs)
+
+
+@nox.session
+def third_party(session: nox.Session) -> None:
+    """A foreign package and single-file plugins, beside an installed wheel."""
+    session.install(".", "pytest", "tests/third_party/erasekit_example")
+    session.run("pytest", "tests/third_party", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """That the documentation names all there is, and that its links lead somewhere."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The wheel, in an environment of its own."""
+    session.install("build")
+    target = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", target, ".")
+    session.install("--find-links", target, "erasekit")
+    with session.chdir(target):
+        session.run("erasekit", "ls")
+        session.run("erasekit", "doctor")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Tests that need a GPU; they fail without one."""
+    session.install("-e", ".[dev]")
+    session.run("pytest", "tests/gpu", *session.posargs)

@@ -1,0 +1,290 @@
+"""TRACE: closed-form refinement, then LoRAs trained on the late part of the teacher's semi-target trajectories."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from erasekit.adapters import AdapterBank
+from erasekit.alignment import align
+from erasekit.backbone import Conditioning, concatenate
+from erasekit.closedform import TextEdit
+from erasekit.deltas import Deltas, merged, scale
+from erasekit.deltas import concatenate as concatenate_deltas
+from erasekit.erasure import Erasure
+from erasekit.method import Method, RunContext
+from erasekit.training import Losses, TrainingConfig, train
+from pydantic import Field
+
+from erasekit_trace import losses
+from erasekit_trace.pool import Pool, Recipe, clean_pool, pair_pool, target_pool
+from erasekit_trace.slots import Adapter, Embeddings
+
+ETAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0)
+
+
+class TraceConfig(TrainingConfig):
+    """Settings of TRACE. Each slot names a registered component."""
+
+    refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
+    eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
+    ridge: float = Field(1e-2, ge=0, description="ridge of the closed form, relative to the size of its system")
+    preserve_scale: float = Field(3.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
+    fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
+    window: str = Field("late", description="which part of the trajectory is trained: late, full, early, soft or a registered one")
+    tau0: float = Field(0.15, ge=0, le=1, description="where the window begins, 0 is noise and 1 the picture")
+    early_anchor: bool = Field(False, description="before tau0, hold the concept prompts at the teacher (ANT); undoes stage 1")
+    bank: str = Field("per-concept", description="LoRAs: per-concept, shared or a registered one")
+    rank: int = Field(4, ge=1, description="rank of each LoRA")
+    scope: str = Field("kv", description="linear layers that carry a LoRA, a scope of the backbone")
+    eta_neg: float = Field(0.0, ge=0, description="how far the target is pushed away from the concept")
+    preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
+    preserve_early: float = Field(1.0, ge=0, description="how much more drift costs in the early steps")
+    integration: Literal["pairs", "none"] = Field("pairs", description="the loss on prompts that hold two erased concepts")
+    integration_every: int = Field(4, ge=1, description="steps between integration losses")
+    integration_weight: float = Field(0.1, ge=0, description="weight of the integration loss")
+    divergence: tuple[str, ...] = Field((), description="divergences on the one-step x0 besides the latent one: probe, clip, lpips")
+    divergence_every: int = Field(4, ge=1, description="steps between them")
+    divergence_weight: float = Field(0.05, ge=0, description="their weight")
+    batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
+    trajectories: int = Field(48, ge=1, description="teacher trajectories per concept")
+    clean_trajectories: int = Field(128, ge=1, description="teacher trajectories of clean prompts")
+
+
+class Trace(Method):
+    """TRACE (arXiv:2505.23312), as DESIGN.md section 8 defines it."""
+
+    name = "trace"
+    Config = TraceConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"refine": "eq1", "window": "late", "bank": "per-concept", "integration": "pairs", "steps": 1000, "batch": 4},
+    }
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "without refinement": {"refine": "none"},
+        "without trajectory constraint": {"window": "full"},
+        "without separate LoRAs": {"bank": "shared"},
+        "without integration loss": {"integration": "none"},
+    }
+    config: TraceConfig
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        """Stage 1 in closed form, stage 2 by training; each concept's parts are kept apart."""
+        refined = self.refine(ctx)
+        adapters = self.finetune(ctx, refined) if self.config.steps else {}
+        deltas: dict[str, dict[str, Deltas]] = {}
+        for name, delta in refined.items():
+            deltas.setdefault(name, {})["refine"] = delta
+        for name, delta in adapters.items():
+            deltas.setdefault(name, {})["adapter"] = delta
+        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+
+    # Stage 1
+
+    def refine(self, ctx: RunContext) -> dict[str, Deltas]:
+        """The closed-form part of each concept, damped by eta; empty without a refinement."""
+        solve = ctx.component("refine", self.config.refine)
+        sizes, edits = [], {}
+        for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
+            embeddings, sizes = self._embeddings(ctx, reads)
+            edits[reads] = solve(embeddings, self.config)
+        if any(edit is None for edit in edits.values()):
+            return {}
+        whole = _site_deltas(ctx, edits)
+        eta = self.config.eta if self.config.eta is not None else choose_eta(ctx, whole)
+        shares = {reads: edit.damped(eta).split(sizes) for reads, edit in edits.items()}
+        return {
+            concept.name: _site_deltas(ctx, {reads: parts[i].compressed() for reads, parts in shares.items()})
+            for i, concept in enumerate(ctx.concepts)
+        }
+
+    def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
+        """Embeddings of all concepts, one after the other, and how many rows each has."""
+        encode = ctx.backbone.encode
+        pairs = []
+        for concept in ctx.concepts:
+            prompts = concept.prompts()
+            cond, neutral = encode(prompts), encode([concept.neutralise(p) for p in prompts])
+            pairs.append(align(cond, neutral) if reads == "tokens" else (cond.pooled.double(), neutral.pooled.double()))
+        preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
+        concepts, neutrals = zip(*pairs, strict=True)
+        kept, seen = (_rows(cond, reads) for cond in (preserve, captions))
+        return Embeddings(torch.cat(concepts), torch.cat(neutrals), kept, seen), [len(c) for c in concepts]
+
+    # Stage 2
+
+    def finetune(self, ctx: RunContext, refined: Mapping[str, Deltas]) -> dict[str, Deltas]:
+        """Train the bank of LoRAs on top of the refined weights, against the untouched teacher."""
+        pools = [self._concept_pool(ctx, i) for i in range(len(ctx.concepts))]
+        clean = self._clean_pool(ctx)
+        pairs = self._pair_pools(ctx) if self.config.integration == "pairs" else {}
+        divergences = [
+            [ctx.component("divergence", name)(ctx, concept, pool) for name in self.config.divergence]
+            for concept, pool in zip(ctx.concepts, pools, strict=True)
+        ]
+        adapters: list[Adapter] = ctx.component("bank", self.config.bank)(ctx.concepts, self.config)
+        bank = AdapterBank(ctx.backbone)
+        with merged(ctx.backbone.denoiser, concatenate_deltas(list(refined.values()))):
+            targets = ctx.backbone.lora_targets(self.config.scope)
+            for adapter in adapters:
+                bank.add(adapter.name, targets, adapter.rank, ctx.generator(f"trace/init/{adapter.name}"))
+            parameters = [p for adapter in adapters for p in bank.train_only(adapter.name)]
+            step = _Step(self.config, ctx, bank, adapters, pools, clean, pairs, divergences)
+            train(step, parameters, self.config, ctx=ctx, name="trace")
+            trained = {adapter.name: bank.deltas(adapter.name) for adapter in adapters}
+            bank.remove()
+        return trained
+
+    def _recipe(self, ctx: RunContext) -> Recipe:
+        protocol = ctx.task.protocol
+        turn = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
+        return Recipe(protocol.steps, protocol.guidance, turn, self.config.eta_neg)
+
+    def _concept_pool(self, ctx: RunContext, index: int) -> Pool:
+        concept = ctx.concepts[index]
+        prompts = concept.prompts()
+        encode = ctx.backbone.encode
+        seeds = _seeds(ctx, f"trace/concept/{concept.name}", self.config.trajectories)
+        neutral = encode([concept.neutralise(p) for p in prompts])
+        return target_pool(ctx.backbone, encode(prompts), neutral, encode([""]), self._recipe(ctx), seeds)
+
+    def _clean_pool(self, ctx: RunContext) -> Pool:
+        n = self.config.clean_trajectories
+        kept, seen = (
+            [p.text for p in ctx.prompts(which)] for which in ("preserve", "captions")
+        )
+        texts = [p for pair in zip(itertools.cycle(kept or seen), seen, strict=False) for p in pair][:n]
+        encode = ctx.backbone.encode
+        return clean_pool(ctx.backbone, encode(texts), encode([""]), self._recipe(ctx), _seeds(ctx, "trace/clean", n))
+
+    def _pair_pools(self, ctx: RunContext) -> dict[tuple[int, int], Pool]:
+        """For every two concepts, trajectories of prompts that hold both."""
+        pools, encode = {}, ctx.backbone.encode
+        for i, j in itertools.combinations(range(len(ctx.concepts)), 2):
+            a, b = ctx.concepts[i], ctx.concepts[j]
+            phrases = [(t, a.phrases[0], b.phrases[0]) for t in a.templates]
+            both = [t.format(f"{p} and {q}") for t, p, q in phrases]
+            neutral = [b.neutralise(a.neutralise(text)) for text in both]
+            prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
+            seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", max(2, self.config.trajectories // 8))
+            pools[i, j] = pair_pool(ctx.backbone, prompts, encode(neutral), encode([""]), self._recipe(ctx), seeds)
+        return pools
+
+
+class _Step:
+    """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained."""
+
+    def __init__(
+        self,
+        config: TraceConfig,
+        ctx: RunContext,
+        bank: AdapterBank,
+        adapters: Sequence[Adapter],
+        pools: Sequence[Pool],
+        clean: Pool,
+        pairs: Mapping[tuple[int, int], Pool],
+        divergences: Sequence[Sequence[Any]],
+    ) -> None:
+        self.config, self.backbone, self.bank, self.clean, self.pairs = config, ctx.backbone, bank, clean, pairs
+        self.pools, self.divergences = pools, divergences
+        self.owner = {i: adapter.name for adapter in adapters for i in adapter.concepts}
+        window = ctx.component("window", config.window)(config)
+        anchor = (lambda tau: torch.ones_like(tau)) if config.early_anchor else window
+        self.weights = [anchor(pool.tau) for pool in pools]
+        self.window = window
+
+    def __call__(self, batch: int, generator: torch.Generator) -> Losses:
+        config, turn = self.config, batch % len(self.pools)
+        self.bank.train_only(self.owner[turn])
+        erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
+        keep = self.clean.sample(config.batch, generator)
+        cond = [erase.cond, keep.cond]
+        prediction, kept = self._student([erase.x, keep.x], [erase.tau, keep.tau], cond)
+        target, weight = erase.predictions[:, 2], self.window(erase.tau)
+        if config.early_anchor:
+            before = (erase.tau < config.tau0 - 1e-6).view(-1, *[1] * (target.dim() - 1))
+            target, weight = torch.where(before, erase.predictions[:, 0], target), torch.ones_like(weight)
+        out = {
+            "erase": losses.weighted_error(prediction, target, weight),
+            "preserve": config.preserve
+            * losses.weighted_error(kept, keep.predictions[:, 0], losses.preserve_weight(keep.tau, config.preserve_early)),
+        }
+        round_ = batch // len(self.pools)
+        if self.divergences[turn] and round_ % config.divergence_every == 0:
+            x0, goal = (self.backbone.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
+            for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
+                out[name] = config.divergence_weight * divergence(x0, goal)
+        if self.pairs and round_ % config.integration_every == 0:
+            out["integration"] = config.integration_weight * self._integration(turn, generator)
+        return out
+
+    def _student(self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]) -> tuple[torch.Tensor, ...]:
+        """Predictions for several batches of equal size in one pass."""
+        return self.backbone.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
+
+    def _integration(self, turn: int, generator: torch.Generator) -> torch.Tensor:
+        mine = [pair for pair in self.pairs if turn in pair]
+        pool = self.pairs[mine[int(torch.randint(len(mine), (1,), generator=generator))]]
+        n, third = max(2, self.config.batch // 2), len(pool.cond) // 3
+        index = torch.randint(len(pool), (n,), generator=generator)
+        x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
+        one, two, neutral = pool.predictions[index].unbind(1)
+        both = self.backbone.predict(x, tau, pool.cond[row])
+        with torch.no_grad():
+            alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])
+        joint = torch.stack([losses.presence(both, c, neutral) for c in (one, two)])
+        single = torch.stack([losses.presence(y, c, neutral) for y, c in zip(alone, (one, two), strict=True)])
+        return losses.integration(joint, single)
+
+
+@torch.no_grad()
+def choose_eta(ctx: RunContext, refined: Deltas) -> float:
+    """The damping with the least residual concept plus drift, on validation prompts (section 4.1).
+
+    Both are relative errors of predictions along the teacher's trajectories: how far f'(c_w) still is from f(c_u), in
+    units of |f(c_w) - f(c_u)|, and how far f'(q) has moved for preserved q, in units of |f(q) - f(0)|.
+    """
+    backbone, encode = ctx.backbone, ctx.backbone.encode
+    protocol = ctx.task.protocol
+    recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance)
+    erase = [p for p in ctx.prompts("erase", "validation")][: 8 * len(ctx.concepts)]
+    texts = [p.text for p in erase]
+    neutral = texts
+    for concept in ctx.concepts:
+        neutral = [concept.neutralise(t) for t in neutral]
+    keep = [p.text for p in ctx.prompts("preserve", "validation")][:24]
+    concept_pool = target_pool(backbone, encode(texts), encode(neutral), encode([""]), recipe, [p.seed for p in erase])
+    keep_pool = clean_pool(backbone, encode(keep), encode([""]), recipe, _seeds(ctx, "trace/eta", len(keep)))
+    span = (concept_pool.predictions[:, 0] - concept_pool.predictions[:, 1]).square().mean()
+    empty = backbone.predict(keep_pool.x, keep_pool.tau, encode([""]).repeat(len(keep_pool)))
+    reach = (keep_pool.predictions[:, 0] - empty).square().mean()
+    best, choice = math.inf, 1.0
+    for eta in ETAS:
+        with merged(backbone.denoiser, scale(refined, eta)):
+            left = backbone.predict(concept_pool.x, concept_pool.tau, concept_pool.cond[concept_pool.row])
+            drift = backbone.predict(keep_pool.x, keep_pool.tau, keep_pool.cond[keep_pool.row])
+        cost = (left - concept_pool.predictions[:, 1]).square().mean() / span
+        cost = cost + (drift - keep_pool.predictions[:, 0]).square().mean() / reach
+        if cost < best - 1e-6:
+            best, choice = cost.item(), eta
+    return choice
+
+
+def _site_deltas(ctx: RunContext, edits: Mapping[str, TextEdit]) -> Deltas:
+    """The edit of every text site, from its base weight."""
+    modules = dict(ctx.backbone.denoiser.named_modules())
+    return {site.name: edits[site.reads].delta(modules[site.name].weight) for site in ctx.backbone.text_sites()}
+
+
+def _rows(cond: Conditioning, reads: str) -> torch.Tensor:
+    """All embeddings of prompts as rows, float64; of the pads only the first, which stands for the rest."""
+    if reads == "pooled":
+        return cond.pooled.double()
+    kept = torch.arange(cond.tokens.shape[1]) <= cond.lengths[:, None]
+    return cond.tokens[kept].double()
+
+
+def _seeds(ctx: RunContext, name: str, n: int) -> list[int]:
+    return torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()

@@ -1,0 +1,53 @@
+"""What every method owes on every backbone: a file that loads, a base that stays as it was, a concept that moves."""
+
+import pytest
+import torch
+
+from erasekit import plugins
+from erasekit.config import build, resolve
+from erasekit.erasure import Erasure, load_into
+from erasekit.runner import compute
+from tests.conftest import THIRD_PARTY
+
+SHORT = {
+    "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4", "method.batch=2"],
+    "pull": ["method.steps=2"],
+}
+REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "single_file_method.py"])
+METHODS = [entry.name for entry in REGISTRIES.methods.entries()]
+
+
+@pytest.fixture(scope="module", params=[("tiny", "words")], ids=["tiny"])
+def base(request, tiny_folder):
+    """(backbone name, task, overrides, the loaded backbone)."""
+    backbone, task = request.param
+    overrides = [f"backbone.path={tiny_folder}", "backbone.device=cpu"]
+    plan = resolve(build({"method": "pull", "backbone": backbone, "task": task}, overrides=overrides), REGISTRIES)
+    return backbone, task, overrides, plan.backbone.load(plan.backbone_config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_keeps_its_contract(base, method, tmp_path):
+    backbone, task, overrides, loaded = base
+    flags = {"method": method, "backbone": backbone, "task": task, "concepts": ("cat",)}
+    plan = resolve(build(flags, overrides=[*overrides, *SHORT.get(method, [])]), REGISTRIES)
+    before = {k: v.clone() for k, v in loaded.denoiser.state_dict().items()}
+    hashes = [compute(plan, loaded, REGISTRIES).save(tmp_path / str(i)) for i in range(2)]
+
+    after = loaded.denoiser.state_dict()
+    assert before.keys() == after.keys(), "the method left adapters on the base"
+    assert all(torch.equal(before[k], after[k]) for k in before), "the method changed the base"
+    assert not any(p.requires_grad for p in loaded.denoiser.parameters()), "the method left gradients on"
+    assert hashes[0] == hashes[1], "the same settings and seed gave another file"
+
+    erasure = Erasure.load(tmp_path / "0", loaded.fingerprint())
+    assert erasure.method == method
+    assert erasure.config == plan.method_config.model_dump(mode="json")
+    pipe = loaded.pipeline()
+    load_into(pipe, tmp_path / "0", base_fingerprint=loaded.fingerprint())
+    x, cond = loaded.latents([0]), loaded.encode(["a photo of a cat"])
+    with torch.no_grad():
+        plain = loaded.predict(x, torch.tensor([0.5]), cond)
+        erased = pipe.unet(x, torch.tensor([499]), encoder_hidden_states=cond.tokens, return_dict=False)[0]
+    assert not torch.allclose(plain, erased, rtol=0, atol=1e-7), "the erasure changes nothing"
+    assert torch.isfinite(erased).all()
