@@ -99,7 +99,9 @@ class BackboneConfig(BaseModel):
     path: str = Field("", description="hub id or local diffusers folder; empty means the backbone's own")
     revision: str | None = Field(None, description="revision on the hub")
     device: str = Field("auto", description="torch device; auto takes a GPU if there is one")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of the weights; auto is float32 on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the weights; auto is float32 on a CPU"
+    )
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from erasekit.backbone import Backbone
     from erasekit.concepts import Concept
     from erasekit.erasure import Erasure
-    from erasekit.tasks import Prompt, Task
+    from erasekit.tasks import Prompt, Split, Task
 
 
 class MethodConfig(BaseModel):
@@ -25,9 +25,9 @@ class MethodConfig(BaseModel):
 
 
 def _registered(slot: str, name: str) -> Any:
-    from erasekit.plugins import load
+    from erasekit.plugins import default
 
-    return load().components.get(slot, name)
+    return default().components.get(slot, name)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class RunContext:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def prompts(self, which: str, split: str = "train") -> list[Prompt]:
+    def prompts(self, which: str, split: Split = "train") -> list[Prompt]:
         """Prompts of the task for training or choosing settings; never those that numbers are measured on.
 
         Raises:

@@ -89,4 +89,3 @@ class Task:
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Any]:
         """The task's metrics from the per-image scores (see `results.Metric`)."""
         raise NotImplementedError
-

@@ -68,6 +68,7 @@ class Trace(Method):
         "without separate LoRAs": {"bank": "shared"},
         "without integration loss": {"integration": "none"},
     }
+    slots = ("refine", "window", "bank", "divergence")
     config: TraceConfig
 
     def erase(self, ctx: RunContext) -> Erasure:
