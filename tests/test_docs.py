@@ -1,0 +1,84 @@
+"""The documentation names all there is, and its links lead somewhere."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+import erasekit
+from erasekit import events, hookspecs
+from erasekit.backbone import BackboneConfig
+from erasekit.cli import build
+from erasekit.config import Options, RunConfig
+from erasekit.results import MEANINGS, Metric, RunResult
+from erasekit.tasks import Protocol
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+COMMANDS = typer.main.get_command(build()).commands
+
+
+def said(name: str) -> bool:
+    """Whether the reference has `name` in code."""
+    return bool(re.search(rf"`[^`]*(?<![\w-]){re.escape(name)}(?![\w-])[^`]*`", REFERENCE))
+
+
+@pytest.mark.parametrize("name", sorted(n for n, f in vars(hookspecs).items() if inspect.isfunction(f) and f.__doc__))
+def test_hooks(name):
+    assert said(name)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_commands_and_flags(name):
+    assert said(name)
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        for flag in parameter.opts:
+            if flag.startswith("--"):
+                assert said(flag), flag
+                assert parameter.help, flag
+
+
+@pytest.mark.parametrize("model", [RunConfig, Options, BackboneConfig, Protocol, RunResult, Metric], ids=lambda m: m.__name__)
+def test_fields(model):
+    for name, field in model.model_fields.items():
+        assert said(name), name
+        if model not in (RunResult, Metric):
+            assert field.description, name
+
+
+@pytest.mark.parametrize("name", sorted(MEANINGS))
+def test_metrics(name):
+    assert re.search(rf"^\| .*`{name}[`\[].* \| .+ \| .+ \|$", REFERENCE, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", [n for n in erasekit.__all__ if not n.startswith("__")])
+def test_public_names(name):
+    assert said(name) or said(f"erasekit.{name}")
+
+
+def test_events():
+    names = [n for n, c in vars(events).items() if inspect.isclass(c) and issubclass(c, events.Event) and c is not events.Event]
+    assert len(names) == 8
+    assert all(said(name) for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_that_are_shown_exist(page):
+    for command in re.findall(r"(?:^|`)erasekit ([a-z]\w*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert command in COMMANDS, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_paths_that_are_shown_exist(page):
+    for path in re.findall(r"`((?:erasekit|plugins|tests|docs|benchmarks)/[\w/.-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
