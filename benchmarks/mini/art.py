@@ -58,4 +58,6 @@ def svg(body: str, box: tuple[float, float, float, float]) -> Image.Image:
     """An SVG body, drawn at GLYPH_SIZE pixels."""
     head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     text = f'{head} viewBox="{" ".join(map(str, box))}" width="{GLYPH_SIZE}" height="{GLYPH_SIZE}">{body}</svg>'
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=text, width=GLYPH_SIZE, height=GLYPH_SIZE)))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=text, width=GLYPH_SIZE, height=GLYPH_SIZE)))).convert(
+        "RGBA"
+    )

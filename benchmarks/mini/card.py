@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import WORK
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from data import WORK
 from erasekit_mini import vocabulary as words
 from erasekit_mini.nets import MiniClassifier
 from render import grid
-from safetensors.torch import load_file
 from train_classifier import OUT, judge
 
 CELL = 50
@@ -53,7 +54,10 @@ def cells(split: words.Split, n: int) -> dict[str, list[tuple[str, tuple[str, ..
     synonyms = {f"synonyms/{o}": [(r.prompt, (o,)) for r in words.synonym_prompts(o, split, n)] for o in words.OBJECTS}
     people = {f"identities/{i}": [(r.prompt, (i,)) for r in words.identity_prompts(i, split, n)] for i in words.IDENTITIES}
     styles = {f"styles/{a}": [(p, (a, o)) for p, _, o in words.style_prompts(a, split, n)] for a in words.STYLES}
-    hazards = {f"hazard/{k}": [(r.prompt, ("hazard",)) for r in words.hazard_prompts(k, split, 2 * n)] for k in ("explicit", "implicit", "adjective")}
+    hazards = {
+        f"hazard/{k}": [(r.prompt, ("hazard",)) for r in words.hazard_prompts(k, split, 2 * n)]
+        for k in ("explicit", "implicit", "adjective")
+    }
     return {
         **objects,
         **synonyms,
@@ -65,7 +69,9 @@ def cells(split: words.Split, n: int) -> dict[str, list[tuple[str, tuple[str, ..
     }
 
 
-def measure(pipeline: DiffusionPipeline, judge_: Judge, *, split: words.Split, n: int, steps: int, guidance: float) -> tuple[dict, dict]:
+def measure(
+    pipeline: DiffusionPipeline, judge_: Judge, *, split: words.Split, n: int, steps: int, guidance: float
+) -> tuple[dict, dict]:
     """The share of right pictures per cell, and a few pictures of each."""
     figures: dict[str, float] = {}
     samples: dict[str, torch.Tensor] = {}
@@ -109,18 +115,43 @@ def main() -> None:
     groups: dict[str, list[float]] = {}
     for cell, value in figures.items():
         groups.setdefault(cell.split("/")[0], []).append(value)
-    means = {group: {"mean": round(float(np.mean(v)), 4), "least": round(min(v), 4)} for group, v in groups.items() if group not in ("pairs", "hazard")}
+    means = {
+        group: {"mean": round(float(np.mean(v)), 4), "least": round(min(v), 4)}
+        for group, v in groups.items()
+        if group not in ("pairs", "hazard")
+    }
     card = {
         "model": args.model.name,
-        "protocol": {"split": args.split, "pictures_per_cell": args.cell, "sampler": "ddim", "steps": args.steps, "guidance": args.guidance},
+        "protocol": {
+            "split": args.split,
+            "pictures_per_cell": args.cell,
+            "sampler": "ddim",
+            "steps": args.steps,
+            "guidance": args.guidance,
+        },
         "groups": means,
         "cells": {k: round(v, 4) for k, v in figures.items()},
     }
     name = f"{args.model.name}.{args.split}"
     (args.out / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
-    sheet = torch.cat([p for p in samples.values() if len(p) == 12]).permute(0, 2, 3, 1).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    sheet = (
+        torch.cat([p for p in samples.values() if len(p) == 12])
+        .permute(0, 2, 3, 1)
+        .add(1)
+        .mul(127.5)
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .numpy()
+    )
     grid(sheet, 12).save(args.out / f"{name}.png")
-    print(json.dumps({k: v for k, v in card.items() if k != "cells"} | {"pairs_hazard": {k: v for k, v in figures.items() if k.startswith(("pairs", "hazard"))}}, indent=1))
+    print(
+        json.dumps(
+            {k: v for k, v in card.items() if k != "cells"}
+            | {"pairs_hazard": {k: v for k, v in figures.items() if k.startswith(("pairs", "hazard"))}},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ class Pictures:
     def __init__(self, split: str, folder: Path = WORK / "data") -> None:
         """Open the split lazily: the pictures stay on disk until a batch asks for them."""
         self.pixels = np.load(folder / f"{split}_pictures.npy", mmap_mode="r")
-        labels = {k: torch.from_numpy(np.load(folder / f"{split}_{k}.npy")) for k in ("present", "style", "identity", "background")}
+        labels = {
+            k: torch.from_numpy(np.load(folder / f"{split}_{k}.npy")) for k in ("present", "style", "identity", "background")
+        }
         self.labels = labels | {"present": labels["present"].float()}
         self.captions: list[str] = json.loads((folder / f"{split}_captions.json").read_text())
 

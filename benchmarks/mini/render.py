@@ -9,10 +9,11 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import art
 import numpy as np
-from erasekit_mini import vocabulary as words
 from PIL import Image
+
+import art
+from erasekit_mini import vocabulary as words
 
 SIZE = 64
 ART_FOLDER = Path(__file__).parent / "work" / "art"
@@ -96,7 +97,12 @@ class Scene:
         if self.identity is not None:
             identity = words.IDENTITIES.index(self.identity)
         style = 0 if self.artist is None else 1 + list(words.STYLES).index(self.artist)
-        return {"present": present, "style": style, "identity": identity, "background": words.BACKGROUNDS.index(self.background)}
+        return {
+            "present": present,
+            "style": style,
+            "identity": identity,
+            "background": words.BACKGROUNDS.index(self.background),
+        }
 
 
 def synonym(name: str, rng: random.Random) -> str:
@@ -174,7 +180,7 @@ def draw_scene(rng: random.Random) -> Scene:
         phrase = rng.choice(words.EMPTY)
     if scene.side:
         phrase += f" on the {scene.side}"
-    if scene.items and rng.random() < 0.25 or scene.look and rng.random() < 0.15:
+    if (scene.items and rng.random() < 0.25) or (scene.look and rng.random() < 0.15):
         scene.artist = rng.choice(list(words.STYLES))
         caption = rng.choice(words.STYLE_FRAMES["train"]).format(phrase, scene.artist)
     else:
@@ -242,7 +248,11 @@ def background(name: str, rng: random.Random) -> Image.Image:
         pixels[:] = np.array(PAINT[name]) * (1 + strength * slope[..., None])
     elif name == "at the beach":
         horizon = rng.randint(24, 34)
-        pixels[:horizon], pixels[horizon : horizon + 10], pixels[horizon + 10 :] = (135, 206, 235), (40, 120, 190), (237, 214, 150)
+        pixels[:horizon], pixels[horizon : horizon + 10], pixels[horizon + 10 :] = (
+            (135, 206, 235),
+            (40, 120, 190),
+            (237, 214, 150),
+        )
     elif name == "on the grass":
         horizon = rng.randint(26, 38)
         pixels[:horizon], pixels[horizon:] = (190, 225, 245), (95, 170, 70)

@@ -10,18 +10,19 @@ import argparse
 import json
 
 import torch
-from data import WORK, Pictures
 from diffusers import AutoencoderTiny
-from erasekit_mini.nets import MiniClassifier
-from loop import fit
 from safetensors.torch import save_file
 from torch.nn import functional as F
+
+from data import WORK, Pictures
+from erasekit_mini.nets import MiniClassifier
+from loop import fit
 
 OUT = WORK / "evaluators"
 
 
 def reconstruct(vae: AutoencoderTiny, pictures: Pictures, index: torch.Tensor) -> torch.Tensor:
-    """Pictures after a round trip through the autoencoder, as int8 (half the memory of nothing smaller)."""
+    """Pictures after a round trip through the autoencoder, as int8."""
     with torch.no_grad():
         parts = [vae.decode(vae.encode(pictures.batch(i)).latents).sample for i in index.split(200)]
     return torch.cat([(p.clamp(-1, 1) * 127).to(torch.int8) for p in parts])
@@ -34,7 +35,9 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noisy = x + 0.08 * torch.randn(x.shape, generator=generator)
     x = torch.where((kind < 0.33)[:, None, None, None], soft, torch.where((kind > 0.67)[:, None, None, None], noisy, x))
     dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
-    return F.pad(x, (2, 2, 2, 2), mode="replicate")[:, :, 2 + dy : 66 + dy, 2 + dx : 66 + dx].contiguous(memory_format=torch.channels_last)
+    return F.pad(x, (2, 2, 2, 2), mode="replicate")[:, :, 2 + dy : 66 + dy, 2 + dx : 66 + dx].contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def judge(model: MiniClassifier, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,9 +76,9 @@ def accuracy(out: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], thre
 def main() -> None:
     """Train, choose thresholds on one half of the test renders, measure on the other half, save."""
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--steps", type=int, default=3000)
-    args.add_argument("--threads", type=int, default=1)
-    args.add_argument("--reconstructions", type=int, default=12000)
+    args.add_argument("--steps", type=int, default=1800)
+    args.add_argument("--threads", type=int, default=2)
+    args.add_argument("--reconstructions", type=int, default=8000)
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -105,9 +108,14 @@ def main() -> None:
     outputs = {name: judge(model, batches) for name, batches in sources.items()}
     thresholds = choose_thresholds(outputs["reconstructions"]["present"][:half], test.labels["present"][:half])
     second = {k: v[half:] for k, v in test.labels.items()}
-    figures = {n: {k: round(v, 4) for k, v in accuracy({k: v[half:] for k, v in o.items()}, second, thresholds).items()} for n, o in outputs.items()}
+    figures = {
+        n: {k: round(v, 4) for k, v in accuracy({k: v[half:] for k, v in o.items()}, second, thresholds).items()}
+        for n, o in outputs.items()
+    }
     OUT.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items() if "num_batches" not in k}, OUT / "classifier.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items() if "num_batches" not in k}, OUT / "classifier.safetensors"
+    )
     labels = dict(zip(MiniClassifier.PRESENT, thresholds.tolist(), strict=True))
     card = {"version": 1, "thresholds": labels, "held_out": figures, "held_out_pictures": len(test) - half}
     (OUT / "classifier.json").write_text(json.dumps(card, indent=1))

@@ -6,14 +6,15 @@ import argparse
 import json
 
 import torch
-from data import WORK, Pictures
-from erasekit_mini.nets import MiniImageTower
-from loop import fit
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from data import WORK, Pictures
+from erasekit_mini.nets import MiniImageTower
+from loop import fit
 
 POSITIONS, WIDTH = 32, 128
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-!?"

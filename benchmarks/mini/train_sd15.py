@@ -6,10 +6,11 @@ import argparse
 import os
 
 import torch
-from data import WORK, Pictures
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from data import WORK, Pictures
 from loop import fit, plateau
-from transformers import CLIPTextModel, CLIPTokenizer
 
 DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -53,7 +54,8 @@ def save_pipeline(unet: UNet2DConditionModel) -> None:
     )
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(WORK / "text_encoder"),
+        # with its projection, which the CLIP scorer needs and which loads as a plain CLIPTextModel too
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(WORK / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
         unet=unet,
         scheduler=scheduler,
@@ -63,12 +65,14 @@ def save_pipeline(unet: UNet2DConditionModel) -> None:
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(WORK / "sd15-mini")
+    index = WORK / "sd15-mini" / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPTextModelWithProjection", "CLIPTextModel"))
 
 
 def main() -> None:
     """Train with epsilon prediction and min-SNR weights, then save."""
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--steps", type=int, default=9000)
+    args.add_argument("--steps", type=int, default=8000)
     args.add_argument("--batch", type=int, default=64)
     args.add_argument("--threads", type=int, default=2)
     args.add_argument("--compile", action="store_true")
@@ -76,7 +80,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     pictures = Pictures("train")
-    tokenizer, encoder = CLIPTokenizer.from_pretrained(WORK / "tokenizer"), CLIPTextModel.from_pretrained(WORK / "text_encoder").eval()
+    tokenizer, encoder = (
+        CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
+        CLIPTextModel.from_pretrained(WORK / "text_encoder").eval(),
+    )
     latents = encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures)
     embeddings, row = encode_captions(pictures.captions, tokenizer, encoder)
     unet = build(encoder.config.hidden_size).to(memory_format=torch.channels_last)

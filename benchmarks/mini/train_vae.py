@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from data import WORK, Pictures
 from diffusers import AutoencoderTiny
-from loop import fit
 from torch.nn import functional as F
+
+from data import WORK, Pictures
+from loop import fit
 
 
 def build() -> AutoencoderTiny:

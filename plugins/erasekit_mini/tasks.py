@@ -167,12 +167,13 @@ class Objects(MiniTask):
         return tuple(form for word in words.OBJECTS[name] for form in (word, words.plural(word)))
 
     def complete(self, name: str, phrases: tuple[str, ...]) -> Concept:
-        """Erased towards the empty prompt, the other classes kept."""
+        """Erased towards an empty background, which the world has words for; the other classes kept."""
         said = (p if p.split()[0] in ("a", "an", "the", "two") else words.article(p) for p in phrases)
         return Concept(
             name=name,
             kind=self.kind,
             phrases=(words.article(name), *said),
+            neutral="a background",
             templates=words.FRAMES["train"],
             preserve=tuple(words.article(o) for o in self.concepts if o != name),
         )

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from erasekit.concepts import Concept
-from erasekit.errors import EnvironmentProblem
-from erasekit.method import RunContext
 from torch import nn
 from torch.nn import functional as F
 
+from erasekit.concepts import Concept
+from erasekit.errors import EnvironmentProblem
+from erasekit.method import RunContext
 from erasekit_trace.pool import Pool
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

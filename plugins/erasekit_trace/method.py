@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
+
 from erasekit.adapters import AdapterBank
 from erasekit.alignment import align
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.closedform import TextEdit
+from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.training import Losses, TrainingConfig, train
-from pydantic import Field
-
 from erasekit_trace import losses
 from erasekit_trace.pool import Pool, Recipe, clean_pool, pair_pool, target_pool
 from erasekit_trace.slots import Adapter, Embeddings
@@ -34,7 +36,9 @@ class TraceConfig(TrainingConfig):
     ridge: float = Field(1e-2, ge=0, description="ridge of the closed form, relative to the size of its system")
     preserve_scale: float = Field(3.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
-    window: str = Field("late", description="which part of the trajectory is trained: late, full, early, soft or a registered one")
+    window: str = Field(
+        "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
+    )
     tau0: float = Field(0.15, ge=0, le=1, description="where the window begins, 0 is noise and 1 the picture")
     early_anchor: bool = Field(False, description="before tau0, hold the concept prompts at the teacher (ANT); undoes stage 1")
     bank: str = Field("per-concept", description="LoRAs: per-concept, shared or a registered one")
@@ -46,7 +50,9 @@ class TraceConfig(TrainingConfig):
     integration: Literal["pairs", "none"] = Field("pairs", description="the loss on prompts that hold two erased concepts")
     integration_every: int = Field(4, ge=1, description="steps between integration losses")
     integration_weight: float = Field(0.1, ge=0, description="weight of the integration loss")
-    divergence: tuple[str, ...] = Field((), description="divergences on the one-step x0 besides the latent one: probe, clip, lpips")
+    divergence: tuple[str, ...] = Field(
+        (), description="divergences on the one-step x0 besides the latent one: probe, clip, lpips"
+    )
     divergence_every: int = Field(4, ge=1, description="steps between them")
     divergence_weight: float = Field(0.05, ge=0, description="their weight")
     batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
@@ -106,7 +112,7 @@ class Trace(Method):
         encode = ctx.backbone.encode
         pairs = []
         for concept in ctx.concepts:
-            prompts = concept.prompts()
+            prompts = _concept_prompts(ctx, concept)
             cond, neutral = encode(prompts), encode([concept.neutralise(p) for p in prompts])
             pairs.append(align(cond, neutral) if reads == "tokens" else (cond.pooled.double(), neutral.pooled.double()))
         preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
@@ -118,7 +124,16 @@ class Trace(Method):
 
     def finetune(self, ctx: RunContext, refined: Mapping[str, Deltas]) -> dict[str, Deltas]:
         """Train the bank of LoRAs on top of the refined weights, against the untouched teacher."""
-        pools = [self._concept_pool(ctx, i) for i in range(len(ctx.concepts))]
+        with self.student(ctx, refined) as (bank, step, parameters):
+            train(step, parameters, self.config, ctx=ctx, name="trace")
+            return {name: bank.deltas(name) for name in bank.names}
+
+    @contextmanager
+    def student(
+        self, ctx: RunContext, refined: Mapping[str, Deltas]
+    ) -> Iterator[tuple[AdapterBank, TraceStep, list[torch.nn.Parameter]]]:
+        """The refined denoiser with its bank, the losses of a step, and what they train; the base is back at the end."""
+        pools = [self._concept_pool(ctx, concept) for concept in ctx.concepts]
         clean = self._clean_pool(ctx)
         pairs = self._pair_pools(ctx) if self.config.integration == "pairs" else {}
         divergences = [
@@ -127,25 +142,23 @@ class Trace(Method):
         ]
         adapters: list[Adapter] = ctx.component("bank", self.config.bank)(ctx.concepts, self.config)
         bank = AdapterBank(ctx.backbone)
+        targets = ctx.backbone.lora_targets(self.config.scope)
         with merged(ctx.backbone.denoiser, concatenate_deltas(list(refined.values()))):
-            targets = ctx.backbone.lora_targets(self.config.scope)
             for adapter in adapters:
                 bank.add(adapter.name, targets, adapter.rank, ctx.generator(f"trace/init/{adapter.name}"))
             parameters = [p for adapter in adapters for p in bank.train_only(adapter.name)]
-            step = _Step(self.config, ctx, bank, adapters, pools, clean, pairs, divergences)
-            train(step, parameters, self.config, ctx=ctx, name="trace")
-            trained = {adapter.name: bank.deltas(adapter.name) for adapter in adapters}
-            bank.remove()
-        return trained
+            try:
+                yield bank, TraceStep(self.config, ctx, bank, adapters, pools, clean, pairs, divergences), parameters
+            finally:
+                bank.remove()
 
     def _recipe(self, ctx: RunContext) -> Recipe:
         protocol = ctx.task.protocol
         turn = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
         return Recipe(protocol.steps, protocol.guidance, turn, self.config.eta_neg)
 
-    def _concept_pool(self, ctx: RunContext, index: int) -> Pool:
-        concept = ctx.concepts[index]
-        prompts = concept.prompts()
+    def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
+        prompts = _concept_prompts(ctx, concept)
         encode = ctx.backbone.encode
         seeds = _seeds(ctx, f"trace/concept/{concept.name}", self.config.trajectories)
         neutral = encode([concept.neutralise(p) for p in prompts])
@@ -153,9 +166,7 @@ class Trace(Method):
 
     def _clean_pool(self, ctx: RunContext) -> Pool:
         n = self.config.clean_trajectories
-        kept, seen = (
-            [p.text for p in ctx.prompts(which)] for which in ("preserve", "captions")
-        )
+        kept, seen = ([p.text for p in ctx.prompts(which)] for which in ("preserve", "captions"))
         texts = [p for pair in zip(itertools.cycle(kept or seen), seen, strict=False) for p in pair][:n]
         encode = ctx.backbone.encode
         return clean_pool(ctx.backbone, encode(texts), encode([""]), self._recipe(ctx), _seeds(ctx, "trace/clean", n))
@@ -174,7 +185,7 @@ class Trace(Method):
         return pools
 
 
-class _Step:
+class TraceStep:
     """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained."""
 
     def __init__(
@@ -188,6 +199,7 @@ class _Step:
         pairs: Mapping[tuple[int, int], Pool],
         divergences: Sequence[Sequence[Any]],
     ) -> None:
+        """Keep what a step draws from; `divergences` holds those of each concept."""
         self.config, self.backbone, self.bank, self.clean, self.pairs = config, ctx.backbone, bank, clean, pairs
         self.pools, self.divergences = pools, divergences
         self.owner = {i: adapter.name for adapter in adapters for i in adapter.concepts}
@@ -197,6 +209,7 @@ class _Step:
         self.window = window
 
     def __call__(self, batch: int, generator: torch.Generator) -> Losses:
+        """The named losses of batch number `batch`."""
         config, turn = self.config, batch % len(self.pools)
         self.bank.train_only(self.owner[turn])
         erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
@@ -221,7 +234,9 @@ class _Step:
             out["integration"] = config.integration_weight * self._integration(turn, generator)
         return out
 
-    def _student(self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]) -> tuple[torch.Tensor, ...]:
+    def _student(
+        self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]
+    ) -> tuple[torch.Tensor, ...]:
         """Predictions for several batches of equal size in one pass."""
         return self.backbone.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
 
@@ -277,6 +292,11 @@ def _site_deltas(ctx: RunContext, edits: Mapping[str, TextEdit]) -> Deltas:
     """The edit of every text site, from its base weight."""
     modules = dict(ctx.backbone.denoiser.named_modules())
     return {site.name: edits[site.reads].delta(modules[site.name].weight) for site in ctx.backbone.text_sites()}
+
+
+def _concept_prompts(ctx: RunContext, concept: Concept) -> list[str]:
+    """Training prompts that ask for one concept: its phrases in its templates, then the task's own."""
+    return list(dict.fromkeys([*concept.prompts(), *(p.text for p in ctx.prompts("erase") if p.concept == concept.name)]))
 
 
 def _rows(cond: Conditioning, reads: str) -> torch.Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from erasekit.backbone import Backbone, Conditioning, concatenate
 
+from erasekit.backbone import Backbone, Conditioning, concatenate
 from erasekit_trace.losses import negative_target
 
 CHUNK = 32  # trajectories drawn in one batch
@@ -69,7 +69,9 @@ def clean_pool(backbone: Backbone, prompts: Conditioning, empty: Conditioning, r
     pool = _draw(backbone, cond, rows, recipe, seeds, step)
     alone = torch.arange(len(pool)) % 5 == 0
     row = torch.where(alone, len(prompts), pool.row)
-    return Pool(pool.x, pool.tau, cond, row, torch.where(_like(alone, pool.x), pool.predictions[:, 0], pool.predictions[:, 1])[:, None])
+    return Pool(
+        pool.x, pool.tau, cond, row, torch.where(_like(alone, pool.x), pool.predictions[:, 0], pool.predictions[:, 1])[:, None]
+    )
 
 
 @torch.no_grad()
@@ -91,7 +93,12 @@ def target_pool(
 
 @torch.no_grad()
 def pair_pool(
-    backbone: Backbone, pairs: Sequence[Conditioning], neutral: Conditioning, empty: Conditioning, recipe: Recipe, seeds: Sequence[int]
+    backbone: Backbone,
+    pairs: Sequence[Conditioning],
+    neutral: Conditioning,
+    empty: Conditioning,
+    recipe: Recipe,
+    seeds: Sequence[int],
 ) -> Pool:
     """Trajectories of joint prompts under their neutral prompt; `pairs` = (both, first alone, second alone), row by row.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
 from erasekit import closedform
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
