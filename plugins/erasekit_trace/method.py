@@ -265,7 +265,7 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     backbone, encode = ctx.backbone, ctx.backbone.encode
     protocol = ctx.task.protocol
     recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance)
-    erase = [p for p in ctx.prompts("erase", "validation")][: 8 * len(ctx.concepts)]
+    erase = ctx.prompts("erase", "validation")[: 8 * len(ctx.concepts)]
     texts = [p.text for p in erase]
     neutral = texts
     for concept in ctx.concepts:

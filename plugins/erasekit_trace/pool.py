@@ -69,16 +69,18 @@ def clean_pool(backbone: Backbone, prompts: Conditioning, empty: Conditioning, r
     pool = _draw(backbone, cond, rows, recipe, seeds, step)
     alone = torch.arange(len(pool)) % 5 == 0
     row = torch.where(alone, len(prompts), pool.row)
-    return Pool(
-        pool.x, pool.tau, cond, row, torch.where(_like(alone, pool.x), pool.predictions[:, 0], pool.predictions[:, 1])[:, None]
-    )
+    none, full = pool.predictions.unbind(1)
+    return Pool(pool.x, pool.tau, cond, row, torch.where(_like(alone, none), none, full)[:, None])
 
 
 @torch.no_grad()
 def target_pool(
     backbone: Backbone, concept: Conditioning, neutral: Conditioning, empty: Conditioning, recipe: Recipe, seeds: Sequence[int]
 ) -> Pool:
-    """Semi-target trajectories (section 4.2): under c_w while tau < tau0, then under y*; `predictions` holds f(c_w), f(c_u), y*."""
+    """Semi-target trajectories (section 4.2): under c_w while tau < tau0, then under y*.
+
+    `predictions` holds f(c_w), f(c_u), y*.
+    """
     rows = torch.arange(len(seeds)) % len(concept)
 
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
