@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from erasekit.errors import UsageError, unknown
+from erasekit.safety import reject_unsafe
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone, BackboneConfig
@@ -261,6 +262,8 @@ def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...
     if not texts:
         faults.lines.append(f"The task '{config.task}' declares no concepts. Name one: --concept cat.")
     concepts = [c for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    for concept in concepts:
+        faults.attempt(reject_unsafe, concept.prompts())
     names = [c.name for c in concepts]
     twice = sorted({n for n in names if names.count(n) > 1})
     faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]

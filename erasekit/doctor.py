@@ -33,7 +33,7 @@ def diagnose(registries: Registries, out: Path) -> list[Check]:
     for name in ("erasekit", *LIBRARIES):
         found = versions[name]
         checks.append(Check(name, "ok", found) if found else Check(name, "problem", f"not installed; run 'pip install {name}'"))
-    return [*checks, _device(), _disk(out), *_plugins(registries), *_targets(registries)]
+    return [*checks, _device(), _disk(out), *_plugins(registries), *_targets(registries), *_shipped(registries)]
 
 
 def _device() -> Check:
@@ -68,6 +68,18 @@ def _targets(registries: Registries) -> list[Check]:
         if names.entries():
             detail = " ".join(faults) or f"{len(names.entries())} can be imported"
             checks.append(Check(names.plural, "warning" if faults else "ok", detail))
+    return checks
+
+
+def _shipped(registries: Registries) -> list[Check]:
+    """Whether the weights of backbones that bring their own are there."""
+    checks = []
+    for entry in registries.backbones.entries():
+        folder = "" if _import_fault(entry) else getattr(entry.load(), "path", "")
+        if Path(folder).is_absolute():
+            there = (Path(folder) / "model_index.json").is_file()
+            detail = "its weights are there" if there else "its weights are missing; install erasekit again"
+            checks.append(Check(f"backbone {entry.name}", "ok" if there else "warning", detail))
     return checks
 
 

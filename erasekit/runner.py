@@ -37,6 +37,7 @@ from erasekit.plugins import Registries, default
 from erasekit.report import write_report
 from erasekit.results import RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.rundir import RunDirectory, open_run, write_json
+from erasekit.safety import reject_unsafe
 from erasekit.sampling import base_key, sample
 from erasekit.tasks import Prompt
 
@@ -146,8 +147,14 @@ def _stage(name: str, directory: RunDirectory, emit: Dispatcher) -> Iterator[Non
 
 
 def evaluation_prompts(plan: Plan) -> list[Prompt]:
-    """The prompts that are measured on, all sets one after the other."""
-    return [p for which in SETS for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    """The prompts that are measured on, all sets one after the other.
+
+    Raises:
+        UsageError: a prompt is one that erasekit refuses to draw.
+    """
+    prompts = [p for which in SETS for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    reject_unsafe(p.text for p in prompts)
+    return prompts
 
 
 def _drawn(which: str, emit: Dispatcher) -> Callable[[int, int], None]:

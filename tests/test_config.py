@@ -114,6 +114,11 @@ def test_all_mistakes_come_at_once(registries):
     assert "'dog' is given twice" in str(raised.value)
 
 
+def test_wordings_that_may_not_be_drawn_are_refused(registries):
+    with pytest.raises(UsageError, match="refuses to draw"):
+        plan_of(registries, concepts=("cat:a naked child",))
+
+
 def test_unknown_names_come_together(registries):
     with pytest.raises(UsageError) as raised:
         plan_of(registries, method="pul", backbone="tinny")

@@ -48,6 +48,7 @@ class Bars:
         """Draw one event."""
         if isinstance(event, RunStarted):
             self.started = True
+            self._clear()
             self._progress.console.print(_title(event), highlight=False, markup=False)
         elif isinstance(event, StageStarted):
             self._finish()
@@ -59,10 +60,16 @@ class Bars:
             self._progress.update(self._task, completed=done, total=total, note=f"{note}{peak_memory_mb():.0f} MB")
 
     def _finish(self) -> None:
+        """Fill the bar of the stage that ends; one that counted nothing gets a single step."""
         if self._task is not None:
-            task = self._progress.tasks[self._task]
-            total = task.total or 1
-            self._progress.update(self._task, completed=total, total=total)
+            task = next(t for t in self._progress.tasks if t.id == self._task)
+            self._progress.update(self._task, completed=task.total or 1, total=task.total or 1)
+
+    def _clear(self) -> None:
+        """Take the bars of an earlier concept's run away."""
+        self._task = None
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
 
 
 class Lines:

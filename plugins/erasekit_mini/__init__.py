@@ -1,0 +1,1 @@
+"""The mini world: its words, its model, its tasks and its judges."""

@@ -1,0 +1,1 @@
+"""TRACE, trajectory-constrained concept erasure (arXiv:2505.23312)."""

@@ -68,7 +68,7 @@ def lpips(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
         distance = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(ctx.backbone.denoiser.device)
     except Exception as error:
         raise EnvironmentProblem(
-            f"The weights of LPIPS cannot be had ({type(error).__name__}). Go online once, or use '-s method.divergence=[\"probe\"]'."
+            f"The weights of LPIPS cannot be had ({type(error).__name__}). Go online once, or choose 'probe'."
         ) from error
     distance.requires_grad_(False)
     return lambda student, goal: distance(*(ctx.backbone.decode(x0).clamp(-1, 1) for x0 in (student, goal)))
