@@ -34,7 +34,7 @@ def test_a_concept_is_completed_with_articles_and_what_to_preserve():
     concept = OBJECTS.concept("airplane:plane,aircraft,the jet")
     assert concept.phrases == ("an airplane", "a plane", "an aircraft", "the jet")
     assert concept.kind == "object"
-    assert concept.neutral == ""
+    assert concept.neutral == "a background"
     assert set(concept.templates) == set(words.FRAMES["train"])
     assert "a dog" in concept.preserve
     assert len(concept.preserve) == 9
