@@ -83,7 +83,8 @@ def _rate(step: int, config: TrainingConfig) -> float:
 def _not_finite(name: str, step: int, parts: Losses, path: Path | None) -> str:
     bad = ", ".join(f"{key} = {value.item()}" for key, value in parts.items() if not math.isfinite(value.item()))
     kept = f" The last checkpoint is kept in {path.name}." if path is not None and path.exists() else ""
-    return f"Training '{name}' stopped at step {step}: {bad or 'the sum is not finite'}.{kept} Lower the rate with '-s method.lr=...'."
+    problem = f"Training '{name}' stopped at step {step}: {bad or 'the sum is not finite'}."
+    return f"{problem}{kept} Lower the rate with '-s method.lr=...'."
 
 
 def _save(path: Path, step: int, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
