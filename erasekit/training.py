@@ -25,7 +25,7 @@ class TrainingConfig(MethodConfig):
     warmup: int = Field(10, ge=0, description="steps of linear warm-up; after it the rate falls along a cosine")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed into one step")
+    accumulate: int = Field(1, ge=1, description="batches whose mean gradient makes one step")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
 
 
@@ -50,7 +50,7 @@ def train(
         name: names the checkpoint and the generators.
 
     Raises:
-        ErasekitError: a loss is not finite; the last checkpoint stays.
+        ErasekitError: a loss or a gradient is not finite; the last checkpoint stays.
     """
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     path = None if ctx.directory is None else ctx.directory / "checkpoints" / f"{name}.safetensors"
@@ -67,7 +67,9 @@ def train(
                 raise ErasekitError(_not_finite(name, step, parts, path))
             total.backward()
             values |= {key: value.item() for key, value in parts.items()}
-        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip)
+        if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; no checkpoint may hold what it leads to
+            raise ErasekitError(_not_finite(name, step, {"gradient": norm}, path))
         optimizer.step()
         ctx.log(step + 1, config.steps, values)
         if path is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
