@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -130,7 +131,7 @@ def test_parameters_without_a_gradient_are_unchanged():
         return {"turn": parameters[batch % 2].square().sum()}
 
     train(losses, parameters, CONFIG, ctx=context(), name="toy")
-    for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+    for step, (before, after) in enumerate(itertools.pairwise(seen)):
         assert not torch.equal(before[step % 2], after[step % 2])
         assert torch.equal(before[1 - step % 2], after[1 - step % 2])
 
