@@ -139,7 +139,8 @@ class ClipScore(Evaluator):
 
         weights = folder / "image_tower.safetensors", text / "text_encoder" / "model.safetensors"
         present(*weights)
-        self._text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(text / "text_encoder")).float().eval()  # its config says half
+        # in single precision: its config asks for half
+        self._text = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(text / "text_encoder")).float().eval()
         self._image = MiniImageTower(self._text.config.projection_dim).eval()
         load_weights(self._image, weights[0])
         load_weights(self._text, weights[1])
