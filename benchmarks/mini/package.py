@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,10 @@ def main() -> None:
     """Replace the shipped models by those in the work folder."""
     shutil.rmtree(MODELS, ignore_errors=True)
     shutil.copytree(WORK / "sd15-mini", MODELS / "sd15-mini")
+    for path in (MODELS / "sd15-mini").glob("*/config.json"):  # diffusers notes the folder a part was loaded from
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     target = MODELS / "evaluators"
     target.mkdir()
     shutil.copy(WORK / "evaluators" / "classifier.json", target)

@@ -1,0 +1,32 @@
+"""The shipped mini models: that they load as they are, and carry nothing of the machine they were made on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from erasekit.evaluators import Batch
+from erasekit.tasks import Prompt
+from erasekit_mini.evaluators import MODELS, ClipScore
+
+LIMIT_MB = 12
+
+
+def test_the_clip_scorer_judges_with_the_shipped_half_precision_weights() -> None:
+    scorer = ClipScore()
+    prompts = [Prompt("a photo of a cat", 1, set="clean"), Prompt("a photo of a dog", 2, set="clean")]
+    pictures = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scorer.update(Batch(pictures, prompts, "base"))
+    scorer.update(Batch(pictures, prompts, "erased"))
+    assert len(scorer.compute().rows) == 4
+
+
+def test_configurations_name_no_folder_of_the_machine_that_trained_them() -> None:
+    for path in MODELS.rglob("*.json"):
+        assert '_name_or_path": "/' not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_models_are_small() -> None:
+    total = sum(path.stat().st_size for path in Path(MODELS).rglob("*") if path.is_file())
+    assert total <= LIMIT_MB * 1e6
