@@ -144,7 +144,7 @@ def main() -> None:
         .byte()
         .numpy()
     )
-    grid(sheet, 12).save(args.out / f"{name}.png")
+    grid(sheet, 12).save(args.out / f"{name}.webp", quality=80)
     print(
         json.dumps(
             {k: v for k, v in card.items() if k != "cells"}

@@ -1,0 +1,158 @@
+"""Train the transformer of `flux-mini`, then distil guidance into it, and put the pipeline together in a diffusers folder.
+
+Phase one is rectified flow with dropped captions, so that classifier-free guidance works (the guidance embedding reads 1).
+Phase two is FLUX.1-dev's guidance distillation: for g in [1, 6] the student, told g, learns the teacher's guided velocity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from data import WORK, Pictures
+from loop import fit, plateau
+from train_sd15 import encode_pictures
+
+GRID = 8  # packed latents: 8 x 8 tokens of 2 x 2 x 4 channels
+GUIDANCE = (1.0, 6.0)
+
+
+def build(tokens: int, pooled: int) -> FluxTransformer2DModel:
+    """The transformer before training: every block begins as the identity (AdaLN-zero)."""
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=tokens,
+        pooled_projection_dim=pooled,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    modulations = [block.norm1.linear for block in model.transformer_blocks]
+    modulations += [block.norm1_context.linear for block in model.transformer_blocks]
+    modulations += [block.norm.linear for block in model.single_transformer_blocks]
+    for linear in (*modulations, model.norm_out.linear, model.proj_out):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return model
+
+
+@torch.no_grad()
+def encode_captions(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """T5 tokens and CLIP vectors of the distinct captions, the empty one first, and each caption's row."""
+    distinct = ["", *sorted(set(captions))]
+    row = {caption: i for i, caption in enumerate(distinct)}
+    t5, clip = (T5EncoderModel.from_pretrained(WORK / "text_encoder_2").eval(), CLIPTextModel.from_pretrained(WORK / "text_encoder").eval())
+    pair = (T5TokenizerFast.from_pretrained(WORK / "tokenizer_2"), CLIPTokenizer.from_pretrained(WORK / "tokenizer"))
+    long, short = (torch.tensor(t(distinct, padding="max_length", truncation=True).input_ids) for t in pair)
+    tokens = torch.cat([t5(i)[0] for i in long.split(256)])
+    pooled = torch.cat([clip(i).pooler_output for i in short.split(256)])
+    return tokens, pooled, torch.tensor([row[c] for c in captions])
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(b, 4, 16, 16) -> (b, 64, 16), as FluxPipeline packs them."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).contiguous()
+
+
+def positions() -> torch.Tensor:
+    """Row and column of every image token (64, 3), as FluxPipeline numbers them."""
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    return torch.stack([torch.zeros(GRID, GRID), rows, columns], -1).reshape(-1, 3)
+
+
+def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
+    """Write the diffusers folder in half precision, with the scheduler of FLUX.1-dev."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        ),
+        vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(WORK / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(WORK / "text_encoder_2"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(WORK / "tokenizer_2"),
+        transformer=model,
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(WORK / name)
+
+
+def main() -> None:
+    """Train both phases and save after each."""
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--steps", type=int, default=12000)
+    args.add_argument("--distil", type=int, default=1500)
+    args.add_argument("--batch", type=int, default=32)
+    args.add_argument("--threads", type=int, default=1)
+    args.add_argument("--compile", action="store_true")
+    args = args.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    pictures = Pictures("train")
+    latents = pack_all(pictures)
+    tokens, pooled, row = encode_captions(pictures.captions)
+    model = build(tokens.shape[-1], pooled.shape[-1])
+    image_ids, text_ids = positions(), torch.zeros(tokens.shape[1], 3)
+
+    def velocity(net: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, g: torch.Tensor, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return net(
+            hidden_states=x, timestep=sigma, guidance=g, encoder_hidden_states=t, pooled_projections=p,
+            txt_ids=text_ids, img_ids=image_ids, return_dict=False,
+        )[0]
+
+    compiled = torch.compile(velocity) if args.compile else velocity
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Noised latents, their progress, their velocity and caption rows; one caption in ten is empty."""
+        index = torch.randint(len(latents), (args.batch,), generator=generator)
+        clean, noise = latents[index].float(), torch.randn(args.batch, *latents.shape[1:], generator=generator)
+        sigma = torch.randn(args.batch, generator=generator).sigmoid()
+        kept = torch.rand(args.batch, generator=generator) >= 0.1
+        return torch.lerp(clean, noise, sigma[:, None, None]), sigma, noise - clean, row[index] * kept
+
+    def flow(generator: torch.Generator) -> torch.Tensor:
+        x, sigma, target, rows = draw(generator)
+        return (compiled(model, x, sigma, torch.ones_like(sigma), tokens[rows], pooled[rows]) - target).square().mean()
+
+    print(f"{sum(p.numel() for p in model.parameters())} weights, {len(tokens)} captions, process {os.getpid()}", flush=True)
+    teacher = fit("flux", model, flow, steps=args.steps, lr=1e-3, ema_decay=0.999, schedule=plateau, folder=WORK)
+    save_pipeline(teacher, "flux-mini")
+    if not args.distil:
+        return
+    teacher.requires_grad_(False)
+    model.load_state_dict(teacher.state_dict())
+
+    def distillation(generator: torch.Generator) -> torch.Tensor:
+        x, sigma, _, rows = draw(generator)
+        low, high = GUIDANCE
+        g = low + (high - low) * torch.rand(args.batch, generator=generator)
+        one, empty = torch.ones_like(sigma), torch.zeros_like(rows)
+        with torch.no_grad():
+            guided, plain = compiled(
+                teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([one, one]),
+                tokens[torch.cat([rows, empty])], pooled[torch.cat([rows, empty])],
+            ).chunk(2)
+            target = plain + g[:, None, None] * (guided - plain)
+        return (compiled(model, x, sigma, g, tokens[rows], pooled[rows]) - target).square().mean()
+
+    student = fit("flux-distilled", model, distillation, steps=args.distil, lr=3e-4, ema_decay=0.995, folder=WORK)
+    save_pipeline(student, "flux-mini")
+
+
+@torch.no_grad()
+def pack_all(pictures: Pictures) -> torch.Tensor:
+    """Packed latents of all pictures (n, 64, 16), as float16."""
+    return pack(encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures).float()).half()
+
+
+if __name__ == "__main__":
+    main()
