@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -20,11 +20,13 @@ class Conditioning:
     Attributes:
         tokens: (n, length, width), what the denoiser reads per token, pads included.
         pooled: (n, width) where the model reads a summary too (FLUX), else None.
-        lengths: (n,) how many tokens each prompt has, begin and end tokens included.
+        ids: (n, length) the token of each position.
+        lengths: (n,) how many tokens each prompt has, begin and end tokens included; the others are pads.
     """
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None
+    ids: torch.Tensor
     lengths: torch.Tensor
 
     def __len__(self) -> int:
@@ -55,6 +57,7 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(
         tokens=torch.cat([p.tokens for p in parts]),
         pooled=torch.cat(pooled) if pooled else None,
+        ids=torch.cat([p.ids for p in parts]),
         lengths=torch.cat([p.lengths for p in parts]),
     )
 
@@ -113,10 +116,20 @@ class Backbone(Protocol):
     capabilities: ClassVar[Capabilities]
     prefix: ClassVar[str]  # the denoiser's name in the pipeline: "unet" or "transformer"
     Config: ClassVar[type[BackboneConfig]]
+    sampling: ClassVar[Mapping[str, Any]]  # settings of a task's protocol that are other ones on this backbone
 
-    denoiser: nn.Module
     source: str  # hub id, or the name of the local folder: what an erasure says it was made for
     revision: str  # the commit on the hub, "" for a local folder
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer, frozen and in evaluation mode; loaded when it is first used."""
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether a guidance scale is an input of the model; if not, guidance takes a second, unconditional prediction."""
 
     @classmethod
     def load(cls, config: BackboneConfig) -> Backbone:
@@ -126,8 +139,11 @@ class Backbone(Protocol):
             EnvironmentProblem: the weights cannot be had; says why and what to do.
         """
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the denoiser's tensors that an erasure can touch: two bases are equal if this is."""
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of one linear layer (out, in), without loading the denoiser for it."""
+
+    def fingerprint(self, modules: Sequence[str] | None = None) -> str:
+        """SHA-256 over the weights of some layers: an erasure of them fits two bases if this is equal. None: over all."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the pipeline's own encoders (cached per prompt)."""
@@ -145,14 +161,17 @@ class Backbone(Protocol):
             UsageError: the scope is unknown or matches nothing.
         """
 
-    def schedule(self, steps: int) -> Schedule:
-        """The sampler's steps."""
+    def schedule(self, steps: int, size: int | None = None) -> Schedule:
+        """The sampler's steps for pictures of `size` pixels (the model's own size, if left out)."""
 
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
         """Initial noise, one picture per seed; the same as the pipeline draws for a generator with that seed."""
 
-    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The denoiser's own prediction (epsilon or velocity), differentiable."""
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
+        """The denoiser's own prediction (epsilon or velocity), differentiable.
+
+        `guidance` is the scale that a model with embedded guidance is told; other models have no use for it.
+        """
 
     def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
         """One step of the sampler, from step `k` of the schedule to the next."""
@@ -175,6 +194,9 @@ class Backbone(Protocol):
         `empty` is the encoded empty prompt (one row), for pipelines with a second, unconditional pass.
         """
 
+    def prompt_arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
+        """Keyword arguments that give the pipeline prompts as text and a guidance scale."""
+
     def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
         """Free the memory of a part that is not needed any more."""
 
@@ -182,7 +204,12 @@ class Backbone(Protocol):
 def guided(
     backbone: Backbone, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, uncond: Conditioning, scale: float
 ) -> torch.Tensor:
-    """Classifier-free guidance: f(x, 0) + scale (f(x, c) - f(x, 0)), both passes in one batch."""
+    """A guided prediction: the model's own if it has embedded guidance, else f(x, 0) + scale (f(x, c) - f(x, 0)).
+
+    Both passes of classifier-free guidance run in one batch.
+    """
+    if backbone.embedded_guidance:
+        return backbone.predict(x, tau, cond, guidance=scale)
     both = concatenate([uncond.repeat(len(x)) if len(uncond) == 1 else uncond, cond])
     empty, full = backbone.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
     return empty + scale * (full - empty)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,11 +81,10 @@ def _sites(
         pairs = align(concept, neutral) if reads == "tokens" else (_pooled(concept), _pooled(neutral))
         others = clean.tokens.flatten(0, 1).double() if reads == "tokens" else _pooled(clean)
         embeddings[reads] = (*pairs, others)
-    modules: Mapping[str, Any] = dict(backbone.denoiser.named_modules())
     result = {}
     for site in backbone.text_sites():
         w_ND, u_ND, o_MD = embeddings[site.reads]
-        weight = modules[site.name].weight.double()
+        weight = backbone.weight(site.name).double()
         delta = deltas.get(site.name)
         change = torch.zeros_like(weight) if delta is None else to_dense(delta).to(weight)
         reach = _rms((w_ND - u_ND) @ weight.T)

@@ -215,7 +215,7 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     options = config.options
     backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
     method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config)
-    values = task and task.protocol.model_dump() | options.protocol
+    values = task and backbone and _sampling(task, backbone) | options.protocol
     protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
     concepts = _concepts(task, config, faults) if task else ()
     for slot, choice in _choices(method, method_config) if method_config else ():
@@ -228,6 +228,12 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     return Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+
+
+def _sampling(task: Any, backbone: Any) -> dict[str, Any]:
+    """The task's protocol, with what the backbone needs otherwise."""
+    values: dict[str, Any] = task.protocol.model_dump() | dict(backbone.sampling)
+    return values
 
 
 def _task(name: str, domain: str, registries: Registries) -> Any:

@@ -25,6 +25,7 @@ from erasekit.deltas import Deltas, Dense, LowRank, compress, concatenate
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
 
 if TYPE_CHECKING:
+    from erasekit.backbone import Backbone
     from erasekit.method import RunContext
 
 SCHEMA_VERSION = 1
@@ -42,7 +43,7 @@ class Erasure:
         concepts: what was erased.
         backbone: the registered name of the base.
         prefix: the denoiser's name in the pipeline.
-        base: `repo`, `revision` and `sha256` of the base (see `Backbone.fingerprint`).
+        base: `repo`, `revision` and `sha256` of the base's layers that it touches (see `Backbone.fingerprint`).
         deltas: {concept: {part: deltas}}. A part is what can be loaded on its own, e.g. "refine" and "adapter"; an
             adapter that several concepts share stands under a name of its own.
     """
@@ -52,7 +53,7 @@ class Erasure:
     concepts: tuple[Concept, ...]
     backbone: str
     prefix: str
-    base: Mapping[str, str]
+    base: Mapping[str, Any]
     deltas: Mapping[str, Mapping[str, Deltas]]
 
     @classmethod
@@ -67,7 +68,7 @@ class Erasure:
             concepts=ctx.concepts,
             backbone=backbone.name,
             prefix=backbone.prefix,
-            base={"repo": backbone.source, "revision": backbone.revision, "sha256": backbone.fingerprint()},
+            base={"repo": backbone.source, "revision": backbone.revision, "sha256": backbone.fingerprint(_modules(deltas))},
             deltas=deltas,
         )
 
@@ -102,14 +103,14 @@ class Erasure:
         return digest(files)
 
     @classmethod
-    def load(cls, folder: Path, base_fingerprint: str | None = None) -> Erasure:
+    def load(cls, folder: Path, base: Backbone | None = None) -> Erasure:
         """Read an erasure, every file checked against its hash.
 
         Raises:
             UsageError: the folder holds no erasure, one of a newer erasekit, or one of another base.
             EnvironmentProblem: a file is missing or damaged.
         """
-        manifest = read_manifest(folder, base_fingerprint)
+        manifest = read_manifest(folder, base)
         for name in manifest["files"]:
             _check(folder, manifest, name)
         deltas = {
@@ -122,7 +123,7 @@ class Erasure:
             concepts=tuple(Concept.model_validate(c) for c in manifest["concepts"]),
             backbone=manifest["backbone"],
             prefix=manifest["denoiser"],
-            base=manifest["base"],
+            base={key: manifest["base"][key] for key in ("repo", "revision", "sha256")},
             deltas=deltas,
         )
 
@@ -144,7 +145,7 @@ class Erasure:
         config = json.loads(json.dumps(self.config, default=str))
         return {
             "schema_version": SCHEMA_VERSION,
-            "base": dict(self.base),
+            "base": dict(self.base) | {"modules": _modules(self.deltas)},
             "backbone": self.backbone,
             "denoiser": self.prefix,
             "method": self.method,
@@ -157,6 +158,11 @@ class Erasure:
             "environment": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "peft")},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def _modules(deltas: Mapping[str, Mapping[str, Deltas]]) -> list[str]:
+    """The layers that an erasure touches."""
+    return sorted({module for parts in deltas.values() for part in parts.values() for module in part})
 
 
 def file_stems(names: Sequence[str]) -> dict[str, str]:
@@ -175,7 +181,7 @@ def digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_manifest(folder: Path, base_fingerprint: str | None = None) -> dict[str, Any]:
+def read_manifest(folder: Path, base: Backbone | None = None) -> dict[str, Any]:
     """What `erasure.json` says; the tensor files are not looked at.
 
     Raises:
@@ -187,31 +193,37 @@ def read_manifest(folder: Path, base_fingerprint: str | None = None) -> dict[str
         raise UsageError(f"'{folder}' holds no erasure: there is no {MANIFEST} in it.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        newer, base = manifest["schema_version"] > SCHEMA_VERSION, manifest["base"]
+        newer, made_for = manifest["schema_version"] > SCHEMA_VERSION, manifest["base"]
         if digest(manifest["files"]) != manifest["erasure_sha256"]:
             raise ValueError("its hashes do not belong together")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentProblem(f"'{path}' is damaged ({error}). Copy the erasure again, or make it again.") from error
     if newer:
         raise UsageError(f"'{folder}' was written by a newer erasekit (schema {manifest['schema_version']}); update erasekit.")
-    if base_fingerprint is not None and base["sha256"] != base_fingerprint:
+    if base is not None and not _fits(base, made_for):
         raise UsageError(
-            f"'{folder}' was made for another base, {base['repo']} ({base['sha256'][:8]}); this one is {base_fingerprint[:8]}. "
+            f"'{folder}' was made for another base, {made_for['repo']} ({made_for['sha256'][:8]}), not for '{base.source}'. "
             f"Use it with '--backbone {manifest['backbone']}'."
         )
     return manifest
 
 
-def load_into(
-    pipe: Any, folder: Path, concepts: Sequence[str] | None = None, *, base_fingerprint: str | None = None
-) -> list[str]:
+def _fits(base: Backbone, made_for: Mapping[str, Any]) -> bool:
+    """Whether the layers that an erasure touches are those of the base that it was made for."""
+    try:
+        return bool(base.fingerprint(made_for["modules"]) == made_for["sha256"])
+    except KeyError:  # the base has no such layer
+        return False
+
+
+def load_into(pipe: Any, folder: Path, concepts: Sequence[str] | None = None, *, base: Backbone | None = None) -> list[str]:
     """Load an erasure into a diffusers pipeline with the pipeline's own `load_lora_weights`.
 
     Args:
         pipe: the pipeline of the erasure's base.
         folder: the erasure.
         concepts: load these, an adapter each; all of them as one adapter (`all`) if left out.
-        base_fingerprint: refuse an erasure of another base.
+        base: refuse an erasure of another one.
 
     Returns:
         The adapters' names, all active, for `pipe.set_adapters`.
@@ -221,7 +233,7 @@ def load_into(
         EnvironmentProblem: a file is missing or damaged.
         ErasekitError: diffusers did not load every tensor.
     """
-    manifest = read_manifest(folder, base_fingerprint)
+    manifest = read_manifest(folder, base)
     stems = file_stems(list(manifest["parts"]))
     for concept in concepts or ():
         if concept not in stems:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from erasekit.schedule import Schedule, ddpm_tau
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from erasekit.schedule import ddpm_tau, flow_tau
 
 
 class LateGate:
@@ -13,40 +15,35 @@ class LateGate:
     The layers then run their base weights alone, so latents before tau0 equal the base's bit for bit. Load the erasure
     as adapters, do not merge it:
 
-        gate = LateGate(pipe, tau0=0.15, steps=30)
-        pipe(prompt, num_inference_steps=30, callback_on_step_end=gate)
+        gate = LateGate(pipe, tau0=0.15)
+        pipe(prompt, callback_on_step_end=gate)
 
-    After a call the gate is set for the next one; `open` leaves the adapters on.
+    The first step starts from noise and is early unless tau0 is 0. After a call the gate is set for the next one; `open`
+    leaves the adapters on.
     """
 
-    def __init__(self, pipe: Any, *, tau0: float, steps: int) -> None:
-        """Set the adapters of `pipe` for its first step; `steps` is the `num_inference_steps` of the calls to come."""
-        self._denoiser: Any = pipe.unet
-        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(steps)
-        timesteps = scheduler.timesteps
-        tau = ddpm_tau(timesteps, scheduler.config.num_train_timesteps)
-        first = Schedule(timesteps=timesteps, tau=tau).first_late(tau0)
-        self._late = [k >= first for k in range(len(timesteps))]
-        self._timesteps: list[float] = timesteps.tolist()
-        self._set(self._late[0])
+    def __init__(self, pipe: Any, *, tau0: float) -> None:
+        """Set the adapters of `pipe`, with a UNet or a transformer, for its first step."""
+        self._denoiser: Any = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        self._tau0 = tau0 - 1e-6
+        self._set(self._tau0 < 0)
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Set the adapters for the step after `index`.
-
-        Raises:
-            ValueError: the pipeline runs other steps than the gate was made for.
-        """
-        if index >= len(self._late) or float(timestep) != self._timesteps[index]:
-            raise ValueError(
-                f"The gate was made for {len(self._late)} steps of this scheduler, step {index} is not one of them."
-            )
-        self._set(self._late[(index + 1) % len(self._late)])
+        """Set the adapters for the step after `index`."""
+        following = pipe.scheduler.timesteps[index + 1 :]
+        tau = self._progress(pipe.scheduler, following[0]) if len(following) else 0.0
+        self._set(tau >= self._tau0)
         return tensors
 
     def open(self) -> None:
         """Turn the adapters on for good, for use without the gate."""
         self._set(True)
+
+    @staticmethod
+    def _progress(scheduler: Any, timestep: Any) -> float:
+        steps = scheduler.config.num_train_timesteps
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        return float(flow_tau(timestep / steps) if flow else ddpm_tau(timestep, steps))
 
     def _set(self, late: bool) -> None:
         if late:

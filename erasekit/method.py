@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from erasekit.backbone import Backbone
+    from erasekit.backbone import Backbone, Conditioning
     from erasekit.concepts import Concept
     from erasekit.erasure import Erasure
-    from erasekit.tasks import Prompt, Split, Task
+    from erasekit.tasks import Prompt, Protocol, Split, Task
 
 
 class MethodConfig(BaseModel):
@@ -38,6 +38,7 @@ class RunContext:
         backbone: the loaded model; its adapters belong to the method while it runs.
         concepts: what to erase.
         task: where prompts for training and validation come from.
+        protocol: how pictures will be drawn, so that a method can train on what sampling meets; the task's, if left out.
         seed: the run's seed; use `generator(name)`.
         directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
         log: called with (step, total, {name: value}) once per training step.
@@ -47,10 +48,19 @@ class RunContext:
     backbone: Backbone
     concepts: tuple[Concept, ...]
     task: Task
+    protocol: Protocol = None  # type: ignore[assignment]  # set from the task below
     seed: int = 0
     directory: Path | None = None
     log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
     component: Callable[[str, str], Any] = field(default=_registered)
+
+    def __post_init__(self) -> None:
+        """Take the task's protocol if none is given."""
+        self.protocol = self.protocol or self.task.protocol
+
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The backbone's prediction at the guidance scale that sampling will use, where the model is told one."""
+        return self.backbone.predict(x, tau, cond, guidance=self.protocol.guidance)
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator of its own for each named use: adding a use never shifts another one's numbers."""

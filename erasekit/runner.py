@@ -172,7 +172,7 @@ def base_images(
     emit: Dispatcher,
 ) -> list[Path]:
     """Pictures of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
-    folder = cache / base_key(backbone.fingerprint(), plan.protocol, prompts)
+    folder = cache / base_key(backbone, plan.protocol, prompts)
     pipe = backbone.pipeline()
     cached = sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("base", emit))
     return [_linked(path, directory.path / "images" / "base" / path.name) for path in cached]
@@ -204,15 +204,15 @@ def erase(
         if given is None:
             compute(plan, backbone, registries, directory=directory.path, log=_logger(emit)).save(folder)
         else:
-            _copy(given, folder, backbone.fingerprint())
-    sha256: str = read_manifest(folder, backbone.fingerprint())["erasure_sha256"]
+            _copy(given, folder, backbone)
+    sha256: str = read_manifest(folder, backbone)["erasure_sha256"]
     emit(Saved(folder, sha256))
     return sha256
 
 
-def _copy(given: Path, folder: Path, base_fingerprint: str) -> None:
+def _copy(given: Path, folder: Path, backbone: Backbone) -> None:
     """Copy an erasure, checked, so that it is there whole or not at all."""
-    Erasure.load(given, base_fingerprint)
+    Erasure.load(given, backbone)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(given, partial)
@@ -237,6 +237,7 @@ def compute(
         backbone=backbone,
         concepts=plan.concepts,
         task=plan.task,
+        protocol=plan.protocol,
         seed=plan.config.seed,
         directory=directory,
         log=log,
@@ -265,7 +266,7 @@ def erased_images(
     for part in ("text_encoders", "vae", "denoiser"):
         backbone.release(part)
     pipe = backbone.pipeline()
-    load_into(pipe, directory.path / "erasure", base_fingerprint=backbone.fingerprint())
+    load_into(pipe, directory.path / "erasure", base=backbone)
     folder = directory.path / "images" / "erased"
     return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("erased", emit))
 

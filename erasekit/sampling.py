@@ -44,10 +44,11 @@ def set_sampler(pipe: Any, sampler: str) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
 
 
-def base_key(fingerprint: str, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
+def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
     """The name of the folder that holds the unedited model's pictures: 16 hex digits over all that decides their bytes."""
-    libraries = [version("torch"), version("diffusers")]
-    parts = [fingerprint, protocol.model_dump(), [(p.text, p.seed) for p in prompts], libraries]
+    weights = f"{backbone.source}@{backbone.revision}" if backbone.revision else backbone.fingerprint()
+    held = [str(backbone.dtype), backbone.device.type, backbone.embedded_guidance, version("torch"), version("diffusers")]
+    parts = [weights, held, protocol.model_dump(), [(p.text, p.seed) for p in prompts]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -113,13 +114,15 @@ def sample(
     return paths
 
 
-def generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol) -> list[Image.Image]:
+def generate(
+    backbone: Backbone, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol
+) -> list[Image.Image]:
     """Draw text prompts with the plain pipeline call, one seed per prompt."""
     set_sampler(pipe, protocol.sampler)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), protocol.batch):
         here = slice(start, start + protocol.batch)
-        arguments = {"prompt": list(prompts[here]), "guidance_scale": protocol.guidance}
+        arguments = backbone.prompt_arguments(prompts[here], guidance=protocol.guidance)
         pictures += _draw(pipe, seeds[here], protocol, arguments)
     return pictures
 

@@ -54,7 +54,7 @@ def test_latents_before_tau0_are_the_bases(pipe, scheduler, tau0, steps):
     pipe.enable_lora()
     pipe.scheduler.set_timesteps(steps)
     late = ddpm_tau(pipe.scheduler.timesteps) >= tau0 - 1e-6
-    gate = LateGate(pipe, tau0=tau0, steps=steps)
+    gate = LateGate(pipe, tau0=tau0)
     gated = latents(pipe, steps, gate)
     equal = [torch.equal(a, b) for a, b in zip(gated, base, strict=True)]
     assert equal == [not late[: k + 1].any() for k in range(steps)]
@@ -64,8 +64,3 @@ def test_latents_before_tau0_are_the_bases(pipe, scheduler, tau0, steps):
     assert all(torch.equal(a, b) for a, b in zip(gated, again, strict=True))
     gate.open()
     assert all(torch.equal(a, b) for a, b in zip(latents(pipe, steps), erased, strict=True))
-
-
-def test_other_steps_than_it_was_made_for(pipe):
-    with pytest.raises(ValueError, match="made for 4 steps"):
-        latents(pipe, 5, LateGate(pipe, tau0=0.5, steps=4))

@@ -306,7 +306,7 @@ def test_an_erasure_of_two_concepts(backbone, context, tmp_path, bank):
         for deltas in own.values():
             assert any(to_dense(d).abs().max() > 0 for d in deltas.values())
     erasure.save(tmp_path / "erasure")
-    loaded = Erasure.load(tmp_path / "erasure", backbone.fingerprint())
+    loaded = Erasure.load(tmp_path / "erasure", backbone)
     assert loaded.method == "trace"
     assert TraceConfig(**loaded.config) == TraceConfig(**erasure.config)
     assert parts == {name: sorted(own) for name, own in loaded.deltas.items()}

@@ -11,7 +11,6 @@ import os
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -50,7 +49,10 @@ def encode_captions(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, to
     """T5 tokens and CLIP vectors of the distinct captions, the empty one first, and each caption's row."""
     distinct = ["", *sorted(set(captions))]
     row = {caption: i for i, caption in enumerate(distinct)}
-    t5, clip = (T5EncoderModel.from_pretrained(WORK / "text_encoder_2").eval(), CLIPTextModel.from_pretrained(WORK / "text_encoder").eval())
+    t5, clip = (
+        T5EncoderModel.from_pretrained(WORK / "text_encoder_2").eval(),
+        CLIPTextModel.from_pretrained(WORK / "text_encoder").eval(),
+    )
     pair = (T5TokenizerFast.from_pretrained(WORK / "tokenizer_2"), CLIPTokenizer.from_pretrained(WORK / "tokenizer"))
     long, short = (torch.tensor(t(distinct, padding="max_length", truncation=True).input_ids) for t in pair)
     tokens = torch.cat([t5(i)[0] for i in long.split(256)])
@@ -89,11 +91,10 @@ def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
 def main() -> None:
     """Train both phases and save after each."""
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--steps", type=int, default=12000)
-    args.add_argument("--distil", type=int, default=1500)
+    args.add_argument("--steps", type=int, default=8000)
+    args.add_argument("--distil", type=int, default=1200)
     args.add_argument("--batch", type=int, default=32)
     args.add_argument("--threads", type=int, default=1)
-    args.add_argument("--compile", action="store_true")
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -103,13 +104,19 @@ def main() -> None:
     model = build(tokens.shape[-1], pooled.shape[-1])
     image_ids, text_ids = positions(), torch.zeros(tokens.shape[1], 3)
 
-    def velocity(net: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, g: torch.Tensor, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        net: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, g: torch.Tensor, t: torch.Tensor, p: torch.Tensor
+    ) -> torch.Tensor:
         return net(
-            hidden_states=x, timestep=sigma, guidance=g, encoder_hidden_states=t, pooled_projections=p,
-            txt_ids=text_ids, img_ids=image_ids, return_dict=False,
+            hidden_states=x,
+            timestep=sigma,
+            guidance=g,
+            encoder_hidden_states=t,
+            pooled_projections=p,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
         )[0]
-
-    compiled = torch.compile(velocity) if args.compile else velocity
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noised latents, their progress, their velocity and caption rows; one caption in ten is empty."""
@@ -121,7 +128,7 @@ def main() -> None:
 
     def flow(generator: torch.Generator) -> torch.Tensor:
         x, sigma, target, rows = draw(generator)
-        return (compiled(model, x, sigma, torch.ones_like(sigma), tokens[rows], pooled[rows]) - target).square().mean()
+        return (velocity(model, x, sigma, torch.ones_like(sigma), tokens[rows], pooled[rows]) - target).square().mean()
 
     print(f"{sum(p.numel() for p in model.parameters())} weights, {len(tokens)} captions, process {os.getpid()}", flush=True)
     teacher = fit("flux", model, flow, steps=args.steps, lr=1e-3, ema_decay=0.999, schedule=plateau, folder=WORK)
@@ -137,12 +144,16 @@ def main() -> None:
         g = low + (high - low) * torch.rand(args.batch, generator=generator)
         one, empty = torch.ones_like(sigma), torch.zeros_like(rows)
         with torch.no_grad():
-            guided, plain = compiled(
-                teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([one, one]),
-                tokens[torch.cat([rows, empty])], pooled[torch.cat([rows, empty])],
+            guided, plain = velocity(
+                teacher,
+                torch.cat([x, x]),
+                torch.cat([sigma, sigma]),
+                torch.cat([one, one]),
+                tokens[torch.cat([rows, empty])],
+                pooled[torch.cat([rows, empty])],
             ).chunk(2)
             target = plain + g[:, None, None] * (guided - plain)
-        return (compiled(model, x, sigma, g, tokens[rows], pooled[rows]) - target).square().mean()
+        return (velocity(model, x, sigma, g, tokens[rows], pooled[rows]) - target).square().mean()
 
     student = fit("flux-distilled", model, distillation, steps=args.distil, lr=3e-4, ema_decay=0.995, folder=WORK)
     save_pipeline(student, "flux-mini")

@@ -84,7 +84,9 @@ def main() -> None:
     pictures = Pictures("train")
     tokenizer = build_tokenizer(pictures.captions)
     tokenize = lambda texts: tokenizer(texts, padding="max_length", max_length=POSITIONS, truncation=True).input_ids  # noqa: E731
-    as_written, lowered = (torch.tensor(tokenize(texts)) for texts in (pictures.captions, [c.lower() for c in pictures.captions]))
+    as_written, lowered = (
+        torch.tensor(tokenize(texts)) for texts in (pictures.captions, [c.lower() for c in pictures.captions])
+    )
     features = image_features(pictures)
     student = Student(len(tokenizer))
 

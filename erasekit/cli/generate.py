@@ -69,12 +69,13 @@ def _draw(
     reject_unsafe(prompts)
     name = backbone or (read_manifest(erasure)["backbone"] if erasure else "sd15-mini")
     kind = registries.backbones.get(name)
-    protocol = settings_of(Protocol, _usual(kind.domain, registries).model_dump() | chosen.get("protocol", {}), "protocol.")
+    usual = _usual(kind.domain, registries).model_dump() | dict(kind.sampling)
+    protocol = settings_of(Protocol, usual | chosen.get("protocol", {}), "protocol.")
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
     pipe = loaded.pipeline()
     if erasure:
-        load_into(pipe, erasure, concepts or None, base_fingerprint=loaded.fingerprint())
-    return generate(pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
+        load_into(pipe, erasure, concepts or None, base=loaded)
+    return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
 
 
 def _usual(domain: str, registries: Registries) -> Protocol:

@@ -38,7 +38,7 @@ def command(
     found = registries.tasks.get(task or "objects", kind.domain)
     config = settings_of(kind.Config, parse_overrides(settings or ()).get("backbone", {}), "backbone.")
     loaded = kind.load(config)
-    saved = Erasure.load(erasure, loaded.fingerprint())
+    saved = Erasure.load(erasure, loaded)
     content = certify(loaded, saved, found() if isinstance(found, type) else found)
     if as_json:
         typer.echo(json.dumps(content, indent=1))

@@ -1,11 +1,17 @@
-"""The embedded model: Stable Diffusion's classes, trained on the mini world, shipped beside this file."""
+"""The embedded models: the classes of Stable Diffusion and FLUX.1, trained on the mini world, shipped beside this file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+
+from erasekit.builtin.flux import Flux
 from erasekit.builtin.sd import StableDiffusion
+
+MODELS = Path(__file__).parent / "models"
 
 
 class Sd15Mini(StableDiffusion):
@@ -13,4 +19,15 @@ class Sd15Mini(StableDiffusion):
 
     name: ClassVar[str] = "sd15-mini"
     domain: ClassVar[Literal["natural", "mini"]] = "mini"
-    path: ClassVar[str] = str(Path(__file__).parent / "models" / "sd15-mini")
+    path: ClassVar[str] = str(MODELS / "sd15-mini")
+
+
+class FluxMini(Flux):
+    """A 64 px FLUX of the mini world; guidance is distilled into it, as into FLUX.1-dev."""
+
+    name: ClassVar[str] = "flux-mini"
+    domain: ClassVar[Literal["natural", "mini"]] = "mini"
+    path: ClassVar[str] = str(MODELS / "flux-mini")
+    sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default"}
+    cpu_dtype: ClassVar[torch.dtype] = torch.float32
+    size: ClassVar[int] = 64

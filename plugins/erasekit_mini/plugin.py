@@ -7,8 +7,9 @@ from erasekit import hookimpl
 
 @hookimpl
 def register_backbones(register):  # type: ignore[no-untyped-def]
-    """Register the embedded model."""
+    """Register the embedded models."""
     register("sd15-mini", "erasekit_mini.backbone:Sd15Mini", summary="a trained 64 px model in the classes of SD1.5, shipped")
+    register("flux-mini", "erasekit_mini.backbone:FluxMini", summary="a trained 64 px model in the classes of FLUX.1, shipped")
 
 
 @hookimpl

@@ -153,9 +153,9 @@ class Trace(Method):
                 bank.remove()
 
     def _recipe(self, ctx: RunContext) -> Recipe:
-        protocol = ctx.task.protocol
+        protocol = ctx.protocol
         turn = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
-        return Recipe(protocol.steps, protocol.guidance, turn, self.config.eta_neg)
+        return Recipe(protocol.steps, protocol.guidance, protocol.size, turn, self.config.eta_neg)
 
     def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
         prompts = _concept_prompts(ctx, concept)
@@ -200,7 +200,8 @@ class TraceStep:
         divergences: Sequence[Sequence[Any]],
     ) -> None:
         """Keep what a step draws from; `divergences` holds those of each concept."""
-        self.config, self.backbone, self.bank, self.clean, self.pairs = config, ctx.backbone, bank, clean, pairs
+        self.config, self.bank, self.clean, self.pairs = config, bank, clean, pairs
+        self.predict, self.to_x0 = ctx.predict, ctx.backbone.to_x0
         self.pools, self.divergences = pools, divergences
         self.owner = {i: adapter.name for adapter in adapters for i in adapter.concepts}
         window = ctx.component("window", config.window)(config)
@@ -227,7 +228,7 @@ class TraceStep:
         }
         round_ = batch // len(self.pools)
         if self.divergences[turn] and round_ % config.divergence_every == 0:
-            x0, goal = (self.backbone.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
+            x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
             for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
                 out[name] = config.divergence_weight * divergence(x0, goal)
         if self.pairs and round_ % config.integration_every == 0:
@@ -238,7 +239,7 @@ class TraceStep:
         self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]
     ) -> tuple[torch.Tensor, ...]:
         """Predictions for several batches of equal size in one pass."""
-        return self.backbone.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
+        return self.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
 
     def _integration(self, turn: int, generator: torch.Generator) -> torch.Tensor:
         mine = [pair for pair in self.pairs if turn in pair]
@@ -247,7 +248,7 @@ class TraceStep:
         index = torch.randint(len(pool), (n,), generator=generator)
         x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
         one, two, neutral = pool.predictions[index].unbind(1)
-        both = self.backbone.predict(x, tau, pool.cond[row])
+        both = self.predict(x, tau, pool.cond[row])
         with torch.no_grad():
             alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])
         joint = torch.stack([losses.presence(both, c, neutral) for c in (one, two)])
@@ -263,8 +264,8 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     units of |f(c_w) - f(c_u)|, and how far f'(q) has moved for preserved q, in units of |f(q) - f(0)|.
     """
     backbone, encode = ctx.backbone, ctx.backbone.encode
-    protocol = ctx.task.protocol
-    recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance)
+    protocol = ctx.protocol
+    recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance, protocol.size)
     erase = ctx.prompts("erase", "validation")[: 8 * len(ctx.concepts)]
     texts = [p.text for p in erase]
     neutral = texts
@@ -274,13 +275,13 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     concept_pool = target_pool(backbone, encode(texts), encode(neutral), encode([""]), recipe, [p.seed for p in erase])
     keep_pool = clean_pool(backbone, encode(keep), encode([""]), recipe, _seeds(ctx, "trace/eta", len(keep)))
     span = (concept_pool.predictions[:, 0] - concept_pool.predictions[:, 1]).square().mean()
-    empty = backbone.predict(keep_pool.x, keep_pool.tau, encode([""]).repeat(len(keep_pool)))
+    empty = ctx.predict(keep_pool.x, keep_pool.tau, encode([""]).repeat(len(keep_pool)))
     reach = (keep_pool.predictions[:, 0] - empty).square().mean()
     best, choice = math.inf, 1.0
     for eta in ETAS:
         with merged(backbone.denoiser, scale(refined, eta)):
-            left = backbone.predict(concept_pool.x, concept_pool.tau, concept_pool.cond[concept_pool.row])
-            drift = backbone.predict(keep_pool.x, keep_pool.tau, keep_pool.cond[keep_pool.row])
+            left = ctx.predict(concept_pool.x, concept_pool.tau, concept_pool.cond[concept_pool.row])
+            drift = ctx.predict(keep_pool.x, keep_pool.tau, keep_pool.cond[keep_pool.row])
         cost = (left - concept_pool.predictions[:, 1]).square().mean() / span
         cost = cost + (drift - keep_pool.predictions[:, 0]).square().mean() / reach
         if cost < best - 1e-6:
@@ -290,8 +291,8 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
 
 def _site_deltas(ctx: RunContext, edits: Mapping[str, TextEdit]) -> Deltas:
     """The edit of every text site, from its base weight."""
-    modules = dict(ctx.backbone.denoiser.named_modules())
-    return {site.name: edits[site.reads].delta(modules[site.name].weight) for site in ctx.backbone.text_sites()}
+    backbone = ctx.backbone
+    return {site.name: edits[site.reads].delta(backbone.weight(site.name)) for site in backbone.text_sites()}
 
 
 def _concept_prompts(ctx: RunContext, concept: Concept) -> list[str]:

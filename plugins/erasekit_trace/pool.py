@@ -45,10 +45,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How trajectories are drawn: the sampler's steps, guidance, and where the semi-target trajectory turns."""
+    """How trajectories are drawn: the sampler's steps, guidance, size in pixels, and where a semi-target trajectory turns."""
 
     steps: int
     guidance: float
+    size: int
     tau0: float = 0.0
     eta_neg: float = 0.0
 
@@ -63,8 +64,8 @@ def clean_pool(backbone: Backbone, prompts: Conditioning, empty: Conditioning, r
     rows = torch.arange(len(seeds)) % len(prompts)
 
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        none, full = _predict(backbone, x, tau, [empty.repeat(len(x)), cond[row]])
-        return none + recipe.guidance * (full - none), torch.stack([none, full], 1)
+        none, full = _predict(backbone, recipe, x, tau, [empty.repeat(len(x)), cond[row]])
+        return _steer(backbone, recipe, none, full), torch.stack([none, full], 1)
 
     pool = _draw(backbone, cond, rows, recipe, seeds, step)
     alone = torch.arange(len(pool)) % 5 == 0
@@ -85,10 +86,10 @@ def target_pool(
 
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), concept[row], neutral[row]]
-        none, with_concept, without = _predict(backbone, x, tau, conds)
+        none, with_concept, without = _predict(backbone, recipe, x, tau, conds)
         target = negative_target(with_concept, without, recipe.eta_neg)
         direction = torch.where(_like(tau < recipe.tau0 - 1e-6, x), with_concept, target)
-        return none + recipe.guidance * (direction - none), torch.stack([with_concept, without, target], 1)
+        return _steer(backbone, recipe, none, direction), torch.stack([with_concept, without, target], 1)
 
     return _draw(backbone, concept, rows, recipe, seeds, step)
 
@@ -110,17 +111,18 @@ def pair_pool(
     rows = torch.arange(len(seeds)) % len(both)
 
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        none, one, two, without = _predict(backbone, x, tau, [empty.repeat(len(x)), first[row], second[row], neutral[row]])
-        return none + recipe.guidance * (without - none), torch.stack([one, two, without], 1)
+        conds = [empty.repeat(len(x)), first[row], second[row], neutral[row]]
+        none, one, two, without = _predict(backbone, recipe, x, tau, conds)
+        return _steer(backbone, recipe, none, without), torch.stack([one, two, without], 1)
 
     return _draw(backbone, concatenate([both, first, second]), rows, recipe, seeds, step)
 
 
 def _draw(backbone: Backbone, cond: Conditioning, rows: torch.Tensor, recipe: Recipe, seeds: Sequence[int], step) -> Pool:  # type: ignore[no-untyped-def]
-    schedule = backbone.schedule(recipe.steps)
+    schedule = backbone.schedule(recipe.steps, recipe.size)
     points: list[tuple[torch.Tensor, ...]] = []
     for chunk in torch.arange(len(seeds)).split(CHUNK):
-        x = backbone.latents([seeds[i] for i in chunk])
+        x = backbone.latents([seeds[i] for i in chunk], recipe.size)
         for k in range(len(schedule)):
             tau = schedule.tau[k].to(x.dtype).expand(len(x))
             direction, predictions = step(x, tau, rows[chunk])
@@ -130,10 +132,18 @@ def _draw(backbone: Backbone, cond: Conditioning, rows: torch.Tensor, recipe: Re
     return Pool(x, tau, cond, row, predictions)
 
 
-def _predict(backbone: Backbone, x: torch.Tensor, tau: torch.Tensor, conds: Sequence[Conditioning]) -> tuple[torch.Tensor, ...]:
+def _predict(
+    backbone: Backbone, recipe: Recipe, x: torch.Tensor, tau: torch.Tensor, conds: Sequence[Conditioning]
+) -> tuple[torch.Tensor, ...]:
     """The teacher's predictions under several prompts, in one batch."""
     n = len(conds)
-    return backbone.predict(torch.cat([x] * n), torch.cat([tau] * n), concatenate(conds)).chunk(n)
+    together = backbone.predict(torch.cat([x] * n), torch.cat([tau] * n), concatenate(conds), guidance=recipe.guidance)
+    return together.chunk(n)
+
+
+def _steer(backbone: Backbone, recipe: Recipe, none: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """What the sampler follows; a model with embedded guidance has guided its prediction already."""
+    return prediction if backbone.embedded_guidance else none + recipe.guidance * (prediction - none)
 
 
 def _like(mask_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -40,11 +40,11 @@ def test_a_method_keeps_its_contract(base, method, tmp_path):
     assert not any(p.requires_grad for p in loaded.denoiser.parameters()), "the method left gradients on"
     assert hashes[0] == hashes[1], "the same settings and seed gave another file"
 
-    erasure = Erasure.load(tmp_path / "0", loaded.fingerprint())
+    erasure = Erasure.load(tmp_path / "0", loaded)
     assert erasure.method == method
     assert erasure.config == plan.method_config.model_dump(mode="json")
     pipe = loaded.pipeline()
-    load_into(pipe, tmp_path / "0", base_fingerprint=loaded.fingerprint())
+    load_into(pipe, tmp_path / "0", base=loaded)
     x, cond = loaded.latents([0]), loaded.encode(["a photo of a cat"])
     with torch.no_grad():
         plain = loaded.predict(x, torch.tensor([0.5]), cond)

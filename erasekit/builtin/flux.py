@@ -1,0 +1,172 @@
+"""FLUX.1: a rectified-flow transformer; text enters through T5 tokens and a pooled CLIP vector, at two linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.torch_utils import randn_tensor
+from pydantic import Field
+
+from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
+from erasekit.builtin.pipelines import PipelineBackbone
+from erasekit.schedule import Schedule, flow_sigma, flow_tau
+
+_Pipeline: Any = FluxPipeline  # Any: diffusers is untyped
+
+
+class FluxConfig(BackboneConfig):
+    """Settings of FLUX."""
+
+    guidance: Literal["embedded", "cfg"] = Field(
+        "embedded", description="embedded: the model is told the scale; cfg: true classifier-free guidance, twice the work"
+    )
+
+
+class Flux(PipelineBackbone):
+    """FLUX.1-dev. Latents are packed, (b, tokens, 64): 2 x 2 latent pixels each.
+
+    If both text sites give the same for two prompts, the whole forward does, at every step: text enters nowhere else.
+    """
+
+    name: ClassVar[str] = "flux"
+    path: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
+    capabilities: ClassVar[Capabilities] = Capabilities(family="dit", prediction="velocity", guidance="embedded")
+    prefix: ClassVar[str] = "transformer"
+    Config: ClassVar[type[BackboneConfig]] = FluxConfig
+    pipeline_class: ClassVar[Any] = FluxPipeline
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    unused: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
+    scopes: ClassVar[Mapping[str, str]] = {
+        "add_kv": r"^transformer_blocks\.\d+\.attn\.add_[kv]_proj$",
+        "add_qk": r"^transformer_blocks\.\d+\.attn\.add_[qk]_proj$",
+        "qk_dual": r"^transformer_blocks\.\d+\.attn\.(add_[qk]_proj|to_[qk])$",
+        "all_attn": r"\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
+        "text": r"^(context_embedder|time_text_embed\.text_embedder\.linear_1)$",
+    }
+    sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 28, "guidance": 3.5}
+    cpu_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    size: ClassVar[int] = 1024
+    positions: ClassVar[int] = 512
+
+    def __init__(self, folder: Path, config: BackboneConfig, **where: Any) -> None:
+        """See `PipelineBackbone`."""
+        super().__init__(folder, config, **where)
+        self._length = min(self.positions, self._pipe.tokenizer_2.model_max_length)
+        self._cfg = getattr(config, "guidance", "embedded") == "cfg"
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the model is told the guidance scale, as the configuration says."""
+        return not self._cfg
+
+    def spans(self, prompt: str, phrase: str) -> list[range]:
+        """T5 token positions at which `phrase` stands in `prompt` as whole words."""
+        return self._spans(prompt, phrase, self._pipe.tokenizer_2, self._length)
+
+    def text_sites(self) -> list[Site]:
+        """The two entrances of text. Their biases are not part of an edit."""
+        return [Site("context_embedder", "tokens"), Site("time_text_embed.text_embedder.linear_1", "pooled")]
+
+    def schedule(self, steps: int, size: int | None = None) -> Schedule:
+        """The steps of the pipeline's own scheduler, shifted by the number of image tokens."""
+        scheduler = self._pipe.scheduler
+        config = scheduler.config
+        shift = calculate_shift(
+            self._tokens(size) ** 2, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
+        return Schedule(timesteps=scheduler.timesteps.clone(), tau=flow_tau(scheduler.sigmas[:-1]))
+
+    def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
+        """Initial noise (n, tokens, channels), the same as the pipeline draws for CPU generators with these seeds."""
+        channels, side = self._channels // 4, 2 * self._tokens(size)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), channels, side, side)
+        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
+        packed: torch.Tensor = _Pipeline._pack_latents(noise, *shape)
+        return packed
+
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
+        """Velocity (b, tokens, channels) for latents `x` at progress `tau` (b,); square pictures only."""
+        denoiser = self.denoiser
+        side = round(x.shape[1] ** 0.5)
+        scale = torch.full((len(x),), guidance, device=x.device) if denoiser.config.guidance_embeds else None
+        velocity: torch.Tensor = denoiser(
+            hidden_states=x,
+            timestep=(flow_sigma(tau) * 1000).to(x) / 1000,
+            guidance=scale,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=_Pipeline._prepare_latent_image_ids(len(x), side, side, x.device, x.dtype),
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
+        """One Euler step, from step `k` to the next."""
+        sigma = torch.cat([flow_sigma(schedule.tau), torch.zeros(1)]).float()
+        return (x.float() + (sigma[k + 1] - sigma[k]).to(x.device) * prediction).to(prediction.dtype)
+
+    def to_x0(self, prediction: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """Finished latents x0 = x - sigma v."""
+        return x - _like(flow_sigma(tau), x) * prediction
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        """Latents x = (1 - sigma) x0 + sigma noise."""
+        return torch.lerp(x0, noise, _like(flow_sigma(tau), x0))
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] of packed latents."""
+        side = round(x0.shape[1] ** 0.5)
+        grid = x0.unflatten(1, (side, side)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        return super().decode(grid.flatten(4, 5).flatten(2, 3))
+
+    def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call for encoded prompts."""
+        given = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled}
+        if not self._cfg:
+            return given | {"guidance_scale": guidance}
+        none = empty.repeat(len(cond))
+        given |= {"negative_prompt_embeds": none.tokens, "negative_pooled_prompt_embeds": none.pooled}
+        return given | {"guidance_scale": 1.0, "true_cfg_scale": guidance}
+
+    def prompt_arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call for prompts that are still text."""
+        given: dict[str, Any] = {"prompt": list(prompts), "max_sequence_length": self._length}
+        if not self._cfg:
+            return given | {"guidance_scale": guidance}
+        return given | {"negative_prompt": [""] * len(prompts), "guidance_scale": 1.0, "true_cfg_scale": guidance}
+
+    @property
+    def _channels(self) -> int:
+        channels: int = self.denoiser.config.in_channels
+        return channels
+
+    def _tokens(self, size: int | None) -> int:
+        """Image tokens along a side."""
+        return (self._side(size or self.size) or 0) // 2
+
+    def _encode(self, prompt: str) -> Conditioning:
+        tokens, pooled, _ = self._pipe.encode_prompt(prompt, None, self.device, 1, max_sequence_length=self._length)
+        ids = self._tokenized(prompt, self._pipe.tokenizer_2, self._length)
+        return Conditioning(tokens=tokens, pooled=pooled, **ids)
+
+
+class FluxSchnell(Flux):
+    """FLUX.1-schnell: four steps, no guidance."""
+
+    name: ClassVar[str] = "flux-schnell"
+    path: ClassVar[str] = "black-forest-labs/FLUX.1-schnell"
+    sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 4, "guidance": 0.0}
+    positions: ClassVar[int] = 256
+
+
+def _like(value_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return value_B.to(x).view(-1, *[1] * (x.dim() - 1))

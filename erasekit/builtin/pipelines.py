@@ -1,0 +1,352 @@
+"""What the backbones over a diffusers pipeline share: where the files are, and parts that are loaded when first used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, concatenate
+from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.quiet import quiet
+
+_LOADING = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, RuntimeError)
+
+
+class PipelineBackbone:
+    """A backbone over a diffusers pipeline in a folder; the denoiser and the VAE are loaded when they are first used.
+
+    A subclass with a `name`, a `domain` and a `path` of its own is another model of the same class.
+
+    Attributes:
+        path: hub id or local folder that is loaded if the config names none.
+        pipeline_class: the diffusers pipeline.
+        encoders: names of the pipeline's text encoders.
+        unused: parts of the pipeline that erasekit never loads.
+        scopes: {name: pattern of the denoiser's linear layers}.
+        sampling: settings of a task's protocol that are other ones on this backbone.
+        cpu_dtype: what `dtype = "auto"` means on a CPU.
+        source: hub id, or the name of the local folder.
+        revision: the commit on the hub, "" for a local folder.
+    """
+
+    name: ClassVar[str]
+    domain: ClassVar[Literal["natural", "mini"]] = "natural"
+    path: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    prefix: ClassVar[str]
+    Config: ClassVar[type[BackboneConfig]] = BackboneConfig
+    pipeline_class: ClassVar[Any]
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    unused: ClassVar[tuple[str, ...]] = ()
+    scopes: ClassVar[Mapping[str, str]]
+    sampling: ClassVar[Mapping[str, Any]] = {}
+    cpu_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(
+        self, folder: Path, config: BackboneConfig, *, source: str, revision: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Load the text encoders and the scheduler of the pipeline in `folder`; use `load` to go from a config.
+
+        Raises:
+            EnvironmentProblem: the folder does not hold a pipeline of this class.
+        """
+        self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
+        self._folder, self._config = folder, config
+        self._pipe = self._from_folder(**{self.prefix: None, "vae": None})
+        for name in self.encoders:
+            getattr(self._pipe, name).eval().requires_grad_(False)
+        self._files()  # a cut or missing file shows now, not after an hour
+        self._parts: dict[str, Any] = {}
+        self._encoded: dict[str, Conditioning] = {}
+        self._fingerprints: dict[tuple[str, ...] | None, str] = {}
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> Self:
+        """Load from a local folder or the hub (downloaded once).
+
+        Raises:
+            EnvironmentProblem: the weights cannot be had; says why and what to do.
+        """
+        path = config.path or cls.path
+        device = find_device(config.device)
+        folder = cls.folder(path, config.revision)
+        if config.dtype != "auto":
+            dtype: torch.dtype = getattr(torch, config.dtype)
+        else:
+            dtype = cls.cpu_dtype if device.type == "cpu" else torch.bfloat16
+        local = Path(path).expanduser().is_dir()
+        # A download lies in a folder that is named by its commit.
+        source, revision = (folder.name, "") if local else (path, folder.name)
+        return cls(folder, config, source=source, revision=revision, device=device, dtype=dtype)
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether a guidance scale is an input of the model."""
+        return False
+
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser, frozen and in evaluation mode."""
+        return self._part(self.prefix)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, frozen and in evaluation mode."""
+        return self._part("vae")
+
+    def pipeline(self) -> Any:
+        """A fresh pipeline of the same base with weights of its own, on the backbone's device.
+
+        Raises:
+            EnvironmentProblem: a file is missing, broken or of another kind of model.
+        """
+        return self._from_folder()
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
+        if self.prefix in self._parts:
+            return self.denoiser.get_submodule(module).weight.detach()  # type: ignore[no-any-return]
+        return read_tensor(self._files(), f"{module}.weight").to(self.device)
+
+    def fingerprint(self, modules: Sequence[str] | None = None) -> str:
+        """SHA-256 over names, shapes and float32 values of the weights of some layers (of all the denoiser's tensors).
+
+        Read from the files, so that it is the same whatever type the model was loaded in.
+        """
+        wanted = None if modules is None else tuple(sorted(modules))
+        if wanted not in self._fingerprints:
+            files, digest = self._files(), hashlib.sha256()
+            for key in sorted(files) if wanted is None else [f"{module}.weight" for module in wanted]:
+                tensor = read_tensor(files, key).float().contiguous()
+                digest.update(f"{key}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.numpy().data)
+            self._fingerprints[wanted] = digest.hexdigest()
+        return self._fingerprints[wanted]
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with the pipeline's own `encode_prompt`, each once.
+
+        One prompt at a time: what a prompt encodes to must not depend on the batch that it comes in.
+
+        Raises:
+            RuntimeError: a prompt is new and the text encoders have been released.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                if getattr(self._pipe, self.encoders[0]) is None:
+                    raise RuntimeError(f"'{prompt}' was not encoded before the text encoders were released.")
+                with torch.no_grad(), quiet():
+                    self._encoded[prompt] = self._encode(prompt)
+        if not prompts:
+            return self.encode([""])[:0]
+        return concatenate([self._encoded[prompt] for prompt in prompts])
+
+    def lora_targets(self, scope: str) -> list[str]:
+        """Linear layers of a scope (see `scopes`).
+
+        Raises:
+            UsageError: the scope is unknown or matches nothing.
+        """
+        if scope not in self.scopes:
+            raise UsageError(f"Unknown scope '{scope}'. '{self.name}' has {', '.join(self.scopes)}.")
+        names = [name for name in self._linears if re.search(self.scopes[scope], name)]
+        if not names:
+            raise UsageError(f"Scope '{scope}' matches no layer of '{self.source}'.")
+        return names
+
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1]; works for `AutoencoderKL` and `AutoencoderTiny`."""
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        picture: torch.Tensor = self.vae.decode(x0 / config.scaling_factor + shift, return_dict=False)[0]
+        return picture
+
+    def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
+        """Free the memory of a part: encoded prompts stay, the text encoders are gone, other parts are loaded again if used."""
+        if part == "text_encoders":
+            for name in self.encoders:
+                setattr(self._pipe, name, None)
+        else:
+            dropped = self._parts.pop(self.prefix if part == "denoiser" else part, None)
+            if dropped is not None:
+                dropped.to("meta")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, prompt: str) -> Conditioning:
+        """One prompt, encoded."""
+        raise NotImplementedError
+
+    def _side(self, size: int | None) -> int | None:
+        """The side of the latents of a picture of `size` pixels."""
+        config = json.loads((self._folder / "vae" / "config.json").read_text())
+        blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
+        return None if size is None else size // 2 ** (len(blocks) - 1)
+
+    def _tokenized(self, prompt: str, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+        """`ids` (1, length) as `encode_prompt` pads them, and `lengths` (1,), how many of them are no pads."""
+        given = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
+        return {"ids": torch.tensor([given.input_ids]), "lengths": torch.tensor([sum(given.attention_mask)])}
+
+    def _spans(self, prompt: str, phrase: str, tokenizer: Any, length: int) -> list[range]:
+        """Where the tokens of a phrase stand in those of a prompt."""
+        given = self._tokenized(prompt, tokenizer, length)
+        ids = given["ids"][0, : int(given["lengths"])].tolist()
+        wanted = tokenizer(phrase, add_special_tokens=False).input_ids
+        starts = range(len(ids) - len(wanted) + 1) if wanted else range(0)
+        return [range(i, i + len(wanted)) for i in starts if ids[i : i + len(wanted)] == wanted]
+
+    def _part(self, name: str) -> Any:
+        if name not in self._parts:
+            index = json.loads((self._folder / "model_index.json").read_text())
+            model_class = getattr(diffusers, index[name][1])
+            try:
+                with quiet():
+                    model = model_class.from_pretrained(
+                        self._folder, subfolder=name, torch_dtype=self.dtype, use_safetensors=True
+                    )
+                model.to(self.device)
+            except _LOADING as error:
+                raise self._unloadable(error) from error
+            self._parts[name] = model.eval().requires_grad_(False)
+        return self._parts[name]
+
+    @cached_property
+    def _linears(self) -> list[str]:
+        """The denoiser's linear layers by the names they have without adapters: those are put around layers."""
+        names = (name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear))
+        return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+
+    def _from_folder(self, **parts: Any) -> Any:
+        """A pipeline from the folder, without those parts that are given as None."""
+        try:
+            with quiet():
+                pipe = self.pipeline_class.from_pretrained(
+                    self._folder, dtype=self.dtype, use_safetensors=True, **dict.fromkeys(self.unused), **parts
+                )
+            pipe.to(self.device)
+        except _LOADING as error:
+            raise self._unloadable(error) from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _unloadable(self, error: BaseException) -> EnvironmentProblem:
+        kind = self.pipeline_class.__name__
+        return EnvironmentProblem(f"'{self.source}' could not be loaded as a {kind}: {first_line(error)}")
+
+    def _files(self) -> dict[str, Path]:
+        """The file that holds each tensor of the denoiser, sharded or not, of the main variant."""
+        folder, name = self._folder / self.prefix, "diffusion_pytorch_model"
+        paths = sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [folder / f"{name}.safetensors"]
+        where: dict[str, Path] = {}
+        try:
+            for path in paths:
+                where.update(dict.fromkeys(read_header(path)[0], path))
+        except (OSError, ValueError) as error:
+            raise self._unloadable(error) from error
+        return where
+
+    @classmethod
+    def folder(cls, path: str, revision: str | None) -> Path:
+        """The local folder of a diffusers pipeline; a hub id is downloaded.
+
+        Raises:
+            EnvironmentProblem: there is no such folder, or the download failed.
+        """
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise EnvironmentProblem(
+                    f"'{path}' has no model_index.json; 'backbone.path' needs a diffusers folder or a hub id."
+                )
+            return folder
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise EnvironmentProblem(f"There is no folder '{path}'; 'backbone.path' needs a diffusers folder or a hub id.")
+        return cls._download(path, revision)
+
+    @classmethod
+    def _download(cls, repo: str, revision: str | None) -> Path:
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            # Parts that are given (as None) are not downloaded.
+            parts: dict[str, Any] = dict.fromkeys(cls.unused)
+            return Path(cls.pipeline_class.download(repo, revision=revision, use_safetensors=True, **parts))
+        except GatedRepoError as error:
+            raise EnvironmentProblem(
+                f"{repo} is gated: accept its licence at huggingface.co/{repo}, then run 'hf auth login'."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise EnvironmentProblem(f"{repo} has no revision '{revision}'; check 'backbone.revision'.") from error
+        except RepositoryNotFoundError as error:
+            raise EnvironmentProblem(
+                f"The hub has no repository '{repo}', or it is private: check the name, or run 'hf auth login'."
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EnvironmentProblem(
+                f"'{repo}' could not be downloaded ({first_line(error)}). "
+                f"Check the network, or give a local folder: -s backbone.path=FOLDER"
+            ) from error
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin.
+
+    Raises:
+        ValueError: the file is cut or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length)) if length < size else {}
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=-1)
+    if 8 + length + end != size:
+        raise ValueError(f"'{path.name}' is cut or damaged.")
+    return header, 8 + length
+
+
+def read_tensor(files: Mapping[str, Path], key: str) -> torch.Tensor:
+    """One tensor from its file, and no other byte: safetensors maps the file whole, which a small machine refuses for FLUX."""
+    header, start = read_header(files[key])
+    entry = header[key]
+    first, last = entry["data_offsets"]
+    with files[key].open("rb") as file:
+        file.seek(start + first)
+        data = bytearray(file.read(last - first))
+    return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        EnvironmentProblem: this machine has no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EnvironmentProblem(
+            f"Device '{name}' cannot be used ({first_line(error)}); 'backbone.device' takes auto, cpu, cuda, cuda:1, mps."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

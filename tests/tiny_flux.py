@@ -1,0 +1,108 @@
+"""Tiny real pipelines of the diffusers classes of FLUX.1, with random weights, in the layout of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+
+from erasekit.builtin.flux import Flux, FluxConfig
+from tests.tiny import LENGTH, WIDTH, WORDS, tokenizer
+
+POSITIONS = 12
+TOKENS = 24  # width of T5
+
+
+class TinyFlux(Flux):
+    """A backbone for the tiny pipelines."""
+
+    name: ClassVar[str] = "tiny-flux"
+    domain: ClassVar[Literal["natural", "mini"]] = "mini"
+    sampling: ClassVar[dict[str, Any]] = {"sampler": "default"}
+    size: ClassVar[int] = 16
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer that knows `WORDS` and letters."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS] + [(c, -9.0) for c in letters]
+    tokens = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    tokens.model_max_length = POSITIONS
+    return tokens
+
+
+def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed: int = 0, shard: str = "10GB") -> Path:
+    """Write a tiny FLUX folder (16 x 16 pictures, 4 x 4 packed tokens) and return it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words = tokenizer(folder / "tokenizer")
+        pieces = t5_tokenizer()
+        ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+        clip = CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            **ids,
+        )
+        t5 = T5Config(
+            vocab_size=len(pieces),
+            d_model=TOKENS,
+            d_kv=8,
+            num_heads=2,
+            d_ff=32,
+            num_layers=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TOKENS,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=kind == "dev",
+            axes_dims_rope=(4, 6, 6),
+        )
+        dynamic = (
+            {"use_dynamic_shifting": True, "shift": 3.0} if kind == "dev" else {"use_dynamic_shifting": False, "shift": 1.0}
+        )
+        pipe = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, **dynamic
+            ),
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                norm_num_groups=4,
+                latent_channels=4,
+                sample_size=16,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            text_encoder=CLIPTextModel(clip),
+            tokenizer=words,
+            text_encoder_2=T5EncoderModel(t5),
+            tokenizer_2=pieces,
+            transformer=transformer,
+        )
+    pipe.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def load(folder: Path, **settings: Any) -> TinyFlux:
+    """The backbone of a tiny folder, on the CPU, in float32."""
+    return TinyFlux.load(FluxConfig(path=str(folder), device="cpu", dtype="float32", **settings))
