@@ -38,21 +38,21 @@ class RunContext:
         backbone: the loaded model; its adapters belong to the method while it runs.
         concepts: what to erase.
         task: where prompts for training and validation come from.
-        protocol: how pictures will be drawn, so that a method can train on what sampling meets; the task's, if left out.
         seed: the run's seed; use `generator(name)`.
         directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
         log: called with (step, total, {name: value}) once per training step.
         component: looks up what is registered for a slot, e.g. component("refine", "whitened").
+        protocol: how pictures will be drawn, so that a method can train on what sampling meets; the task's, if left out.
     """
 
     backbone: Backbone
     concepts: tuple[Concept, ...]
     task: Task
-    protocol: Protocol = None  # type: ignore[assignment]  # set from the task below
     seed: int = 0
     directory: Path | None = None
     log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
     component: Callable[[str, str], Any] = field(default=_registered)
+    protocol: Protocol = None  # type: ignore[assignment]  # the task's, see below
 
     def __post_init__(self) -> None:
         """Take the task's protocol if none is given."""

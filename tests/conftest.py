@@ -26,6 +26,14 @@ def tiny_folder(tmp_path_factory) -> Path:
     return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "sd")
 
 
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory) -> Path:
+    """A tiny FLUX folder with random weights."""
+    from tests import tiny_flux
+
+    return tiny_flux.save_pipeline(tmp_path_factory.mktemp("base") / "flux")
+
+
 @pytest.fixture
 def erasekit(tmp_path):
     """Run the command line in a process of its own, in an empty folder."""

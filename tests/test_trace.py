@@ -18,7 +18,7 @@ from tests.third_party.tiny_world import Words
 STEPS = 6
 GUIDANCE = 2.0
 TAU0 = 0.4
-RECIPE = Recipe(STEPS, GUIDANCE, TAU0, eta_neg=0.5)
+RECIPE = Recipe(STEPS, GUIDANCE, 16, TAU0, eta_neg=0.5)
 SEEDS = [5, 6, 7]
 SMALL = {
     "steps": 4,

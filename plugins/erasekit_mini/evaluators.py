@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,10 +129,8 @@ class Classifier(Evaluator):
         return Scores(self._rows)
 
 
-class ClipScore(Evaluator):
-    """The cosine of a picture and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
-
-    name = "mini-clip"
+class ClipScorer:
+    """The mini CLIP: unit vectors of texts and of pictures, differentiable in the pictures."""
 
     def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
         """Load the image tower from `folder`, and the text tower and tokenizer of the model in `text`."""
@@ -144,20 +143,44 @@ class ClipScore(Evaluator):
         self._image = MiniImageTower(self._text.config.projection_dim).eval()
         load_weights(self._image, weights[0])
         load_weights(self._text, weights[1])
+        for tower in (self._text, self._image):
+            tower.requires_grad_(False)
         self._tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
-        self._sha256 = sha256(*weights)
+        self.sha256 = sha256(*weights)
+
+    def image(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, 64, 64) in [-1, 1] as (n, width)."""
+        vectors: torch.Tensor = self._image(pictures)
+        return vectors
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts as (n, width)."""
+        length = self._text.config.max_position_embeddings
+        tokens = self._tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return F.normalize(self._text(input_ids=tokens.input_ids).text_embeds, dim=-1)
+
+
+class ClipScore(Evaluator):
+    """The cosine of a picture and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
+
+    name = "mini-clip"
+
+    def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
+        """Load both towers (see `ClipScorer`)."""
+        self._clip = ClipScorer(folder, text)
         self._scores: dict[str, list[float]] = {"base": [], "erased": []}  # of clean prompts
         self._rows: list[dict[str, Any]] = []
         self._embedded: dict[str, torch.Tensor] = {}
 
     def describe(self) -> dict[str, str]:
         """Both towers."""
-        return {"model": "mini CLIP", "version": self.version, "sha256": self._sha256}
+        return {"model": "mini CLIP", "version": self.version, "sha256": self._clip.sha256}
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         """Score a batch."""
-        pictures = self._image(to_input(batch.pictures))
+        pictures = self._clip.image(to_input(batch.pictures))
         texts = torch.stack([self._embed(p.text) for p in batch.prompts])
         scores = (100 * (pictures * texts).sum(1)).clamp(min=0).tolist()
         self._rows += [{"clip_score": s} for s in scores]
@@ -165,9 +188,7 @@ class ClipScore(Evaluator):
 
     def _embed(self, prompt: str) -> torch.Tensor:
         if prompt not in self._embedded:
-            length = self._text.config.max_position_embeddings
-            tokens = self._tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            self._embedded[prompt] = F.normalize(self._text(input_ids=tokens.input_ids).text_embeds[0], dim=-1)
+            self._embedded[prompt] = self._clip.text([prompt])[0]
         return self._embedded[prompt]
 
     def compute(self) -> Scores:

@@ -27,3 +27,9 @@ def register_evaluators(register):  # type: ignore[no-untyped-def]
     register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles a picture shows")
     register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well a picture fits its prompt")
     register("mini-frechet", "erasekit_mini.evaluators:Frechet", summary="distance of picture statistics")
+
+
+@hookimpl
+def register_components(register):  # type: ignore[no-untyped-def]
+    """Register the scorer that TRACE's `clip` divergence uses on the mini world."""
+    register("scorer", "mini", "erasekit_mini.evaluators:ClipScorer", summary="the mini CLIP, differentiable")

@@ -31,10 +31,11 @@ ETAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0)
 class TraceConfig(TrainingConfig):
     """Settings of TRACE. Each slot names a registered component."""
 
+    steps: int = Field(120, ge=0, description="training steps; 0 leaves stage 2 out")
     refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
     eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
-    ridge: float = Field(1e-2, ge=0, description="ridge of the closed form, relative to the size of its system")
-    preserve_scale: float = Field(3.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
+    ridge: float = Field(0.3, ge=0, description="ridge of the closed form, relative to the size of its system")
+    preserve_scale: float = Field(10.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
     window: str = Field(
         "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
@@ -56,8 +57,8 @@ class TraceConfig(TrainingConfig):
     divergence_every: int = Field(4, ge=1, description="steps between them")
     divergence_weight: float = Field(0.05, ge=0, description="their weight")
     batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
-    trajectories: int = Field(48, ge=1, description="teacher trajectories per concept")
-    clean_trajectories: int = Field(128, ge=1, description="teacher trajectories of clean prompts")
+    trajectories: int = Field(32, ge=1, description="teacher trajectories per concept")
+    clean_trajectories: int = Field(96, ge=1, description="teacher trajectories of clean prompts")
 
 
 class Trace(Method):
@@ -65,6 +66,7 @@ class Trace(Method):
 
     name = "trace"
     Config = TraceConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "qk_dual"}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"refine": "eq1", "window": "late", "bank": "per-concept", "integration": "pairs", "steps": 1000, "batch": 4},
     }
@@ -93,15 +95,15 @@ class Trace(Method):
     def refine(self, ctx: RunContext) -> dict[str, Deltas]:
         """The closed-form part of each concept, damped by eta; empty without a refinement."""
         solve = ctx.component("refine", self.config.refine)
-        sizes, edits = [], {}
+        sizes, edits = {}, {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            embeddings, sizes = self._embeddings(ctx, reads)
+            embeddings, sizes[reads] = self._embeddings(ctx, reads)
             edits[reads] = solve(embeddings, self.config)
         if any(edit is None for edit in edits.values()):
             return {}
         whole = _site_deltas(ctx, edits)
         eta = self.config.eta if self.config.eta is not None else choose_eta(ctx, whole)
-        shares = {reads: edit.damped(eta).split(sizes) for reads, edit in edits.items()}
+        shares = {reads: edit.damped(eta).split(sizes[reads]) for reads, edit in edits.items()}
         return {
             concept.name: _site_deltas(ctx, {reads: parts[i].compressed() for reads, parts in shares.items()})
             for i, concept in enumerate(ctx.concepts)
@@ -178,7 +180,7 @@ class Trace(Method):
             a, b = ctx.concepts[i], ctx.concepts[j]
             phrases = [(t, a.phrases[0], b.phrases[0]) for t in a.templates]
             both = [t.format(f"{p} and {q}") for t, p, q in phrases]
-            neutral = [b.neutralise(a.neutralise(text)) for text in both]
+            neutral = [_neutralised(ctx, text) for text in both]
             prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
             seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", max(2, self.config.trajectories // 8))
             pools[i, j] = pair_pool(ctx.backbone, prompts, encode(neutral), encode([""]), self._recipe(ctx), seeds)
@@ -260,33 +262,50 @@ class TraceStep:
 def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     """The damping with the least residual concept plus drift, on validation prompts (section 4.1).
 
-    Both are relative errors of predictions along the teacher's trajectories: how far f'(c_w) still is from f(c_u), in
-    units of |f(c_w) - f(c_u)|, and how far f'(q) has moved for preserved q, in units of |f(q) - f(0)|.
+    All are relative errors of predictions along the teacher's trajectories. Residual of a concept prompt: how far f'(c_w)
+    still is from f(c_u), in units of |f(c_w) - f(c_u)|. Residual of a synonym, which has no neutral prompt of its own: how
+    much of f(c_s) - f(neutral) is left along that direction. Drift: how far f'(q) has moved for preserved q, in units of
+    |f(q) - f(0)|. Classifier-free guidance multiplies each by its scale; what is as large as the concept itself counts as 1.
     """
-    backbone, encode = ctx.backbone, ctx.backbone.encode
-    protocol = ctx.protocol
+    encode, protocol = ctx.backbone.encode, ctx.protocol
     recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance, protocol.size)
-    erase = ctx.prompts("erase", "validation")[: 8 * len(ctx.concepts)]
-    texts = [p.text for p in erase]
-    neutral = texts
-    for concept in ctx.concepts:
-        neutral = [concept.neutralise(t) for t in neutral]
+    erase, synonyms = (ctx.prompts(which, "validation")[:24] for which in ("erase", "synonyms"))
     keep = [p.text for p in ctx.prompts("preserve", "validation")][:24]
-    concept_pool = target_pool(backbone, encode(texts), encode(neutral), encode([""]), recipe, [p.seed for p in erase])
-    keep_pool = clean_pool(backbone, encode(keep), encode([""]), recipe, _seeds(ctx, "trace/eta", len(keep)))
-    span = (concept_pool.predictions[:, 0] - concept_pool.predictions[:, 1]).square().mean()
-    empty = ctx.predict(keep_pool.x, keep_pool.tau, encode([""]).repeat(len(keep_pool)))
-    reach = (keep_pool.predictions[:, 0] - empty).square().mean()
+    neutral_of = {concept.name: concept.neutral for concept in ctx.concepts}
+    neutral = [_neutralised(ctx, p.text) for p in erase] + [neutral_of[p.concept] for p in synonyms]
+    prompts, empty = [*erase, *synonyms], encode([""])
+    concept = encode([p.text for p in prompts])
+    pool = target_pool(ctx.backbone, concept, encode(neutral), empty, recipe, [p.seed for p in prompts])
+    kept = clean_pool(ctx.backbone, encode(keep), empty, recipe, _seeds(ctx, "trace/eta", len(keep)))
+    with_concept, without = pool.predictions[:, 0], pool.predictions[:, 1]
+    named = pool.row < len(erase)
+    span = (with_concept - without)[named].square().mean()
+    nothing = ctx.predict(kept.x, kept.tau, empty.repeat(len(kept)))
+    reach = (kept.predictions[:, 0] - nothing).square().mean()
+    gain = 1.0 if ctx.backbone.embedded_guidance else max(1.0, protocol.guidance) ** 2
+
+    def error(change: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        return (gain * change.flatten(1).square().mean(1) / unit).clamp(max=1).mean()
+
     best, choice = math.inf, 1.0
     for eta in ETAS:
-        with merged(backbone.denoiser, scale(refined, eta)):
-            left = ctx.predict(concept_pool.x, concept_pool.tau, concept_pool.cond[concept_pool.row])
-            drift = ctx.predict(keep_pool.x, keep_pool.tau, keep_pool.cond[keep_pool.row])
-        cost = (left - concept_pool.predictions[:, 1]).square().mean() / span
-        cost = cost + (drift - keep_pool.predictions[:, 0]).square().mean() / reach
+        with merged(ctx.backbone.denoiser, scale(refined, eta)):
+            left = ctx.predict(pool.x, pool.tau, pool.cond[pool.row])
+            moved = ctx.predict(kept.x, kept.tau, kept.cond[kept.row])
+        cost = error((left - without)[named], span) + error(moved - kept.predictions[:, 0], reach)
+        if synonyms:
+            remains = losses.presence(left, with_concept, without)[~named]
+            cost = cost + (gain * remains.square()).clamp(max=1).mean()
         if cost < best - 1e-6:
             best, choice = cost.item(), eta
     return choice
+
+
+def _neutralised(ctx: RunContext, prompt: str) -> str:
+    """The prompt with the neutral words of all concepts."""
+    for concept in ctx.concepts:
+        prompt = concept.neutralise(prompt)
+    return prompt
 
 
 def _site_deltas(ctx: RunContext, edits: Mapping[str, TextEdit]) -> Deltas:

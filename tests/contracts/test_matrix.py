@@ -17,11 +17,13 @@ REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "single_
 METHODS = [entry.name for entry in REGISTRIES.methods.entries()]
 
 
-@pytest.fixture(scope="module", params=[("tiny", "words")], ids=["tiny"])
-def base(request, tiny_folder):
+@pytest.fixture(scope="module", params=["tiny", "tiny-flux", "sd15-mini", "flux-mini"])
+def base(request, tiny_folder, tiny_flux_folder):
     """(backbone name, task, overrides, the loaded backbone)."""
-    backbone, task = request.param
-    overrides = [f"backbone.path={tiny_folder}", "backbone.device=cpu"]
+    backbone = request.param
+    folder = {"tiny": tiny_folder, "tiny-flux": tiny_flux_folder}.get(backbone)
+    task = "words" if folder else "objects"
+    overrides = ["backbone.device=cpu", "backbone.dtype=float32", *([f"backbone.path={folder}"] if folder else [])]
     plan = resolve(build({"method": "pull", "backbone": backbone, "task": task}, overrides=overrides), REGISTRIES)
     return backbone, task, overrides, plan.backbone.load(plan.backbone_config)
 
@@ -45,9 +47,11 @@ def test_a_method_keeps_its_contract(base, method, tmp_path):
     assert erasure.config == plan.method_config.model_dump(mode="json")
     pipe = loaded.pipeline()
     load_into(pipe, tmp_path / "0", base=loaded)
-    x, cond = loaded.latents([0]), loaded.encode(["a photo of a cat"])
-    with torch.no_grad():
-        plain = loaded.predict(x, torch.tensor([0.5]), cond)
-        erased = pipe.unet(x, torch.tensor([499]), encoder_hidden_states=cond.tokens, return_dict=False)[0]
+    call = loaded.call_arguments(loaded.encode(["a photo of a cat"]), empty=loaded.encode([""]), guidance=2.0)
+    size = dict.fromkeys(("height", "width"), plan.protocol.size)
+    plain, erased = (
+        p(**call, **size, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        for p in (loaded.pipeline(), pipe)
+    )
     assert not torch.allclose(plain, erased, rtol=0, atol=1e-7), "the erasure changes nothing"
     assert torch.isfinite(erased).all()

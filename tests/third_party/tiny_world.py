@@ -12,6 +12,7 @@ from erasekit.evaluators import Scores, wilson
 from erasekit.results import Metric
 from erasekit.training import TrainingConfig, train
 from tests.tiny import TinySD
+from tests.tiny_flux import TinyFlux
 
 SEEDS = {"train": 0, "validation": 100, "evaluation": 200}
 
@@ -89,10 +90,12 @@ class Pull(Method):
     def erase(self, ctx: RunContext) -> Erasure:
         bank, backbone = AdapterBank(ctx.backbone), ctx.backbone
         word, neutral = (backbone.encode([f"a {w}"]) for w in (ctx.concepts[0].name, "thing"))
-        bank.add("pull", backbone.lora_targets("kv"), self.config.rank, ctx.generator("init"))
+        scope = "kv" if backbone.capabilities.family == "unet" else "add_kv"
+        bank.add("pull", backbone.lora_targets(scope), self.config.rank, ctx.generator("init"))
 
         def losses(batch, generator):
-            x, tau = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
+            tau = torch.rand(2, generator=generator)
+            x = torch.randn(backbone.latents([0, 1]).shape, generator=generator)
             with torch.no_grad(), bank.teacher():
                 target = backbone.predict(x, tau, neutral.repeat(2))
             error = (backbone.predict(x, tau, word.repeat(2)) - target).square().mean()
@@ -107,6 +110,7 @@ class Pull(Method):
 @hookimpl
 def register_backbones(register):
     register("tiny", TinySD, aliases=("tiny-sd",), summary="random weights")
+    register("tiny-flux", TinyFlux, summary="random weights")
 
 
 @hookimpl

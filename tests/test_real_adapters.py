@@ -1,0 +1,42 @@
+"""The adapters of the hub's models through `run` to the report, from folders in the hub's layout, by their own names."""
+
+import json
+
+import pytest
+
+from erasekit import plugins
+from erasekit.config import build, resolve
+from erasekit.rundir import path_of
+from erasekit.runner import run
+from tests import tiny, tiny_flux
+from tests.conftest import THIRD_PARTY
+
+TRACE = ("steps=2", "trajectories=2", "clean_trajectories=2", "batch=2", "rank=2")
+
+
+@pytest.fixture(scope="module")
+def registries():
+    return plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "natural_words.py"])
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"), [("sd15", 2, 2.0), ("sd14", 2, 2.0), ("flux-dev", 28, 3.5), ("flux-schnell", 4, 0.0)]
+)
+def test_a_folder_in_the_hubs_layout_runs_to_the_report(name, steps, guidance, registries, tmp_path):
+    if name.startswith("sd"):
+        folder = tiny.save_pipeline(tmp_path / "base", vae="kl")
+    else:
+        folder = tiny_flux.save_pipeline(tmp_path / "base", kind="schnell" if "schnell" in name else "dev")
+    overrides = [f"backbone.path={folder}", "backbone.device=cpu", "backbone.dtype=float32", "protocol.size=16"]
+    overrides += [f"method.{setting}" for setting in TRACE]
+    config = build({"method": "trace", "backbone": name, "task": "words", "concepts": ("cat",)}, overrides=overrides)
+    plan = resolve(config, registries)
+    assert (plan.protocol.steps, plan.protocol.guidance) == (steps, guidance)
+    result = run(config, out=tmp_path / "runs", registries=registries)
+    path = path_of(tmp_path / "runs", plan)
+    assert result.metrics["acc_e"].n == 1
+    assert (path / "report.html").is_file()
+    manifest = json.loads((path / "erasure" / "erasure.json").read_text())
+    assert manifest["backbone"] == plan.config.backbone
+    sites = {site.name for site in plan.backbone.load(plan.backbone_config).text_sites()}
+    assert sites <= set(manifest["base"]["modules"])
