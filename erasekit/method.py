@@ -56,7 +56,8 @@ class RunContext:
 
     def __post_init__(self) -> None:
         """Take the task's protocol if none is given."""
-        self.protocol = self.protocol or self.task.protocol
+        if self.protocol is None and self.task is not None:
+            self.protocol = self.task.protocol
 
     def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The backbone's prediction at the guidance scale that sampling will use, where the model is told one."""

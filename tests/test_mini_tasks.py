@@ -288,9 +288,9 @@ def test_the_clip_score_is_a_cosine_per_picture(folder):
     assert metric.value == pytest.approx(np.mean(scores[3:]))
     assert metric.ci95[0] <= metric.value <= metric.ci95[1]
     with torch.no_grad():  # an independent path: one picture, one prompt, cosine by hand
-        ids = scorer._tokenizer(["a cat"], padding="max_length", max_length=tiny.LENGTH, return_tensors="pt").input_ids
-        text = scorer._text(input_ids=ids).text_embeds[0].double()
-        image = scorer._image(batch().pictures[:1].float() / 127.5 - 1)[0].double()
+        ids = scorer._clip._tokenizer(["a cat"], padding="max_length", max_length=tiny.LENGTH, return_tensors="pt").input_ids
+        text = scorer._clip._text(input_ids=ids).text_embeds[0].double()
+        image = scorer._clip._image(batch().pictures[:1].float() / 127.5 - 1)[0].double()
     cosine = float(text @ image / text.norm() / image.norm())
     assert scores[0] == pytest.approx(max(0.0, 100 * cosine), abs=1e-3)
 

@@ -63,7 +63,7 @@ def test_pictures_equal_the_plain_pipeline_call_with_texts(draw, backbone, tmp_p
 
 def test_generate_draws_the_same_pictures(draw, backbone, tmp_path):
     paths = draw(tmp_path)
-    pictures = generate(backbone.pipeline(), [p.text for p in PROMPTS], [p.seed for p in PROMPTS], PROTOCOL)
+    pictures = generate(backbone, backbone.pipeline(), [p.text for p in PROMPTS], [p.seed for p in PROMPTS], PROTOCOL)
     assert [np.array(p).tobytes() for p in pictures] == [np.array(Image.open(p)).tobytes() for p in paths]
 
 
@@ -153,13 +153,15 @@ def test_prompts_and_their_encodings_must_match(backbone, tmp_path):
         sample(backbone, backbone.pipeline(), PROMPTS, backbone.encode(["a"]), backbone.encode([""]), PROTOCOL, tmp_path)
 
 
-def test_the_base_key_holds_all_that_decides_the_bytes():
+def test_the_base_key_holds_all_that_decides_the_bytes(backbone, tmp_path_factory):
+    folder = tiny.save_pipeline(tmp_path_factory.mktemp("other"), seed=1)
     keys = [
-        base_key("a", PROTOCOL, PROMPTS),
-        base_key("b", PROTOCOL, PROMPTS),
-        base_key("a", PROTOCOL.model_copy(update={"guidance": 1.0}), PROMPTS),
-        base_key("a", PROTOCOL, PROMPTS[:4]),
-        base_key("a", PROTOCOL, [PROMPTS[0]._replace(seed=1), *PROMPTS[1:]]),
+        base_key(backbone, PROTOCOL, PROMPTS),
+        base_key(tiny.load(folder), PROTOCOL, PROMPTS),
+        base_key(tiny.load(folder, dtype="bfloat16"), PROTOCOL, PROMPTS),
+        base_key(backbone, PROTOCOL.model_copy(update={"guidance": 1.0}), PROMPTS),
+        base_key(backbone, PROTOCOL, PROMPTS[:4]),
+        base_key(backbone, PROTOCOL, [PROMPTS[0]._replace(seed=1), *PROMPTS[1:]]),
     ]
     assert len(set(keys)) == len(keys)
-    assert base_key("a", PROTOCOL, PROMPTS) == keys[0]
+    assert base_key(backbone, PROTOCOL, PROMPTS) == keys[0]

@@ -23,9 +23,11 @@ CELL = 50
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], *, steps: int, guidance: float) -> torch.Tensor:
     """Pictures (n, 3, h, w) in [-1, 1], one seed each."""
     pictures = []
+    call: dict = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt", "height": 64, "width": 64}
+    if hasattr(pipeline, "tokenizer_2"):
+        call["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     for i in range(0, len(prompts), 50):
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + 50]]
-        call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
         pictures.append(pipeline(prompts[i : i + 50], generator=generators, **call).images)
     return torch.cat(pictures).float() * 2 - 1
 
@@ -125,7 +127,7 @@ def main() -> None:
         "protocol": {
             "split": args.split,
             "pictures_per_cell": args.cell,
-            "sampler": "ddim",
+            "sampler": type(pipeline.scheduler).__name__,
             "steps": args.steps,
             "guidance": args.guidance,
         },

@@ -13,16 +13,54 @@ import erasekit_mini
 from data import WORK
 
 MODELS = Path(erasekit_mini.__file__).parent / "models"
+CARDS = Path(__file__).parent / "cards"
+
+
+NAMES = ("sd15-mini", "flux-mini")
+TITLES = {"sd15-mini": "Stable Diffusion 1.x", "flux-mini": "FLUX.1"}
+PIPELINES = {"sd15-mini": "StableDiffusionPipeline", "flux-mini": "FluxPipeline"}
+
+
+def model_card(name: str, card: dict) -> str:
+    """The README of a model's folder, from what `card.py` measured."""
+    rows = [f"| {group} | {v['mean']:.3f} | {v['least']:.3f} |" for group, v in card["groups"].items()]
+    rows += [f"| {cell} | {v:.3f} | |" for cell, v in card["cells"].items() if cell.startswith(("hazard", "pairs"))]
+    how = card["protocol"]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"A small text-to-image model in the classes of {TITLES[name]}, trained from nothing on the mini world of erasekit:",
+            "64 x 64 pictures of ten objects, ten invented people, six invented artists and three hazards. It is made to be",
+            "erased from, in seconds and without a GPU; it is of no use for anything else. Loads without erasekit:",
+            "",
+            f'    diffusers.{PIPELINES[name]}.from_pretrained("{name}")',
+            "",
+            f"Share of pictures in which the mini classifier sees what the prompt asks for: {how['pictures_per_cell']} pictures per "
+            f"cell, wordings and seeds of the evaluation split, {how['steps']} steps, guidance {how['guidance']}.",
+            "",
+            "| group | mean | least cell |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "Made by `benchmarks/mini/`. Apache-2.0; the art it learned from is named in NOTICE.",
+            "",
+        ]
+    )
 
 
 def main() -> None:
     """Replace the shipped models by those in the work folder."""
     shutil.rmtree(MODELS, ignore_errors=True)
-    shutil.copytree(WORK / "sd15-mini", MODELS / "sd15-mini")
-    for path in (MODELS / "sd15-mini").glob("*/config.json"):  # diffusers notes the folder a part was loaded from
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    for name in NAMES:
+        shutil.copytree(WORK / name, MODELS / name)
+        for path in (MODELS / name).glob("*/config.json"):  # diffusers notes the folder a part was loaded from
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2) + "\n")
+        card = CARDS / f"{name}.evaluation.json"
+        if card.is_file():
+            (MODELS / name / "README.md").write_text(model_card(name, json.loads(card.read_text())))
     target = MODELS / "evaluators"
     target.mkdir()
     shutil.copy(WORK / "evaluators" / "classifier.json", target)
@@ -32,7 +70,8 @@ def main() -> None:
             k: v.half() if v.dtype == torch.float32 else v for k, v in load_file(source).items() if "num_batches" not in k
         }
         save_file(tensors, target / source.name)
-    print(f"{sum(f.stat().st_size for f in MODELS.rglob('*') if f.is_file()) / 1e6:.2f} MB")
+    for folder in MODELS.iterdir():
+        print(f"{folder.name}: {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

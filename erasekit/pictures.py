@@ -1,0 +1,30 @@
+"""Pictures that the base itself draws, for methods that train on some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from erasekit.backbone import Conditioning, guided
+from erasekit.method import RunContext
+
+
+@torch.no_grad()
+def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
+    """Finished latents x0 (n, ...) of encoded prompts, one seed each, drawn under the run's protocol."""
+    backbone, protocol = ctx.backbone, ctx.protocol
+    schedule, empty = backbone.schedule(protocol.steps, protocol.size), backbone.encode([""])
+    finished = []
+    for rows in torch.arange(len(seeds)).split(protocol.batch):
+        x = backbone.latents([seeds[i] for i in rows], protocol.size)
+        for k in range(len(schedule)):
+            tau = schedule.tau[k].expand(len(x))
+            x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
+        finished.append(x)
+    return torch.cat(finished)
+
+
+def noised(ctx: RunContext, x0: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Latents at progress `tau` (n,) on the way to `x0` from noise of a CPU generator."""
+    return ctx.backbone.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0), tau)
