@@ -1,0 +1,16 @@
+"""Registers ESD."""
+
+from __future__ import annotations
+
+from erasekit.hookspecs import hookimpl
+
+
+@hookimpl
+def register_methods(register):  # type: ignore[no-untyped-def]
+    """Register ESD."""
+    register(
+        "esd",
+        "erasekit_esd.method:Esd",
+        summary="fine-tuning against the model's own negated guidance",
+        paper="arXiv:2303.07345",
+    )

@@ -1,0 +1,92 @@
+"""What is trained of the denoiser. All of its other tensors are the base's own: there is one copy of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from erasekit.adapters import AdapterBank
+from erasekit.backbone import Backbone, Conditioning
+from erasekit.deltas import Deltas, Dense
+from erasekit.errors import UsageError
+from erasekit.method import RunContext
+
+# What counts as the layers that read text: in a UNet the cross-attentions, in a transformer that attends to text and picture
+# together every attention, its text stream's `add_*` projections among them.
+TEXT = {"unet": r"\.attn2\.", "dit": r"\.attn\."}
+KEYS_AND_VALUES = {"unet": r"\.attn2\.to_[kv]$", "dit": r"\.attn\.(to_[kv]|add_[kv]_proj)$"}
+
+
+@dataclass(frozen=True)
+class Student:
+    """The denoiser in training.
+
+    Attributes:
+        predict: its prediction for (x, tau, cond), at the guidance that sampling uses.
+        parameters: what is trained, float32.
+        deltas: what that has added to the base's weights by now, on the CPU.
+    """
+
+    predict: Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    parameters: Sequence[torch.Tensor]
+    deltas: Callable[[], Deltas]
+
+
+def modules(backbone: Backbone, variant: str) -> list[str]:
+    """The linear layers of a variant: x, x-strict, u or all.
+
+    Raises:
+        UsageError: the denoiser has none.
+    """
+    family = backbone.capabilities.family
+    linear = [name for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.Linear)]
+    pattern = {"x": TEXT, "x-strict": KEYS_AND_VALUES, "u": TEXT}.get(variant, {}).get(family, "")
+    names = [name for name in linear if bool(re.search(pattern, name)) != (variant == "u")]
+    if not names:
+        raise UsageError(f"Variant '{variant}' of ESD matches no linear layer of '{backbone.source}'.")
+    return names
+
+
+class _View(nn.Module):
+    """The denoiser behind the context's `predict`, so that `functional_call` can exchange its tensors for one call."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        super().__init__()
+        self.denoiser, self.predict = ctx.backbone.denoiser, ctx.predict
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        return self.predict(x, tau, cond)
+
+
+def full(ctx: RunContext, names: Sequence[str]) -> Student:
+    """A student with whole weights of its own in some layers; they take the base's place only while it predicts."""
+    view = _View(ctx)
+    base = {name: ctx.backbone.weight(name) for name in names}
+    own = {name: weight.float().clone().requires_grad_() for name, weight in base.items()}
+
+    def predict(x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        exchanged = {f"denoiser.{name}.weight": weight.to(base[name].dtype) for name, weight in own.items()}
+        prediction: torch.Tensor = functional_call(view, exchanged, (x, tau, cond))
+        return prediction
+
+    def deltas() -> Deltas:
+        return {name: Dense((weight.detach() - base[name].float()).cpu()) for name, weight in own.items()}
+
+    return Student(predict, list(own.values()), deltas)
+
+
+@contextmanager
+def lora(ctx: RunContext, names: Sequence[str], *, rank: int) -> Iterator[Student]:
+    """A student with a LoRA on some layers; it is taken off at the end."""
+    bank = AdapterBank(ctx.backbone)
+    bank.add("esd", names, rank, ctx.generator("esd/init"))
+    try:
+        yield Student(ctx.predict, bank.train_only("esd"), lambda: bank.deltas("esd"))
+    finally:
+        bank.remove()
