@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,8 @@ def attention_maps(denoiser: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     Adapters have to be on the denoiser already: they are put around the projections that are watched here.
 
     Yields:
-        {path of the layer: (batch, heads, image tokens, text tokens)}, float32 and differentiable, in the order of the
-        layers. Each forward pass writes it anew; it stays as it is when the context ends.
+        {path of the layer: (batch, heads, image tokens, text tokens)}, float32 and differentiable, in the order in
+        which they run. Each forward pass writes it anew; it stays as it is when the context ends.
 
     Raises:
         UsageError: the denoiser has no such layers.
@@ -62,7 +62,7 @@ def token_positions(backbone: Backbone, prompts: Sequence[str], phrases: Sequenc
 
 def _watch(
     attention: nn.Module,
-    parts: dict[str, nn.Module],
+    parts: Mapping[str, Any],
     combine: Callable[[Any, Parts, dict[str, Any]], torch.Tensor],
     write: Callable[[torch.Tensor], None],
 ) -> list[Any]:
@@ -94,11 +94,12 @@ def _joint(attention: Any, seen: Parts, named: dict[str, Any]) -> torch.Tensor:
     """Joint attention: the image's queries over the keys of text and image, turned by their places; the text's columns."""
     text = seen["text"].shape[1]
     turn = named["image_rotary_emb"]
-    key = apply_rotary_emb(torch.cat([seen["text"], seen["key"]], 1), turn, sequence_dim=1)
-    query = apply_rotary_emb(seen["query"], tuple(table[text:] for table in turn), sequence_dim=1)
+    key: Any = apply_rotary_emb(torch.cat([seen["text"], seen["key"]], 1), turn, sequence_dim=1)  # Any: its type is wrong
+    query: Any = apply_rotary_emb(seen["query"], tuple(table[text:] for table in turn), sequence_dim=1)
     return _softmax(query, key)[..., :text]
 
 
 def _softmax(query_BIHD: torch.Tensor, key_BTHD: torch.Tensor) -> torch.Tensor:
     logits = torch.einsum("bihd,bthd->bhit", query_BIHD.float(), key_BTHD.float())
-    return (logits / query_BIHD.shape[-1] ** 0.5).softmax(-1)
+    attention: torch.Tensor = (logits / query_BIHD.shape[-1] ** 0.5).softmax(-1)
+    return attention
