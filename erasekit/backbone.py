@@ -105,6 +105,9 @@ class BackboneConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights; auto is float32 on a CPU"
     )
+    vram: Literal["auto", "8", "16", "24", "48", "80"] = Field(
+        "auto", description="GPU memory in GB to get along with; auto takes what the GPU has"
+    )
 
 
 @runtime_checkable
@@ -122,6 +125,7 @@ class Backbone(Protocol):
     revision: str  # the commit on the hub, "" for a local folder
     device: torch.device
     dtype: torch.dtype
+    vram_gb: int  # the size of GPU that it is held for
 
     @property
     def denoiser(self) -> nn.Module:
@@ -185,8 +189,8 @@ class Backbone(Protocol):
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Pictures (b, 3, h, w) in [-1, 1], differentiable."""
 
-    def pipeline(self) -> Any:
-        """A fresh, unmodified diffusers pipeline of the same base, with weights of its own."""
+    def pipeline(self, *, encoders: bool = True) -> Any:
+        """A fresh, unmodified diffusers pipeline of the same base, with weights of its own; without text encoders if so told."""
 
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Keyword arguments that give the pipeline already encoded prompts and a guidance scale.

@@ -6,8 +6,45 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from erasekit.errors import EnvironmentProblem
+
+VRAM_GB = (8, 16, 24, 48, 80)
+
+
+class Holding(NamedTuple):
+    """How a model is held on a GPU of some size.
+
+    Attributes:
+        weights: of the denoiser: `whole`, `nf4` (4 bits, bitsandbytes) or `offload` (in RAM, brought layer by layer).
+        encoders: the text encoders: `kept`, `released` before the denoiser is loaded, or on the `cpu`.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+    """
+
+    weights: Literal["whole", "nf4", "offload"] = "whole"
+    encoders: Literal["kept", "released", "cpu"] = "kept"
+    checkpointing: bool = False
+
+
+def vram_gb(setting: str, device: Any) -> int:
+    """The size of GPU to plan for, one of `VRAM_GB`: as set, or the largest that this one is; on a CPU the largest."""
+    if setting != "auto":
+        return int(setting)
+    if device.type != "cuda":
+        return VRAM_GB[-1]
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return max((gb for gb in VRAM_GB if gb <= total * 1.1), default=VRAM_GB[0])
+
+
+def out_of_memory(error: BaseException, gb: int) -> EnvironmentProblem:
+    """What to do when a GPU has run out of memory under a setting of `--vram`."""
+    smaller = [size for size in VRAM_GB if size < gb]
+    way_out = f"Try --vram {smaller[-1]}" if smaller else "Use a smaller batch or model"
+    first = str(error).strip().splitlines()[0]
+    return EnvironmentProblem(f"The GPU ran out of memory with --vram {gb} ({first}). {way_out}.")
 
 
 def peak_memory_mb() -> float:

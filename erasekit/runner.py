@@ -30,7 +30,7 @@ from erasekit.events import (
     StageStarted,
     StepEnd,
 )
-from erasekit.memory import check_disk, peak_memory_mb
+from erasekit.memory import check_disk, out_of_memory, peak_memory_mb, vram_gb
 from erasekit.method import RunContext
 from erasekit.modelcard import model_card
 from erasekit.plugins import Registries, default
@@ -82,6 +82,7 @@ def run(
         with _announced(plan, directory, emit):
             prompts = evaluation_prompts(plan)
             check_disk(directory.path, pictures=2 * len(prompts), size=plan.protocol.size)
+            evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]  # what they lack shows now
             with _stage("load", directory, emit):
                 backbone = plan.backbone.load(plan.backbone_config)
             with _stage("encode", directory, emit):
@@ -94,7 +95,6 @@ def run(
                 write_certificate(plan, backbone, directory)
             with _stage("sample", directory, emit):
                 erased = erased_images(plan, backbone, prompts, encoded, empty, directory, emit)
-            evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]
             with _stage("evaluate", directory, emit):
                 evaluation = evaluate(plan.task, evaluators, prompts, base, erased, concepts=plan.concepts)
             result = record(plan, prompts, evaluators, evaluation, directory, sha256)
@@ -131,12 +131,22 @@ def _announced(plan: Plan, directory: RunDirectory, emit: Dispatcher) -> Iterato
     try:
         yield
     except Exception as error:
+        named = _named(error, plan)
         with suppress(OSError):  # the disk may be full; the error that matters is the first one
-            directory.write_status("failed", str(error))
-            emit(RunFailed(str(error)))
-        raise
+            directory.write_status("failed", str(named))
+            emit(RunFailed(str(named)))
+        if named is error:
+            raise
+        raise named from error
     directory.write_status("finished")
     emit(RunFinished(directory.path))
+
+
+def _named(error: Exception, plan: Plan) -> Exception:
+    """The error that a user is shown: one that says which way is out, where there is one."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return out_of_memory(error, vram_gb(plan.backbone_config.vram, torch.device("cuda")))
+    return error
 
 
 @contextmanager
@@ -173,7 +183,7 @@ def base_images(
 ) -> list[Path]:
     """Pictures of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
     folder = cache / base_key(backbone, plan.protocol, prompts)
-    pipe = backbone.pipeline()
+    pipe = backbone.pipeline(encoders=False)
     cached = sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("base", emit))
     return [_linked(path, directory.path / "images" / "base" / path.name) for path in cached]
 
@@ -265,7 +275,7 @@ def erased_images(
     """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure."""
     for part in ("text_encoders", "vae", "denoiser"):
         backbone.release(part)
-    pipe = backbone.pipeline()
+    pipe = backbone.pipeline(encoders=False)
     load_into(pipe, directory.path / "erasure", base=backbone)
     folder = directory.path / "images" / "erased"
     return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("erased", emit))
@@ -281,7 +291,8 @@ def record(
 ) -> RunResult:
     """Write scores.parquet and results.json."""
     config = plan.config
-    measured_on = plan.protocol.hash(plan.task.name, plan.task.version, prompts, [e.describe() for e in evaluators])
+    judges = {e.name: e.describe() for e in evaluators}
+    measured_on = plan.protocol.hash(plan.task.name, plan.task.version, prompts, judges)
     result = RunResult(
         method=config.method,
         backbone=config.backbone,
@@ -290,7 +301,7 @@ def record(
         concepts=tuple(c.name for c in plan.concepts),
         seed=config.seed,
         config_hash=plan.hash,
-        protocol=plan.protocol.model_dump() | {"hash": measured_on},
+        protocol=plan.protocol.model_dump() | {"evaluators": judges, "hash": measured_on},
         counts=evaluation.counts,
         metrics=evaluation.metrics,
         timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in TIMED},

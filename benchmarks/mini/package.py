@@ -30,14 +30,14 @@ def model_card(name: str, card: dict) -> str:
         [
             f"# {name}",
             "",
-            f"A small text-to-image model in the classes of {TITLES[name]}, trained from nothing on the mini world of erasekit:",
+            f"A small text-to-image model in the classes of {TITLES[name]}, trained from nothing on erasekit's mini world:",
             "64 x 64 pictures of ten objects, ten invented people, six invented artists and three hazards. It is made to be",
             "erased from, in seconds and without a GPU; it is of no use for anything else. Loads without erasekit:",
             "",
             f'    diffusers.{PIPELINES[name]}.from_pretrained("{name}")',
             "",
-            f"Share of pictures in which the mini classifier sees what the prompt asks for: {how['pictures_per_cell']} pictures per "
-            f"cell, wordings and seeds of the evaluation split, {how['steps']} steps, guidance {how['guidance']}.",
+            "Share of pictures in which the mini classifier sees what the prompt asks for, on wordings and seeds of the evaluation",
+            f"split: {how['pictures_per_cell']} pictures per cell, {how['steps']} steps, guidance {how['guidance']}.",
             "",
             "| group | mean | least cell |",
             "|---|---|---|",

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.builtin.pipelines import PipelineBackbone
+from erasekit.memory import Holding
 from erasekit.schedule import Schedule, flow_sigma, flow_tau
 
 _Pipeline: Any = FluxPipeline  # Any: diffusers is untyped
@@ -50,6 +51,13 @@ class Flux(PipelineBackbone):
         "text": r"^(context_embedder|time_text_embed\.text_embedder\.linear_1)$",
     }
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 28, "guidance": 3.5}
+    holding: ClassVar[Mapping[int, Holding]] = {
+        8: Holding("offload", "cpu", checkpointing=True),
+        16: Holding("nf4", "cpu", checkpointing=True),
+        24: Holding("nf4", "released", checkpointing=True),
+        48: Holding("whole", "released", checkpointing=True),
+        80: Holding("whole", "kept", checkpointing=False),
+    }
     cpu_dtype: ClassVar[torch.dtype] = torch.bfloat16
     size: ClassVar[int] = 1024
     positions: ClassVar[int] = 512
@@ -154,7 +162,9 @@ class Flux(PipelineBackbone):
         return (self._side(size or self.size) or 0) // 2
 
     def _encode(self, prompt: str) -> Conditioning:
-        tokens, pooled, _ = self._pipe.encode_prompt(prompt, None, self.device, 1, max_sequence_length=self._length)
+        tokens, pooled, _ = self._pipe.encode_prompt(
+            prompt, None, self._pipe.text_encoder.device, 1, max_sequence_length=self._length
+        )
         ids = self._tokenized(prompt, self._pipe.tokenizer_2, self._length)
         return Conditioning(tokens=tokens, pooled=pooled, **ids)
 

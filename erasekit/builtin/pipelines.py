@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, concatenate
+from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, concatenate
 from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.memory import VRAM_GB, Holding, vram_gb
 from erasekit.quiet import quiet
 
 _LOADING = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, RuntimeError)
 
 
 class PipelineBackbone:
-    """A backbone over a diffusers pipeline in a folder; the denoiser and the VAE are loaded when they are first used.
+    """A backbone over a diffusers pipeline in a folder; its models are loaded when they are first used.
 
     A subclass with a `name`, a `domain` and a `path` of its own is another model of the same class.
 
@@ -34,6 +36,7 @@ class PipelineBackbone:
         unused: parts of the pipeline that erasekit never loads.
         scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
+        holding: how it is held on a GPU of each size.
         cpu_dtype: what `dtype = "auto"` means on a CPU.
         source: hub id, or the name of the local folder.
         revision: the commit on the hub, "" for a local folder.
@@ -50,21 +53,21 @@ class PipelineBackbone:
     unused: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
+    holding: ClassVar[Mapping[int, Holding]] = dict.fromkeys(VRAM_GB, Holding()) | {8: Holding(checkpointing=True)}
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(
         self, folder: Path, config: BackboneConfig, *, source: str, revision: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Load the text encoders and the scheduler of the pipeline in `folder`; use `load` to go from a config.
+        """Load the tokenizers and the scheduler of the pipeline in `folder`; use `load` to go from a config.
 
         Raises:
             EnvironmentProblem: the folder does not hold a pipeline of this class.
         """
         self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
-        self._folder, self._config = folder, config
-        self._pipe = self._from_folder(**{self.prefix: None, "vae": None})
-        for name in self.encoders:
-            getattr(self._pipe, name).eval().requires_grad_(False)
+        self.vram_gb = vram_gb(config.vram, device)
+        self._folder, self._held = folder, self.holding[self.vram_gb]
+        self._pipe = self._from_folder(**{part: None for part in (self.prefix, "vae", *self.encoders)})
         self._files()  # a cut or missing file shows now, not after an hour
         self._parts: dict[str, Any] = {}
         self._encoded: dict[str, Conditioning] = {}
@@ -104,13 +107,18 @@ class PipelineBackbone:
         """The autoencoder, frozen and in evaluation mode."""
         return self._part("vae")
 
-    def pipeline(self) -> Any:
-        """A fresh pipeline of the same base with weights of its own, on the backbone's device.
+    def pipeline(self, *, encoders: bool = True) -> Any:
+        """A fresh pipeline of the same base with weights of its own, on the backbone's device; its text encoders if needed.
 
         Raises:
             EnvironmentProblem: a file is missing, broken or of another kind of model.
         """
-        return self._from_folder()
+        parts: dict[str, Any] = {} if encoders else dict.fromkeys(self.encoders)
+        if self._held.weights == "whole":
+            return self._from_folder(**parts)
+        pipe = self._from_folder(**parts, **{self.prefix: self._load(self.prefix)})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
@@ -137,16 +145,13 @@ class PipelineBackbone:
         """Encode prompts with the pipeline's own `encode_prompt`, each once.
 
         One prompt at a time: what a prompt encodes to must not depend on the batch that it comes in.
-
-        Raises:
-            RuntimeError: a prompt is new and the text encoders have been released.
         """
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._encoded:
-                if getattr(self._pipe, self.encoders[0]) is None:
-                    raise RuntimeError(f"'{prompt}' was not encoded before the text encoders were released.")
+                for name in self.encoders:
+                    setattr(self._pipe, name, self._part(name))
                 with torch.no_grad(), quiet():
-                    self._encoded[prompt] = self._encode(prompt)
+                    self._encoded[prompt] = self._encode(prompt).to(self.device, self.dtype)
         if not prompts:
             return self.encode([""])[:0]
         return concatenate([self._encoded[prompt] for prompt in prompts])
@@ -172,14 +177,13 @@ class PipelineBackbone:
         return picture
 
     def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
-        """Free the memory of a part: encoded prompts stay, the text encoders are gone, other parts are loaded again if used."""
-        if part == "text_encoders":
-            for name in self.encoders:
-                setattr(self._pipe, name, None)
-        else:
-            dropped = self._parts.pop(self.prefix if part == "denoiser" else part, None)
+        """Free the memory of a part; encoded prompts stay, and the part is loaded again if it is used."""
+        for name in {"text_encoders": self.encoders, "vae": ("vae",), "denoiser": (self.prefix,)}[part]:
+            dropped = self._parts.pop(name, None)
             if dropped is not None:
                 dropped.to("meta")
+            if part == "text_encoders":
+                setattr(self._pipe, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -208,18 +212,48 @@ class PipelineBackbone:
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
-            index = json.loads((self._folder / "model_index.json").read_text())
-            model_class = getattr(diffusers, index[name][1])
-            try:
-                with quiet():
-                    model = model_class.from_pretrained(
-                        self._folder, subfolder=name, torch_dtype=self.dtype, use_safetensors=True
-                    )
-                model.to(self.device)
-            except _LOADING as error:
-                raise self._unloadable(error) from error
-            self._parts[name] = model.eval().requires_grad_(False)
+            if name == self.prefix and self._held.encoders == "released":
+                self.release("text_encoders")
+            self._parts[name] = self._load(name).eval().requires_grad_(False)
         return self._parts[name]
+
+    def _load(self, name: str) -> Any:
+        """A model of the pipeline, held as the size of the GPU allows."""
+        library, kind = json.loads((self._folder / "model_index.json").read_text())[name]
+        model_class = getattr(importlib.import_module(library), kind)
+        main = name == self.prefix
+        extra = {"quantization_config": self._nf4()} if main and self._held.weights == "nf4" else {}
+        try:
+            with quiet():
+                model = model_class.from_pretrained(
+                    self._folder, subfolder=name, torch_dtype=self.dtype, use_safetensors=True, **extra
+                )
+            if main and self._held.checkpointing:
+                model.enable_gradient_checkpointing()
+            if main and self._held.weights == "offload":
+                model.enable_group_offload(onload_device=self.device, offload_type="leaf_level")
+            elif not extra:
+                model.to("cpu" if name in self.encoders and self._held.encoders == "cpu" else self.device)
+        except _LOADING as error:
+            raise self._unloadable(error) from error
+        return model
+
+    def _nf4(self) -> Any:
+        """Four bits for all layers but those that read text, which a closed form edits.
+
+        Raises:
+            EnvironmentProblem: bitsandbytes is not installed.
+        """
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise EnvironmentProblem(f"--vram {self.vram_gb} needs bitsandbytes: pip install 'erasekit[nf4]'.")
+        skipped = [site.name for site in self.text_sites()]
+        return diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype, llm_int8_skip_modules=skipped
+        )
+
+    def text_sites(self) -> list[Site]:
+        """The linear layers through which text enters."""
+        raise NotImplementedError
 
     @cached_property
     def _linears(self) -> list[str]:
@@ -234,7 +268,8 @@ class PipelineBackbone:
                 pipe = self.pipeline_class.from_pretrained(
                     self._folder, dtype=self.dtype, use_safetensors=True, **dict.fromkeys(self.unused), **parts
                 )
-            pipe.to(self.device)
+            if self._held.weights == "whole":
+                pipe.to(self.device)
         except _LOADING as error:
             raise self._unloadable(error) from error
         pipe.set_progress_bar_config(disable=True)

@@ -113,7 +113,7 @@ class StableDiffusion(PipelineBackbone):
         return tokenizer, tokenizer.model_max_length
 
     def _encode(self, prompt: str) -> Conditioning:
-        tokens, _ = self._pipe.encode_prompt(prompt, self.device, 1, do_classifier_free_guidance=False)
+        tokens, _ = self._pipe.encode_prompt(prompt, self._pipe.text_encoder.device, 1, do_classifier_free_guidance=False)
         return Conditioning(tokens=tokens, pooled=None, **self._tokenized(prompt, *self._tokenizer))
 
     def _rates(self, x: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

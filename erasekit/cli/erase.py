@@ -24,6 +24,7 @@ def command(
     preset: options.Preset = None,
     config: options.Config = None,
     settings: options.Set = None,
+    vram: options.Vram = None,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the erasure is written.")] = Path("erasure"),
     force: Annotated[bool, typer.Option("--force", help="Replace an erasure that is there.")] = False,
     plugin: options.Plugin = None,
@@ -31,7 +32,7 @@ def command(
 ) -> None:
     """Compute the erasure of one or several concepts together and write it to a folder."""
     flags = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
-    wanted = build(flags | {"seed": seed, "preset": preset}, file=config, overrides=settings or ())
+    wanted = build(flags | {"seed": seed, "preset": preset}, file=config, overrides=options.overrides(settings, vram))
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
     if plan.separate:

@@ -30,6 +30,15 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting, e.g. method.steps=50.", show_default=False),
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option("--vram", metavar="GB", help="GPU memory to get along with: auto, 8, 16, 24, 48, 80.", show_default=False),
+]
+
+
+def overrides(settings: list[str] | None, vram: str | None) -> list[str]:
+    """The settings that `-s` gives, and `--vram` as the one that it stands for."""
+    return [*(settings or ()), *([f"backbone.vram={vram}"] if vram else [])]
 
 
 def registries(files: list[Path] | None) -> Registries:

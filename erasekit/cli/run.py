@@ -25,6 +25,7 @@ def command(
     preset: options.Preset = None,
     config: options.Config = None,
     settings: options.Set = None,
+    vram: options.Vram = None,
     out: options.Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; load nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin anew, even if the run is finished.")] = False,
@@ -36,7 +37,9 @@ def command(
     The same command goes on with a run that was stopped, and shows the numbers of one that is finished.
     """
     names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
-    wanted = build({**names, "seed": seed, "limit": limit, "preset": preset}, file=config, overrides=settings or ())
+    wanted = build(
+        {**names, "seed": seed, "limit": limit, "preset": preset}, file=config, overrides=options.overrides(settings, vram)
+    )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
     if dry_run:
