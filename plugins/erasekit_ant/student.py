@@ -1,0 +1,51 @@
+"""What is trained of the denoiser. All of its other tensors are the base's own: there is one copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from erasekit.backbone import Conditioning
+from erasekit.deltas import Deltas, Dense
+from erasekit.method import RunContext
+
+
+class MaskedWeights(nn.Module):
+    """The denoiser with `weight + mask * change` in some linear layers, which stand there only while it predicts.
+
+    Attributes:
+        change: {layer: what is trained, (out, in), float32, zero at first}.
+        mask: {layer: which entries of it count}; layers that it leaves out count whole.
+    """
+
+    def __init__(self, ctx: RunContext) -> None:
+        """Start with all linear layers, none of them changed."""
+        super().__init__()
+        self.denoiser, self._predict = ctx.backbone.denoiser, ctx.predict
+        linear = {name: m.weight.detach() for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)}
+        self._base = linear
+        self.change = {name: torch.zeros_like(w, dtype=torch.float32).requires_grad_() for name, w in linear.items()}
+        self.mask: Mapping[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The context's prediction, whatever tensors the denoiser holds."""
+        return self._predict(x, tau, cond)
+
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The prediction of the changed denoiser."""
+        exchanged = {
+            f"denoiser.{name}.weight": (self._base[name].float() + self._own(name)).to(self._base[name].dtype)
+            for name in self.change
+        }
+        prediction: torch.Tensor = functional_call(self, exchanged, (x, tau, cond))
+        return prediction
+
+    def deltas(self) -> Deltas:
+        """What has been added to the weights by now, on the CPU."""
+        return {name: Dense(self._own(name).detach().cpu().clone()) for name in self.change}
+
+    def _own(self, name: str) -> torch.Tensor:
+        return self.change[name] * self.mask[name] if name in self.mask else self.change[name]

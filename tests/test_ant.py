@@ -1,0 +1,301 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erasekit.adapters import AdapterBank
+from erasekit.deltas import Dense, LowRank, to_dense
+from erasekit.erasure import Erasure, load_into
+from erasekit.errors import UsageError
+from erasekit.method import RunContext
+from erasekit.schedule import ddpm_tau, flow_tau
+from erasekit_ant import maths
+from erasekit_ant.method import Ant, AntConfig, _moments
+from erasekit_ant.student import MaskedWeights
+from tests import tiny, tiny_flux
+from tests.third_party.tiny_world import Words
+
+SMALL = {"steps": 3, "batch": 2, "rank": 2, "trajectories": 3, "saliency_draws": 2, "fusion_points": 9}
+
+
+@pytest.fixture(scope="module", params=["unet", "dit"])
+def backbone(request, tiny_folder, tiny_flux_folder):
+    return tiny.load(tiny_folder) if request.param == "unet" else tiny_flux.load(tiny_flux_folder)
+
+
+@pytest.fixture
+def context(backbone):
+    def make(names=("cat",), seed=0):
+        task = Words()
+        return RunContext(backbone, tuple(task.concept(name) for name in names), task, seed)
+
+    return make
+
+
+def ant(backbone, **others):
+    """ANT with the defaults of the backbone's family and what a test asks for."""
+    return Ant(AntConfig(**Ant.defaults.get(backbone.capabilities.family, {}) | SMALL | others))
+
+
+# Which end of time is reversed
+
+
+@pytest.mark.parametrize("tau", [ddpm_tau(torch.tensor([999, 900, 600, 0])), flow_tau(torch.tensor([1.0, 0.9, 0.6, 0.01]))])
+def test_the_guidance_is_kept_at_the_noise_and_reversed_towards_the_picture(tau):
+    concept, empty = np.random.default_rng(0).normal(size=(2, 4, 3, 5))
+    found = maths.target(torch.from_numpy(concept), torch.from_numpy(empty), tau, tau0=0.14, eta=1.3)
+    for i, sign in enumerate((1, 1, -1, -1)):  # timesteps and sigmas fall from the noise to the picture
+        np.testing.assert_allclose(found[i].numpy(), (1 - sign * 1.3) * empty[i] + sign * 1.3 * concept[i], rtol=1e-12)
+
+
+def test_the_step_at_tau0_itself_is_late():
+    tau = torch.tensor([0.1, 0.14, 0.2], dtype=torch.float32).double()  # rounded, as latents round it
+    assert maths.late(tau, 0.14).tolist() == [False, True, True]
+
+
+def test_the_points_that_are_reversed_are_not_the_noise(backbone, context):
+    ctx = context()
+    method = ant(backbone, tau0=0.3)
+    pool = method.pool(ctx, ctx.concepts[0])
+    seeds = torch.randint(2**31, (3,), generator=ctx.generator("ant/pool/cat")).tolist()
+    noise = backbone.latents(seeds, ctx.protocol.size)
+    late = maths.late(pool.tau, 0.3)
+    assert torch.equal(pool.x[~late], noise)
+    assert late.sum() == len(pool.x) - 3
+    found = maths.target(pool.concept, pool.empty, pool.tau, tau0=0.3, eta=1.0)
+    torch.testing.assert_close(found[~late], pool.concept[~late])
+    torch.testing.assert_close(found[late], 2 * pool.empty[late] - pool.concept[late])
+
+
+def test_without_a_late_step_there_is_one_line(backbone, context):
+    ctx = context()
+    with pytest.raises(UsageError, match=r"None of 2 sampling steps is at tau >= 0\.9"):
+        ant(backbone, tau0=0.9).erase(ctx)
+
+
+# Losses
+
+
+def test_losses_of_the_base_against_numpy(backbone, context):
+    """The untouched base is at its goal early and on the empty prompt, and (1 + eta) |f(c) - f(0)| away from it late."""
+    ctx, weights = context(), {"early_weight": 2.5, "unconditional_weight": 0.5, "eta": 1.0, "tau0": 0.3}
+    method = ant(backbone, **weights, batch=3)
+    pool = method.pool(ctx, ctx.concepts[0])
+    nothing = backbone.encode([""])
+    with torch.no_grad():
+        out = method.losses(ctx.predict, [pool], nothing)(0, ctx.generator("draw"))
+        shifted = method.losses(lambda *at: ctx.predict(*at) + 0.1, [pool], nothing)(0, ctx.generator("draw"))
+    points = pool.at(maths.late(pool.tau, 0.3)).sample(3, ctx.generator("draw"))
+    gap = 2 * (points.concept.double() - points.empty.double()).numpy()
+    assert out["late"].item() == pytest.approx((gap**2).mean(), rel=1e-3)
+    for name in ("early", "early_unconditional", "late_unconditional"):
+        assert out[name].item() < 1e-8
+    assert shifted["early"].item() == pytest.approx(2.5 * 0.01, rel=1e-3)
+    assert shifted["late_unconditional"].item() == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert shifted["early_unconditional"].item() == pytest.approx(2.5 * 0.5 * 0.01, rel=1e-3)
+    assert shifted["late"].item() == pytest.approx(((gap + 0.1) ** 2).mean(), rel=1e-3)
+
+
+# Who is trained
+
+
+def test_every_term_has_a_gradient_in_every_weight_and_in_no_other(backbone, context):
+    ctx = context()
+    method, student = ant(backbone, tau0=0.3), MaskedWeights(ctx)
+    pool = method.pool(ctx, ctx.concepts[0])
+    for change in student.change.values():  # away from the base, where terms other than the late one are zero
+        change.data.normal_(std=1e-2, generator=ctx.generator("change"))
+    losses = method.losses(student.predict, [pool], backbone.encode([""]))(0, ctx.generator("batch"))
+    assert list(losses) == ["late", "late_unconditional", "early", "early_unconditional"]
+    linear = {n for n, m in backbone.denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(student.change) == linear
+    for value in losses.values():
+        gradients = torch.autograd.grad(value, list(student.change.values()), retain_graph=True)
+        assert all(g.abs().max() > 0 for g in gradients)
+    losses["late"].backward()
+    assert all(p.grad is None for p in backbone.denoiser.parameters())
+
+
+def test_every_term_has_a_gradient_in_every_factor_of_a_lora_and_nowhere_else(backbone, context):
+    ctx = context()
+    method = ant(backbone, tau0=0.3)
+    pool, bank = method.pool(ctx, ctx.concepts[0]), AdapterBank(backbone)
+    bank.add("lora", backbone.lora_targets(method.config.scope), 2, ctx.generator("init"))
+    parameters = bank.train_only("lora")
+    try:
+        for parameter in parameters:
+            parameter.data.normal_(std=0.1, generator=ctx.generator("B"))
+        losses = method.losses(ctx.predict, [pool], backbone.encode([""]))(0, ctx.generator("batch"))
+        for value in losses.values():
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+            assert all(g.abs().max() > 0 for g in gradients)
+        losses["late"].backward()
+        assert {id(p) for p in backbone.denoiser.parameters() if p.grad is not None} == {id(p) for p in parameters}
+    finally:
+        bank.remove()
+
+
+def test_a_lora_has_all_layers_of_its_scope(backbone, context):
+    ctx = context()
+    method = ant(backbone, tau0=0.3, lora_scale=1.0)
+    pool = method.pool(ctx, ctx.concepts[0])
+    trained = method.lora(ctx, 0, pool)
+    assert set(trained) == set(backbone.lora_targets(method.config.scope))
+    assert all(delta.up.abs().max() > 0 and delta.rank == 2 for delta in trained.values())
+    louder = ant(backbone, tau0=0.3, lora_scale=4.3).lora(ctx, 0, pool)
+    for name, delta in trained.items():
+        torch.testing.assert_close(to_dense(louder[name]), 4.3 * to_dense(delta))
+
+
+@pytest.mark.parametrize(("keep", "count"), [(0.5, 4), (1.0, 8), (0.01, 1), (0.3, 3)])
+def test_salient_keeps_the_largest(keep, count):
+    gradient = torch.tensor([[3.0, -8.0, 1.0, 0.5], [-2.0, 7.0, -0.1, 4.0]])
+    mask = maths.salient(gradient, keep)
+    order = np.argsort(-np.abs(gradient.numpy()).ravel())
+    assert set(np.flatnonzero(mask.numpy().ravel())) == set(order[:count])
+
+
+def test_saliency_is_where_the_late_gradient_is_large_and_nothing_else_moves(backbone, context):
+    ctx = context()
+    method = ant(backbone, form="single", saliency_draws=1, tau0=0.3, saliency=0.25)
+    pool, student = method.pool(ctx, ctx.concepts[0]), MaskedWeights(ctx)
+    losses = method.losses(student.predict, [pool], backbone.encode([""]))
+    masks = method.saliency(ctx, student, losses, 1)
+    late = losses(0, ctx.generator("ant/saliency/0/0"))["late"]
+    gradients = torch.autograd.grad(late, list(student.change.values()))
+    for mask, gradient in zip(masks.values(), gradients, strict=True):
+        assert gradient.abs()[mask].min() >= gradient.abs()[~mask].max()
+        assert mask.double().mean().item() == pytest.approx(0.25, abs=1 / mask.numel() + 0.02)
+    deltas = method.single(ctx, [pool])
+    assert all((deltas[name].weight[~mask] == 0).all() for name, mask in masks.items())
+    assert all((deltas[name].weight[mask] != 0).double().mean() > 0.5 for name, mask in masks.items())
+
+
+def test_more_draws_keep_less_and_more_concepts_keep_more(backbone, context):
+    ctx = context(("cat", "dog"))
+    student = MaskedWeights(ctx)
+    share = {}
+    for draws, concepts in ((1, 1), (4, 1), (4, 2)):
+        method = ant(backbone, saliency_draws=draws, tau0=0.3)
+        pools = [method.pool(ctx, concept) for concept in ctx.concepts[:concepts]]
+        masks = method.saliency(ctx, student, method.losses(student.predict, pools, backbone.encode([""])), concepts)
+        share[draws, concepts] = sum(int(mask.sum()) for mask in masks.values())
+    assert share[4, 1] < share[1, 1]
+    assert share[4, 1] < share[4, 2]
+
+
+# Fusion
+
+
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 12), weight=st.sampled_from([0.0, 0.1, 3.0]))
+@settings(max_examples=30, deadline=None)
+def test_fusion_against_stacked_least_squares(seed, rows, weight):
+    """With fewer rows than inputs too, where the moments are singular."""
+    random, out, width, ridge = np.random.default_rng(seed), 5, 8, 1e-3
+    inputs = [random.normal(size=(rows + i, width)) for i in range(3)]
+    preserve = random.normal(size=(rows, width))
+    factors = [(random.normal(size=(out, 2)), random.normal(size=(2, width))) for _ in inputs]
+    loras = [LowRank(*map(torch.from_numpy, pair)) for pair in factors]
+    moments = [x.T @ x / len(x) for x in inputs]
+    kept = preserve.T @ preserve / len(preserve)
+    shares = maths.fuse(loras, [*map(torch.from_numpy, moments)], torch.from_numpy(kept), weight=weight, ridge=ridge)
+    size = np.trace(sum(moments) + weight * kept) / width
+    left = [x / len(x) ** 0.5 for x in inputs]
+    right = [x @ (up @ down).T for x, (up, down) in zip(left, factors, strict=True)]
+    left += [preserve * (weight / len(preserve)) ** 0.5, np.eye(width) * (ridge * size) ** 0.5]
+    right += [np.zeros((len(preserve), out)), np.zeros((width, out))]
+    expected = np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0].T
+    found = sum(to_dense(share) for share in shares).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+    assert [share.rank for share in shares] == [2, 2, 2]
+
+
+def test_moments_are_of_the_inputs_that_the_base_gives(tiny_folder):
+    backbone, task = tiny.load(tiny_folder), Words()
+    ctx = RunContext(backbone, (task.concept("cat"),), task)
+    method = ant(backbone)
+    pool = method.pool(ctx, ctx.concepts[0]).sample(9, ctx.generator("points"))
+    cond = pool.cond[pool.row]
+    moments = _moments(ctx, [site.name for site in backbone.text_sites()], pool, cond)
+    rows = cond.tokens.double().flatten(0, 1).numpy()
+    for moment in moments.values():  # keys and values read the text itself
+        np.testing.assert_allclose(moment.numpy(), rows.T @ rows / len(rows), rtol=1e-6, atol=1e-8)
+    assert not any(module._forward_pre_hooks for module in backbone.denoiser.modules())
+
+
+def test_fused_loras_act_as_they_did_alone_better_than_their_sum_and_keep_what_is_preserved(tiny_folder):
+    backbone, task = tiny.load(tiny_folder), Words()
+    ctx = RunContext(backbone, tuple(task.concept(name) for name in ("cat", "dog")), task)
+    method = ant(backbone, fusion_preserve=0.0)
+    pools = [method.pool(ctx, concept) for concept in ctx.concepts]
+    loras = [method.lora(ctx, i, pool) for i, pool in enumerate(pools)]
+    faithful, careful = method.fuse(ctx, pools, loras), ant(backbone, fusion_preserve=100.0).fuse(ctx, pools, loras)
+    seen = [pool.sample(9, ctx.generator(f"ant/fusion/{i}")) for i, pool in enumerate(pools)]
+    tokens = [points.cond.tokens[points.row].double().flatten(0, 1) for points in seen]
+    ship = backbone.encode([*(p.text for p in ctx.prompts("preserve")), ""]).tokens.double()
+    for name in loras[0]:
+        alone = [to_dense(lora[name]).double() for lora in loras]
+        fused = sum(to_dense(own[name]) for own in faithful)
+        error = {
+            which: sum((x @ (delta - d).T).square().sum() for x, d in zip(tokens, alone, strict=True))
+            for which, delta in (("fused", fused), ("sum", sum(alone)))
+        }
+        assert error["fused"] < error["sum"]
+        kept = sum(to_dense(own[name]) for own in careful)
+        assert (ship @ kept.T).norm() < 0.1 * (ship @ sum(alone).T).norm()
+
+
+# Whole erasures
+
+
+@pytest.mark.parametrize("form", ["single", "multi"])
+@pytest.mark.parametrize("names", [("cat",), ("cat", "dog")])
+def test_an_erasure_leaves_the_base_and_loads(backbone, context, tmp_path, form, names):
+    before = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
+    erasure = ant(backbone, form=form).erase(context(names))
+    after = backbone.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(p.requires_grad or p.grad is not None for p in backbone.denoiser.parameters())
+    kind = Dense if form == "single" else LowRank
+    entries = ["shared"] if form == "single" and len(names) > 1 else list(names)
+    assert list(erasure.deltas) == entries
+    for parts in erasure.deltas.values():
+        for deltas in parts.values():
+            assert {type(delta) for delta in deltas.values()} == {kind}
+            assert any(to_dense(delta).abs().max() > 0 for delta in deltas.values())
+    erasure.save(tmp_path / "erasure")
+    assert Erasure.load(tmp_path / "erasure", backbone).total().keys() == erasure.total().keys()
+    load_into(backbone.pipeline(), tmp_path / "erasure", base=backbone)
+
+
+def test_auto_is_single_for_one_concept_of_a_unet(tiny_folder, tiny_flux_folder):
+    forms = {}
+    for loaded in (tiny.load(tiny_folder), tiny_flux.load(tiny_flux_folder)):
+        for names in (("cat",), ("cat", "dog")):
+            task = Words()
+            ctx = RunContext(loaded, tuple(task.concept(name) for name in names), task)
+            erasure = ant(loaded, steps=1).erase(ctx)
+            forms[loaded.name, len(names)] = {part for parts in erasure.deltas.values() for part in parts}
+    assert forms == {
+        ("tiny", 1): {"weights"},
+        ("tiny", 2): {"adapter"},
+        ("tiny-flux", 1): {"adapter"},
+        ("tiny-flux", 2): {"adapter"},
+    }
+
+
+@pytest.mark.parametrize("form", ["single", "multi"])
+def test_a_seed_decides_every_byte(backbone, context, tmp_path, form):
+    method = ant(backbone, form=form)
+    hashes = [method.erase(context(seed=seed)).save(tmp_path / str(i)) for i, seed in enumerate((0, 0, 1))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("form", ["single", "multi"])
+def test_training_lowers_the_sum_of_the_losses(backbone, context, form):
+    ctx, seen = context(), []
+    ctx.log = lambda step, total, values: seen.append(sum(values.values()))
+    ant(backbone, form=form, steps=30, batch=4, tau0=0.3, lr={"single": 3e-3, "multi": 2e-2}[form]).erase(ctx)
+    assert sum(seen[-5:]) < 0.9 * sum(seen[:5])
