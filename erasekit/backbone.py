@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from erasekit.schedule import Schedule
@@ -108,6 +108,12 @@ class BackboneConfig(BaseModel):
     vram: Literal["auto", "8", "16", "24", "48", "80"] = Field(
         "auto", description="GPU memory in GB to get along with; auto takes what the GPU has"
     )
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """TOML and `-s` read 24 as a number."""
+        return str(value) if isinstance(value, int) else value
 
 
 @runtime_checkable
