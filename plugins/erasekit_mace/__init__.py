@@ -1,0 +1,1 @@
+"""MACE, mass concept erasure (arXiv:2403.06135)."""

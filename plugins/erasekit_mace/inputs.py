@@ -1,0 +1,87 @@
+"""What the edited layers read: the rows of MACE's closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from erasekit.alignment import align
+from erasekit.attention import token_positions
+from erasekit.backbone import Conditioning
+from erasekit.concepts import Concept
+from erasekit.errors import UsageError
+from erasekit.method import RunContext
+from erasekit.pictures import noised
+
+TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
+
+
+def phrased(ctx: RunContext, concept: Concept) -> list[str]:
+    """Training prompts that hold one of the concept's phrases: its own templates, then the task's.
+
+    Raises:
+        UsageError: there is none.
+    """
+    prompts = list(dict.fromkeys([*concept.prompts(), *(p.text for p in ctx.prompts("erase") if p.concept == concept.name)]))
+    found = token_positions(ctx.backbone, prompts, concept.phrases).any(1).tolist()
+    if not any(found):
+        raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
+    return [prompt for prompt, held in zip(prompts, found, strict=True) if held]
+
+
+def kept(cond: Conditioning) -> torch.Tensor:
+    """Tokens that are worth a row (n, length), bool: of the pads only the first, which stands for the rest."""
+    return torch.arange(cond.tokens.shape[1]) <= cond.lengths[:, None]
+
+
+def rows(cond: Conditioning, reads: str) -> torch.Tensor:
+    """All raw embeddings of prompts that a text site reads, float64."""
+    return cond.pooled.double() if reads == "pooled" else cond.tokens[kept(cond)].double()
+
+
+def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings outside of the concept's phrase, and what each is in the neutral prompt, float64.
+
+    In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
+    """
+    cond, neutral = (ctx.backbone.encode(p) for p in (prompts, [concept.neutralise(p) for p in prompts]))
+    if reads == "pooled":
+        return cond.pooled.double(), neutral.pooled.double()
+    phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
+    outside_NL = ~phrase_NL
+    if ctx.backbone.capabilities.family == "unet":
+        outside_NL &= phrase_NL.cumsum(1) > 0
+    pairs = []
+    for i, outside_L in enumerate(outside_NL):
+        mine, goal = align(cond[[i]], neutral[[i]])
+        rest = outside_L[len(outside_L) - len(mine) :]
+        pairs.append((mine[rest], goal[rest]))
+    concepts, neutrals = zip(*pairs, strict=True)
+    return torch.cat(concepts), torch.cat(neutrals)
+
+
+@torch.no_grad()
+def hidden_rows(
+    ctx: RunContext, layers: Sequence[str], x0: torch.Tensor, cond: Conditioning, name: str
+) -> dict[str, torch.Tensor]:
+    """What layers of the text stream read at a few points on the way to pictures `x0` of `cond`, rows in float64."""
+    seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    generator = ctx.generator(name)
+
+    def record(into: list[torch.Tensor], module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        into.append(arguments[0][mask_NL].double())
+
+    modules = (ctx.backbone.denoiser.get_submodule(layer) for layer in layers)
+    handles = [m.register_forward_pre_hook(partial(record, seen[n])) for n, m in zip(layers, modules, strict=True)]
+    try:
+        for chunk in torch.arange(len(x0)).split(ctx.protocol.batch):
+            mask_NL = kept(cond[chunk])
+            for tau in TAUS:
+                at = torch.full((len(chunk),), tau)
+                ctx.predict(noised(ctx, x0[chunk], at, generator), at, cond[chunk])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.cat(parts) for layer, parts in seen.items()}

@@ -1,0 +1,26 @@
+"""Registers MACE and where its masks come from."""
+
+from __future__ import annotations
+
+from erasekit.hookspecs import hookimpl
+
+
+@hookimpl
+def register_methods(register):  # type: ignore[no-untyped-def]
+    """Register MACE."""
+    register(
+        "mace",
+        "erasekit_mace.method:Mace",
+        summary="co-occurring words refined, attention suppressed inside masks, LoRAs fused",
+        paper="arXiv:2403.06135",
+    )
+
+
+@hookimpl
+def register_components(register):  # type: ignore[no-untyped-def]
+    """Register the choices of MACE's slot."""
+    for name, summary in (
+        ("attention", "the base's own attention to the concept, thresholded; a style has the whole picture"),
+        ("whole", "the whole picture"),
+    ):
+        register("masks", name, f"erasekit_mace.masks:{name}", summary=summary)

@@ -1,0 +1,377 @@
+"""MACE: its two solves against least squares written out, its loss by hand, its stages on the tiny models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erasekit.adapters import AdapterBank
+from erasekit.attention import attention_maps, token_positions
+from erasekit.deltas import LowRank, concatenate, merged, to_dense
+from erasekit.erasure import Erasure
+from erasekit.errors import UsageError
+from erasekit.method import RunContext
+from erasekit_mace import losses, masks, solve
+from erasekit_mace.inputs import beside, hidden_rows, kept, phrased, rows
+from erasekit_mace.method import Mace, MaceConfig
+from erasekit_mace.plugin import register_components
+from tests import tiny, tiny_flux
+from tests.third_party.tiny_world import Words
+
+WIDTH, OUT = 10, 6
+SMALL = {"steps": 3, "batch": 2, "pictures": 3, "kept_pictures": 3, "warmup": 0}
+
+
+@pytest.fixture(scope="module")
+def sd(tiny_folder):
+    return tiny.load(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def flux(tiny_flux_folder):
+    return tiny_flux.load(tiny_flux_folder)
+
+
+@pytest.fixture(params=["sd", "flux"])
+def backbone(request):
+    return request.getfixturevalue(request.param)
+
+
+def context(backbone, names=("cat", "dog"), seed=0, **changes):
+    task = Words()
+    concepts = tuple(task.concept(name).model_copy(update=changes) for name in names)
+    return RunContext(backbone, concepts, task, seed, component=lambda slot, name: getattr(masks, name))
+
+
+def method(backbone, **settings):
+    return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}), **SMALL | settings))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def deficient(n, rank, seed):
+    """n rows that span `rank` directions, well conditioned within them."""
+    basis = torch.linalg.qr(normal(WIDTH, rank, seed=seed)).Q
+    left = torch.linalg.qr(normal(max(n, rank), rank, seed=seed + 1)).Q[:n]
+    return left @ basis.T
+
+
+def least_squares(blocks, ridge):
+    """The least-norm D that minimises sum |D x - y|^2 over blocks of rows (x, y), plus ridge |D|^2, by stacking."""
+    x, y = (np.concatenate([b[k].numpy() for b in blocks]) for k in (0, 1))
+    x = np.concatenate([x, np.sqrt(ridge) * np.eye(WIDTH)])
+    y = np.concatenate([y, np.zeros((WIDTH, y.shape[1]))])
+    return np.linalg.lstsq(x, y, rcond=1e-11)[0].T
+
+
+def diagonal(*weighted):
+    return sum(float((scale * x.square()).sum()) for scale, x in weighted) / WIDTH
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * max(1.0, np.abs(b).max()))
+
+
+# The solves
+
+problems = {
+    "n": st.integers(1, 14),
+    "m": st.integers(0, 14),
+    "rank": st.integers(1, WIDTH),
+    "lamb": st.sampled_from([0.0, 1e-3, 0.5]),
+    "scale": st.sampled_from([0.01, 1.0, 30.0]),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**problems)
+def test_refinement_is_the_least_squares_solution(n, m, rank, lamb, scale, seed):
+    f, g, p, weight = (
+        deficient(n, rank, seed),
+        normal(n, WIDTH, seed=seed + 2),
+        deficient(m, rank, seed + 3),
+        normal(OUT, WIDTH),
+    )
+    edit = solve.refinement(f, g, p, lamb=lamb, preserve_scale=scale)
+    kept_rows = (scale**0.5 * p, torch.zeros(m, OUT, dtype=torch.float64))
+    want = least_squares([(f, (g - f) @ weight.T), kept_rows], lamb * diagonal((1, f), (scale, p)))
+    close(to_dense(edit.delta(weight)).numpy(), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(concepts=st.integers(1, 3), **problems)
+def test_fusion_is_the_least_squares_solution(concepts, n, m, rank, lamb, scale, seed):
+    inputs = [deficient(n, rank, seed + 10 * i) for i in range(concepts)]
+    changes = [LowRank(normal(OUT, 1 + i, seed=seed + i), normal(1 + i, WIDTH, seed=seed - i - 1)) for i in range(concepts)]
+    p = deficient(m, rank, seed + 5)
+    maps = solve.fusion(inputs, p, lamb=lamb, preserve_scale=scale)
+    shares = [solve.share([change], k) for change, k in zip(changes, maps, strict=True)]
+    blocks = [(x, x @ to_dense(change).T) for x, change in zip(inputs, changes, strict=True)]
+    blocks.append((scale**0.5 * p, torch.zeros(m, OUT, dtype=torch.float64)))
+    ridge = lamb * diagonal(*((1, x) for x in inputs), (scale, p))
+    fused = sum(to_dense(s) for s in shares)
+    close(fused.numpy(), least_squares(blocks, ridge))
+    assert all(share.rank <= change.rank for share, change in zip(shares, changes, strict=True))
+
+
+def test_a_share_adds_its_changes_up():
+    changes = [LowRank(normal(OUT, 2), normal(2, WIDTH, seed=1)), LowRank(normal(OUT, 1, seed=2), normal(1, WIDTH, seed=3))]
+    k = normal(WIDTH, WIDTH, seed=4)
+    want = sum(to_dense(c) for c in changes) @ k
+    close(to_dense(solve.share(changes, k)).numpy(), want.numpy())
+
+
+def test_preservation_pulls_the_fused_edit_off_what_is_kept():
+    x, p, change = normal(4, WIDTH), normal(6, WIDTH, seed=1), LowRank(normal(OUT, 1), normal(1, WIDTH, seed=2))
+    drift = []
+    for scale in (0.01, 1.0, 100.0):
+        (k,) = solve.fusion([x], p, lamb=1e-6, preserve_scale=scale)
+        drift.append(float((to_dense(solve.share([change], k)) @ p.T).norm()))
+    assert drift[0] > drift[1] > drift[2]
+    (free,) = solve.fusion([x], p[:0], lamb=0.0, preserve_scale=1.0)
+    close((to_dense(solve.share([change], free)) @ x.T).numpy(), (to_dense(change) @ x.T).numpy())
+
+
+# The loss
+
+
+def test_suppression_by_hand():
+    maps = [torch.rand(2, 3, 4, 5, dtype=torch.float64), torch.rand(2, 1, 16, 5, dtype=torch.float64)]
+    tokens = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    mask = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    total = 0.0
+    for layer, side in zip(maps, (2, 4), strict=True):
+        b, h, image, text = layer.shape
+        block = 4 // side
+        value = 0.0
+        for i in range(b):
+            for j in range(image):
+                r, c = divmod(j, side)
+                m = float(mask[i, 0, r * block : (r + 1) * block, c * block : (c + 1) * block].mean())
+                value += sum(float(layer[i, k, j, t]) ** 2 * m**2 for k in range(h) for t in range(text) if tokens[i, t])
+        total += value / (b * h * image)
+    assert losses.suppression(maps, tokens, mask).item() == pytest.approx(total / 2, rel=1e-10)
+    assert losses.suppression(maps, tokens, 0 * mask).item() == 0
+    assert losses.suppression(maps, ~tokens & False, mask).item() == 0
+
+
+def test_the_window_is_the_papers_timesteps():
+    tau = losses.sample_tau((0.6, 0.8), 20_000, torch.Generator().manual_seed(0))
+    timestep = 1000 * (1 - tau)
+    density = torch.sigmoid(0.05 * (torch.arange(1000) - 200.0)) - torch.sigmoid(0.05 * (torch.arange(1000) - 400.0))
+    want = density / density.sum()
+    seen = torch.histc(timestep.float(), 10, 0, 1000) / len(tau)
+    torch.testing.assert_close(seen, want.view(10, 100).sum(1), atol=0.02, rtol=0)
+    assert seen[2:4].sum() > 0.8
+    everywhere = losses.sample_tau((0.0, 1.0), 20_000, torch.Generator().manual_seed(0))
+    assert (torch.histc(everywhere.float(), 5, 0, 1) / len(everywhere)).min() > 0.15
+
+
+# What the closed forms are computed from
+
+
+def test_words_beside_the_concept_are_paired_with_the_same_words_of_the_neutral_prompt(sd):
+    ctx = context(sd, ("cat",))
+    mine, goal = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
+    concept, neutral = (sd.encode([f"a {w} by the ship"]).tokens[0].double() for w in ("cat", "thing"))
+    assert torch.equal(mine, concept[3:])  # begin, "a" and the concept itself are left out
+    assert torch.equal(goal, neutral[3:])
+
+
+def test_every_word_beside_the_concept_counts_in_t5(flux):
+    ctx = context(flux, ("cat",))
+    mine, goal = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
+    concept, neutral = (flux.encode([f"a {w} by the ship"]).tokens[0].double() for w in ("cat", "thing"))
+    outside = [0, *range(2, len(concept))]
+    assert torch.equal(mine, concept[outside])
+    assert torch.equal(goal, neutral[outside])
+    pooled = beside(ctx, ctx.concepts[0], ["a cat"], "pooled")
+    assert torch.equal(pooled[0], flux.encode(["a cat"]).pooled.double())
+    assert torch.equal(pooled[1], flux.encode(["a thing"]).pooled.double())
+
+
+def test_without_a_neutral_word_nothing_before_the_phrase_is_moved_in_clip(sd):
+    ctx = context(sd, ("cat",), neutral="")
+    mine, goal = beside(ctx, ctx.concepts[0], ["a photo of a cat"], "tokens")
+    assert torch.equal(mine, sd.encode(["a photo of a cat"]).tokens[0, 6:].double())
+    assert len(goal) == len(mine)
+
+
+def test_prompts_without_the_phrase_are_left_out(sd):
+    ctx = context(sd, ("cat",), templates=("{}", "a photo of {}"))
+    assert phrased(ctx, ctx.concepts[0]) == ["cat", "a photo of cat", "a photo of a cat"]
+    with pytest.raises(UsageError, match="holds its phrases"):
+        phrased(ctx, ctx.concepts[0].model_copy(update={"templates": ("red",), "phrases": ("ship",)}))
+
+
+def test_rows_keep_one_pad(sd):
+    cond = sd.encode(["a cat", "a photo of a cat"])
+    assert kept(cond).sum(1).tolist() == [5, 8]  # begin, words, end and a pad
+    assert len(rows(cond, "tokens")) == 13
+
+
+def test_hidden_rows_are_what_the_layers_read(flux):
+    ctx, layer = context(flux), "transformer_blocks.1.attn.add_k_proj"
+    cond = flux.encode(["a cat", "a photo of a dog"])
+    x0 = flux.latents([0, 1])
+    read = hidden_rows(ctx, [layer], x0, cond, "rows")[layer]
+    assert read.shape == (4 * int(kept(cond).sum()), 32)
+    assert read.dtype == torch.float64
+    first = hidden_rows(ctx, ["transformer_blocks.0.attn.add_k_proj"], x0, cond, "rows")
+    assert not torch.allclose(read, next(iter(first.values())))
+    assert not any(m._forward_pre_hooks for m in flux.denoiser.modules())
+
+
+# Masks
+
+
+def test_every_choice_of_the_slot_is_there():
+    register_components(lambda slot, name, target, **_: getattr(import_module(target.split(":")[0]), target.split(":")[1]))
+
+
+def test_masks_are_where_the_base_attends(backbone):
+    ctx, prompts = context(backbone, ("cat",)), ["a photo of a cat", "cat by the ship"]
+    cond, positions = backbone.encode(prompts), token_positions(backbone, prompts, ["cat"])
+    x0 = backbone.latents([0, 1], 16)
+    found = masks.attention(ctx, ctx.concepts[0], x0, cond, positions)
+    assert found.shape[:2] == (2, 1)
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+    assert ((found.mean((1, 2, 3)) > 0) & (found.mean((1, 2, 3)) < 1)).all()
+    style = ctx.concepts[0].model_copy(update={"kind": "style"})
+    assert masks.attention(ctx, style, x0, cond, positions).min() == 1
+    assert torch.equal(masks.whole(ctx, ctx.concepts[0], x0, cond, positions), torch.ones(2, 1, 1, 1))
+
+
+def test_a_mask_counts_only_the_last_token_of_a_phrase(sd, monkeypatch):
+    ctx, prompts = context(sd, ("cat",)), ["a photo of a cat"]
+    cond, x0 = sd.encode(prompts), sd.latents([0])
+    asked = []
+    monkeypatch.setattr(masks, "_picture", lambda m, t, own=masks._picture: asked.append(t) or own(m, t))
+    masks.attention(ctx, ctx.concepts[0], x0, cond, token_positions(sd, prompts, ["a cat"]))
+    assert all(t.nonzero().tolist() == [[0, 5]] for t in asked)
+
+
+# The stages
+
+
+def test_suppressed_tokens_are_the_phrase_and_in_clip_the_end(backbone):
+    ctx = context(backbone, ("cat",), phrases=("a cat",), templates=("a photo of {}",))
+    drawn = method(backbone, pictures=1).pictures(ctx, ctx.concepts[0])
+    positions = drawn.tokens[0].nonzero().flatten().tolist()
+    if backbone.capabilities.family == "unet":
+        assert positions == [4, 5, *range(6, drawn.cond.tokens.shape[1])]
+    else:
+        assert positions == [3, 4]
+
+
+def test_the_loss_reaches_the_lora_alone_and_falls(backbone):
+    ctx, mace = context(backbone, ("cat",)), method(backbone, window=(0.2, 0.8), masks="whole")
+    drawn = mace.pictures(ctx, ctx.concepts[0])
+    bank = AdapterBank(backbone)
+    bank.add("cat", backbone.lora_targets(mace.config.scope), 1, ctx.generator("init"))
+    parameters, loss = bank.train_only("cat"), mace.losses(ctx, drawn)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    value = loss(0, ctx.generator("x"))["attention"]
+    value.backward()
+    reached = {key.split("/")[1] for key, p in zip(sorted(bank.state()), parameters, strict=True) if p.grad is not None}
+    keys = [t for t in backbone.lora_targets(mace.config.scope) if t.endswith(("to_k", "add_k_proj"))]
+    assert {f"{t}.lora_{side}.weight" for t in keys for side in "AB"} <= reached
+    assert all(p.grad is None for n, p in backbone.denoiser.named_parameters() if "lora_" not in n)
+    optimizer = torch.optim.Adam(parameters, 0.05)
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss(0, ctx.generator("x"))["attention"].backward()
+        optimizer.step()
+    assert loss(0, ctx.generator("x"))["attention"].item() < 0.9 * value.item()
+    bank.remove()
+
+
+def test_the_refinement_moves_co_occurring_words_to_the_neutral_ones_and_keeps_the_rest(backbone):
+    ctx = context(backbone, ("cat",), phrases=("cat",), templates=("a {}", "a photo of {}"))
+    mace = method(backbone, ridge=1e-9, refine_preserve=1e-3)
+    deltas = mace.refine(ctx)["cat"]
+    site = backbone.text_sites()[0]
+    weight, delta = backbone.weight(site.name).double(), to_dense(deltas[site.name])
+    mine, goal = beside(ctx, ctx.concepts[0], phrased(ctx, ctx.concepts[0]), "tokens")
+    before, after = (((w @ mine.T) - weight @ goal.T).norm() for w in (weight, weight + delta))
+    assert after < 0.3 * before
+    held = method(backbone, ridge=1e-9, refine_preserve=1e3).refine(ctx)["cat"]
+    still = rows(backbone.encode(["a photo of a ship"]), "tokens")
+    drift, free = ((to_dense(d[site.name]) @ still.T).norm() for d in (held, deltas))
+    assert drift < 0.2 * free
+
+
+def test_an_erasure_of_two_concepts(backbone, tmp_path):
+    before = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
+    ctx, mace = context(backbone), method(backbone)
+    erasure = mace.erase(ctx)
+    after = backbone.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(p.requires_grad for p in backbone.denoiser.parameters())
+    raw = backbone.capabilities.family == "unet"
+    parts = {name: sorted(own) for name, own in erasure.deltas.items()}
+    assert parts == dict.fromkeys(("cat", "dog"), ["fusion"] if raw else ["fusion", "refine"])
+    for own in erasure.deltas.values():
+        assert list(own["fusion"]) == backbone.lora_targets(mace.config.scope)
+        assert raw or sorted(own["refine"]) == sorted(site.name for site in backbone.text_sites())
+    erasure.save(tmp_path / "erasure")
+    loaded = Erasure.load(tmp_path / "erasure", backbone)
+    assert MaceConfig(**loaded.config) == MaceConfig(**erasure.config)
+    assert concatenate([loaded.total()]).keys() == erasure.total().keys()
+
+
+def test_a_seed_decides_every_byte(backbone, tmp_path):
+    hashes = [method(backbone).erase(context(backbone, seed=s)).save(tmp_path / str(i)) for i, s in enumerate((0, 0, 1))]
+    assert hashes[0] == hashes[1]
+    assert hashes[0] != hashes[2]
+
+
+def test_the_fused_edit_is_what_the_loras_do_on_the_concepts_prompts(sd):
+    """With nothing else to keep and no ridge, fusion reproduces the refinement and the LoRA of one concept on its prompts."""
+    ctx = context(sd, ("cat",))
+    mace = method(sd, fuse_preserve=0.0, ridge=0.0, refine_preserve=1.0)
+    refined = mace.refine(ctx)["cat"]
+    with merged(sd.denoiser, refined):
+        lora = mace.suppress(ctx, ctx.concepts[0], mace.pictures(ctx, ctx.concepts[0]))
+    (fused,) = mace.fuse(ctx, refined, [lora], mace.inputs(ctx, [], None))
+    tokens = rows(sd.encode(phrased(ctx, ctx.concepts[0])), "tokens")
+    assert any(to_dense(d).abs().max() > 0 for d in lora.values())
+    for layer, delta in fused.items():
+        want = tokens @ (to_dense(refined[layer]) + to_dense(lora[layer]).double()).T
+        assert (tokens @ to_dense(delta).T - want).norm() < 1e-4 * want.norm()
+
+
+def test_suppression_lowers_the_attention_to_the_concept(sd):
+    ctx = context(sd, ("cat",), phrases=("cat",))
+    attention = {}
+    for steps in (0, 30):
+        mace = method(sd, steps=steps, lr=0.1, ridge=1e-4, fuse_preserve=0.0, masks="whole", batch=4)
+        drawn = method(sd, masks="whole").pictures(ctx, ctx.concepts[0])
+        total = mace.erase(ctx).total()
+        with merged(sd.denoiser, total), attention_maps(sd.denoiser) as maps, torch.no_grad():
+            tau = torch.full((len(drawn.x0),), 0.5)
+            sd.predict(drawn.x0, tau, drawn.cond)
+        attention[steps] = losses.suppression(maps.values(), drawn.tokens, drawn.masks).item()
+    assert attention[30] < attention[0]
+
+
+def test_without_steps_there_is_the_refinement_alone(backbone):
+    erasure = method(backbone, steps=0).erase(context(backbone))
+    part = "fusion" if backbone.capabilities.family == "unet" else "refine"
+    assert {name: list(own) for name, own in erasure.deltas.items()} == {"cat": [part], "dog": [part]}
+
+
+@pytest.mark.parametrize("chosen", [*Mace.ablations.items(), *Mace.presets.items()], ids=lambda pair: pair[0])
+def test_ablations_and_presets_are_valid_and_differ_from_the_default(chosen):
+    assert MaceConfig(**chosen[1]) != MaceConfig()
