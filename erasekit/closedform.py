@@ -9,14 +9,21 @@ All functions are pure and compute in float64. Embeddings are rows: `concept_ND`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from erasekit.deltas import LowRank
 
+RidgeUnit = Literal["relative", "absolute"]  # of a ridge: times the mean of the system's diagonal, or as it is
+
 _RANK_TOLERANCE = 1e-10  # relative to the largest singular value: below it two embeddings count as the same
+_NEGLIGIBLE = 1e-5  # a ridge this small, relative to the mean of the diagonal, regularises nothing
+
+log = logging.getLogger("erasekit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +67,15 @@ class TextEdit:
         Singular values of D S below `tolerance` times the largest one are dropped. Orthonormal rows also keep the edit
         exact when it is cast to float32: what is dropped or rounded is relative to the edit, not to its factors.
         """
-        q_DN, r_left = torch.linalg.qr(self.difference_DN)
-        q_WN, r_right = torch.linalg.qr(self.read_ND.T)
-        u, s_R, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        if len(self.read_ND) > self.read_ND.shape[1]:  # more embeddings than dimensions: D S is smaller than its factors
+            left_DR, s_R, right_RW = torch.linalg.svd(self.difference_DN @ self.read_ND)
+        else:
+            q_DN, r_left = torch.linalg.qr(self.difference_DN)
+            q_WN, r_right = torch.linalg.qr(self.read_ND.T)
+            u, s_R, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+            left_DR, right_RW = q_DN @ u, vh @ q_WN.T
         rank = max(1, int((s_R > tolerance * s_R[0]).sum()))
-        return TextEdit((q_DN @ u)[:, :rank] * s_R[:rank], vh[:rank] @ q_WN.T)
+        return TextEdit(left_DR[:, :rank] * s_R[:rank], right_RW[:rank])
 
 
 def covariance(embeddings_ND: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,14 +148,30 @@ def uce(
     lamb: float,
     erase_scale: float,
     preserve_scale: float,
+    unit: RidgeUnit = "relative",
 ) -> TextEdit:
     """Unified Concept Editing (WACV 2024), Eq. 7, as the delta W' - W = sum_e s_e W (e_u - e_w) e_w^T M^-1.
 
-    M = C + lamb tr(C)/width I and C = s_e sum e_w e_w^T + s_p sum e_p e_p^T over the erased and the preserved
-    embeddings. The paper's lambda is absolute; relative to the mean of C's diagonal it means the same on every text
-    encoder. `lamb` 0 gives the least-norm solution. `preserve_MD` may have no rows.
+    M = C + ridge I and C = s_e sum e_w e_w^T + s_p sum e_p e_p^T over the erased and the preserved embeddings. The paper's
+    lambda is the ridge itself (`unit` absolute); by default the ridge is lamb tr(C)/width, which means the same on every
+    text encoder and for any number of embeddings. A ridge that is negligible beside tr(C)/width is logged as a warning;
+    `lamb` 0 gives the least-norm solution. `preserve_MD` may have no rows.
     """
     w_ND, u_ND, p_MD = concept_ND.double(), neutral_ND.double(), preserve_MD.double()
     c_DD = erase_scale * w_ND.T @ w_ND + preserve_scale * p_MD.T @ p_MD
-    m_DD = c_DD + lamb * c_DD.diagonal().mean() * torch.eye(len(c_DD), dtype=torch.float64, device=c_DD.device)
-    return TextEdit((u_ND - w_ND).T, erase_scale * w_ND @ torch.linalg.pinv(m_DD, hermitian=True, rtol=1e-14))
+    mean = c_DD.diagonal().mean()
+    relative = lamb if unit == "relative" else lamb / float(mean)
+    if relative < _NEGLIGIBLE:
+        log.warning("A ridge of %.1e of the mean of the system's diagonal is negligible: the edit may move anything.", relative)
+    return TextEdit((u_ND - w_ND).T, erase_scale * ridge_solve(c_DD, w_ND.T, ridge=relative * float(mean)).T)
+
+
+def ridge_solve(gram_DD: torch.Tensor, right_DN: torch.Tensor, *, ridge: float) -> torch.Tensor:
+    """(G + ridge I)^-1 B for a positive semidefinite G, (width, n); without a ridge the least-norm solution G^+ B."""
+    width, mean = len(gram_DD), float(gram_DD.diagonal().mean())
+    if ridge > _RANK_TOLERANCE * mean:
+        shifted_DD = gram_DD + ridge * torch.eye(width, dtype=gram_DD.dtype, device=gram_DD.device)
+        return torch.cholesky_solve(right_DN, torch.linalg.cholesky(shifted_DD))
+    # What is left of a direction that no embedding has is rounding, which grows with the width.
+    tolerance = 10 * width * torch.finfo(gram_DD.dtype).eps
+    return torch.linalg.pinv(gram_DD, hermitian=True, rtol=tolerance) @ right_DN
