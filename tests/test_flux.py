@@ -69,6 +69,12 @@ def test_embedded_guidance_is_an_input_of_the_model(backbone):
     assert not torch.allclose(backbone.predict(x, tau, cond, guidance=1.0), backbone.predict(x, tau, cond, guidance=4.0))
 
 
+def test_with_true_guidance_the_model_is_told_one(folder, backbone):
+    true = tiny_flux.load(folder, guidance="cfg")
+    x, cond, tau = backbone.latents([1]), backbone.encode(PROMPTS[:1]), torch.tensor([0.5])
+    assert torch.equal(true.predict(x, tau, cond, guidance=4.0), backbone.predict(x, tau, cond, guidance=1.0))
+
+
 def test_encoded_prompts_draw_what_text_draws(backbone):
     call = backbone.call_arguments(backbone.encode(PROMPTS), empty=backbone.encode([""]), guidance=2.0)
     generator = [torch.Generator().manual_seed(s) for s in (1, 2)]

@@ -101,10 +101,13 @@ class Flux(PipelineBackbone):
         return packed
 
     def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
-        """Velocity (b, tokens, channels) for latents `x` at progress `tau` (b,); square pictures only."""
-        denoiser = self.denoiser
+        """Velocity (b, tokens, channels) for latents `x` at progress `tau` (b,); square pictures only.
+
+        With true guidance the model is told a scale of 1, as in sampling.
+        """
+        denoiser, told = self.denoiser, 1.0 if self._cfg else guidance
         side = round(x.shape[1] ** 0.5)
-        scale = torch.full((len(x),), guidance, device=x.device) if denoiser.config.guidance_embeds else None
+        scale = torch.full((len(x),), told, device=x.device) if denoiser.config.guidance_embeds else None
         velocity: torch.Tensor = denoiser(
             hidden_states=x,
             timestep=(flow_sigma(tau) * 1000).to(x) / 1000,

@@ -15,7 +15,9 @@ def weighted_error(prediction: torch.Tensor, target: torch.Tensor, weight_B: tor
 
     The mean is over all of the batch, not over the weights: a sample outside of the window counts as zero.
     """
-    return (weight_B * (prediction - target).flatten(1).square().mean(1)).mean()
+    difference = (prediction - target).flatten(1)
+    error_B = difference.to(torch.promote_types(difference.dtype, torch.float32)).square().mean(1)
+    return (weight_B.to(error_B) * error_B).mean()
 
 
 def preserve_weight(tau_B: torch.Tensor, early: float) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _draw(backbone: Backbone, cond: Conditioning, rows: torch.Tensor, recipe: Re
     for chunk in torch.arange(len(seeds)).split(CHUNK):
         x = backbone.latents([seeds[i] for i in chunk], recipe.size)
         for k in range(len(schedule)):
-            tau = schedule.tau[k].to(x.dtype).expand(len(x))
+            tau = schedule.tau[k].to(x.device).expand(len(x))  # in double: half precision would shift timesteps
             direction, predictions = step(x, tau, rows[chunk])
             points.append((x, tau, rows[chunk], predictions))
             x = backbone.step(direction, x, k, schedule)
