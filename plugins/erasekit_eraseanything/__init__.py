@@ -1,0 +1,1 @@
+"""EraseAnything, concept erasure in rectified flow transformers (arXiv:2412.20413)."""

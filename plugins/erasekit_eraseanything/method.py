@@ -1,0 +1,203 @@
+"""EraseAnything: a LoRA on keys and queries, trained on two levels in turns: one erases, the other preserves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from erasekit.adapters import AdapterBank
+from erasekit.attention import attention_maps
+from erasekit.backbone import Backbone, Conditioning, concatenate
+from erasekit.erasure import Erasure
+from erasekit.method import Method, RunContext
+from erasekit.pictures import noised
+from erasekit.training import Losses, TrainingConfig, train
+from erasekit_eraseanything import losses
+from erasekit_eraseanything.material import Material, Prompts, kept_pictures, material
+
+
+class EraseAnythingConfig(TrainingConfig):
+    """Settings of EraseAnything. Steps of the two levels take turns; both count."""
+
+    rank: int = Field(8, ge=1, description="rank of each concept's LoRA")
+    eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept")
+    erase: float = Field(1.0, ge=0, description="lower level: weight of the erasing loss")
+    attention: float = Field(
+        0.1, ge=0, description="lower level: weight of the attention to the concept; the paper's 0.001 at 512 px is 1 here"
+    )
+    preserve: float = Field(1.0, ge=0, description="upper level: weight of what is kept")
+    contrast: float = Field(0.01, ge=0, description="upper level: weight of the contrastive term")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive term")
+    negatives: int = Field(3, ge=1, description="unrelated words in a contrastive step")
+    layers: Literal["all", "last"] = Field("all", description="layers whose attention is looked at; the paper's is the last")
+    synonyms: dict[str, tuple[str, ...]] = Field({}, description="other words per concept; left out, those of our list")
+    unrelated: tuple[str, ...] = Field((), description="unrelated words; left out, what a concept preserves, or our list")
+    shuffle: float = Field(0.9, ge=0, le=1, description="how often the words of a prompt are shuffled")
+    swap: float = Field(0.5, ge=0, le=1, description="how often a synonym takes the concept's place")
+    versions: int = Field(4, ge=1, description="wordings of each picture's prompt: itself and rewordings")
+    pictures: int = Field(16, ge=1, description="pictures of each concept that the base draws")
+    kept_pictures: int = Field(40, ge=1, description="pictures of kept prompts that the base draws")
+    batch: int = Field(8, ge=1, description="pictures in a step; half as many in a contrastive one")
+    steps: int = Field(300, ge=0, description="training steps per concept, those of both levels")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-5, ge=0, description="weight decay of AdamW")
+
+
+class EraseAnything(Method):
+    """EraseAnything (arXiv:2412.20413), a method for FLUX.1.
+
+    Unlike the published code, the teacher is the base without LoRAs, latents are as noisy as the denoiser is told, word
+    positions are each prompt's own, pictures come from the base, and what is kept is held to the base's prediction.
+
+    The form for Stable Diffusion is erasekit's adaptation: `to_k` and `to_q` of the cross-attentions take the place of
+    `add_k_proj` and `add_q_proj`.
+    """
+
+    name = "eraseanything"
+    Config = EraseAnythingConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "official": {
+            "lr": 1e-3,
+            "steps": 200,
+            "batch": 1,
+            "warmup": 0,
+            "pictures": 5,
+            "attention": 1.0,
+            "preserve": 0.1,
+            "contrast": 0.1,
+            "layers": "last",
+        },
+    }
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "without attention regulariser": {"attention": 0.0},
+        "without contrastive term": {"contrast": 0.0},
+        "without upper level": {"preserve": 0.0, "contrast": 0.0},
+    }
+    config: EraseAnythingConfig
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        """Train a LoRA for each concept, all of them active, one in turn."""
+        config = self.config.model_copy(update={"steps": self.config.steps * len(ctx.concepts)})
+        with self.student(ctx) as (bank, step, parameters):
+            train(step, parameters, config, ctx=ctx, name="eraseanything")
+            deltas = {name: {"adapter": bank.deltas(name)} for name in bank.names}
+        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+
+    @contextmanager
+    def student(self, ctx: RunContext) -> Iterator[tuple[AdapterBank, Step, list[torch.nn.Parameter]]]:
+        """The denoiser with a LoRA for each concept, the losses of a step, and what they train; no LoRA is left at the end."""
+        config = self.config
+        materials = [
+            material(
+                ctx,
+                concept,
+                pictures=config.pictures,
+                versions=config.versions,
+                shuffle=config.shuffle,
+                swap=config.swap,
+                synonyms=config.synonyms,
+                unrelated=config.unrelated,
+            )
+            for concept in ctx.concepts
+        ]
+        kept, bank = kept_pictures(ctx, config.kept_pictures), AdapterBank(ctx.backbone)
+        try:
+            for concept in ctx.concepts:
+                generator = ctx.generator(f"eraseanything/init/{concept.name}")
+                bank.add(concept.name, targets(ctx.backbone), config.rank, generator)
+            parameters = [p for name in bank.names for p in bank.train_only(name)]
+            yield bank, Step(config, ctx, bank, materials, kept), parameters
+        finally:
+            bank.remove()
+
+
+def targets(backbone: Backbone) -> list[str]:
+    """The layers that carry LoRAs: keys and queries of the text in FLUX.1, of the cross-attentions in a UNet."""
+    if backbone.capabilities.family == "dit":
+        return backbone.lora_targets("add_qk")
+    return [name for name in backbone.lora_targets("cross") if name.endswith((".to_k", ".to_q"))]
+
+
+class Step:
+    """The losses of one step: even ones are the lower level's, odd ones the upper level's; concepts take turns."""
+
+    def __init__(
+        self,
+        config: EraseAnythingConfig,
+        ctx: RunContext,
+        bank: AdapterBank,
+        materials: Sequence[Material],
+        kept: tuple[torch.Tensor, Conditioning],
+    ) -> None:
+        """Keep what a step draws from, one material for each adapter of the bank."""
+        self.config, self.ctx, self.bank, self.materials = config, ctx, bank, materials
+        self.kept_x0, self.kept_cond = kept
+
+    def __call__(self, batch: int, generator: torch.Generator) -> Losses:
+        """The named losses of batch number `batch`."""
+        turn, level = batch // 2 % len(self.materials), batch % 2
+        self.bank.train_only(self.bank.names[turn])
+        if level == 0:
+            return self.lower(self.materials[turn], generator)
+        return self.upper(self.materials[turn], generator)
+
+    def lower(self, own: Material, generator: torch.Generator) -> Losses:
+        """Erase: predict away from the concept, and attend to it less."""
+        picture = torch.randint(len(own.x0), (self.config.batch,), generator=generator)
+        row = picture * own.versions + torch.randint(own.versions, picture.shape, generator=generator)
+        x, tau = self._noised(own.x0[picture], generator)
+        said = own.wordings[row]
+        with torch.no_grad(), self.bank.teacher():
+            both = concatenate([said.cond, own.neutral[row]])
+            concept, neutral = self.ctx.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
+        prediction, maps = self._attend(x, tau, said.cond)
+        error = (prediction - losses.negative_target(concept, neutral, self.config.eta)).square().mean()
+        return {
+            "erase": self.config.erase * error,
+            "attention": self.config.attention * losses.columns(maps, said.tokens),
+        }
+
+    def upper(self, own: Material, generator: torch.Generator) -> Losses:
+        """Preserve: predict for what is kept as the base does, and attend to the concept as to other words."""
+        picture = torch.randint(len(self.kept_x0), (self.config.batch,), generator=generator)
+        x, tau = self._noised(self.kept_x0[picture], generator)
+        with torch.no_grad(), self.bank.teacher():
+            target = self.ctx.predict(x, tau, self.kept_cond[picture])
+        error = (self.ctx.predict(x, tau, self.kept_cond[picture]) - target).square().mean()
+        return {
+            "preserve": self.config.preserve * error,
+            "contrast": self.config.contrast * self.contrast(own, generator),
+        }
+
+    def contrast(self, own: Material, generator: torch.Generator) -> torch.Tensor:
+        """The contrastive term on pictures of the concept, all words in the same templates."""
+        picture = torch.randint(len(own.x0), (max(1, self.config.batch // 2),), generator=generator)
+        template = torch.randint(len(own.itself.cond), picture.shape, generator=generator)
+        x, tau = self._noised(own.x0[picture], generator)
+        pick = torch.randperm(len(own.others), generator=generator)[: self.config.negatives].tolist()
+        away = [own.itself]
+        if own.synonyms:
+            away.append(own.synonyms[int(torch.randint(len(own.synonyms), (1,), generator=generator))])
+        words = [prompts[template] for prompts in [*(own.others[i] for i in pick), *away]]
+        with torch.no_grad(), self.bank.teacher():
+            former = torch.stack([self._feature(x, tau, word) for word in words])
+        anchor = self._feature(x, tau, own.itself[template])
+        return losses.contrast(anchor, former[: len(pick)], former[len(pick) :], self.config.temperature)
+
+    def _feature(self, x: torch.Tensor, tau: torch.Tensor, word: Prompts) -> torch.Tensor:
+        return losses.feature(self._attend(x, tau, word.cond)[1], word.tokens)
+
+    def _attend(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The prediction, and the attention maps of the layers that are looked at."""
+        with attention_maps(self.ctx.backbone.denoiser) as maps:
+            prediction = self.ctx.predict(x, tau, cond)
+        layers = list(maps.values())
+        return prediction, layers[-1:] if self.config.layers == "last" else layers
+
+    def _noised(self, x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        tau = torch.rand(len(x0), generator=generator)
+        return noised(self.ctx, x0, tau, generator), tau
