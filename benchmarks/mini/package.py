@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -37,7 +38,7 @@ def model_card(name: str, card: dict) -> str:
             f'    diffusers.{PIPELINES[name]}.from_pretrained("{name}")',
             "",
             "Share of pictures in which the mini classifier sees what the prompt asks for, on wordings and seeds of the",
-            f"evaluation split: {how['pictures_per_cell']} pictures per cell, {how['steps']} steps, guidance {how['guidance']}.",
+            f"evaluation split ({how['pictures_per_cell']} per cell, {how['steps']} steps, guidance {how['guidance']}):",
             "",
             "| group | mean | least cell |",
             "|---|---|---|",
@@ -50,9 +51,11 @@ def model_card(name: str, card: dict) -> str:
 
 
 def main() -> None:
-    """Replace the shipped models by those in the work folder."""
-    shutil.rmtree(MODELS, ignore_errors=True)
-    for name in NAMES:
+    """Replace shipped models by those in the work folder, and the evaluators."""
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("models", nargs="*", default=NAMES, help="which models")
+    for name in args.parse_args().models:
+        shutil.rmtree(MODELS / name, ignore_errors=True)
         shutil.copytree(WORK / name, MODELS / name)
         for path in (MODELS / name).glob("*/config.json"):  # diffusers notes the folder a part was loaded from
             config = json.loads(path.read_text())
@@ -62,7 +65,7 @@ def main() -> None:
         if card.is_file():
             (MODELS / name / "README.md").write_text(model_card(name, json.loads(card.read_text())))
     target = MODELS / "evaluators"
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     shutil.copy(WORK / "evaluators" / "classifier.json", target)
     shutil.copy(WORK / "evaluators" / "renders.safetensors", target)
     for source in (WORK / "evaluators" / "classifier.safetensors", WORK / "image_tower.safetensors"):
