@@ -171,7 +171,9 @@ def ridge_solve(gram_DD: torch.Tensor, right_DN: torch.Tensor, *, ridge: float) 
     width, mean = len(gram_DD), float(gram_DD.diagonal().mean())
     if ridge > _RANK_TOLERANCE * mean:
         shifted_DD = gram_DD + ridge * torch.eye(width, dtype=gram_DD.dtype, device=gram_DD.device)
-        return torch.cholesky_solve(right_DN, torch.linalg.cholesky(shifted_DD))
+        solved: torch.Tensor = torch.cholesky_solve(right_DN, torch.linalg.cholesky(shifted_DD))
+        return solved
     # What is left of a direction that no embedding has is rounding, which grows with the width.
     tolerance = 10 * width * torch.finfo(gram_DD.dtype).eps
-    return torch.linalg.pinv(gram_DD, hermitian=True, rtol=tolerance) @ right_DN
+    inverse_DD: torch.Tensor = torch.linalg.pinv(gram_DD, hermitian=True, rtol=tolerance)
+    return inverse_DD @ right_DN

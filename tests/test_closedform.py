@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,58 @@ def test_uce_is_the_loop_over_matrices(problem, lamb, n_preserve):
     close(dense(edit, problem["W"]), want)
 
 
+def least_squares(w, u, p, weight, *, ridge, erase, preserve):
+    """UCE's own objective minimised over the rows of Delta as one least-squares problem, of least norm if there are many."""
+    w, u, p, matrix = (t.numpy() for t in (w, u, p, weight))
+    left = np.concatenate([erase**0.5 * w, preserve**0.5 * p, ridge**0.5 * np.eye(w.shape[1])])
+    right = np.concatenate([erase**0.5 * (u - w) @ matrix.T, np.zeros((len(p) + w.shape[1], len(matrix)))])
+    return np.linalg.lstsq(left, right, rcond=1e-9)[0].T
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(0, 40)),
+    rank=st.integers(1, D),
+    ridge=st.sampled_from([0.0, 1e-3, 0.1, 2.0]),
+    scales=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
+    unit=st.sampled_from(["relative", "absolute"]),
+    seed=st.integers(0, 999),
+)
+def test_uce_minimises_its_objective(sizes, rank, ridge, scales, unit, seed):
+    """Also where embeddings are dependent or the same one comes up twice, with a ridge and without."""
+    (n, m), (erase, preserve), basis = sizes, scales, torch.linalg.qr(rows(D, seed)).Q[:rank]
+    together = rows(n + m, seed + 1, rank) @ basis
+    w, p, u, matrix = together[:n], together[n:], rows(n, seed + 2), rows(OUT, 3)
+    singular = torch.linalg.svdvals(torch.cat([erase**0.5 * w, preserve**0.5 * p]))[: min(rank, n + m)]
+    assume(ridge > 0 or singular[-1] > 1e-2 * singular[0])  # else the problem itself has no stable answer
+    mean = (erase * w.square().sum() + preserve * p.square().sum()).item() / D
+    edit = closedform.uce(w, u, p, lamb=ridge, erase_scale=erase, preserve_scale=preserve, unit=unit)
+    absolute = ridge * (mean if unit == "relative" else 1)
+    close(dense(edit, matrix), least_squares(w, u, p, matrix, ridge=absolute, erase=erase, preserve=preserve), 1e-8)
+
+
+@pytest.mark.parametrize(("ridge", "unit", "warns"), [(1e-3, "relative", 0), (1e-7, "relative", 1), (1e-3, "absolute", 1)])
+def test_a_ridge_that_does_nothing_is_said(problem, caplog, ridge, unit, warns):
+    w = 100 * problem["w"]
+    closedform.uce(w, problem["u"], problem["p"], lamb=ridge, erase_scale=1.0, preserve_scale=1.0, unit=unit)
+    assert ["negligible" in record.message for record in caplog.records] == [True] * warns
+
+
+def test_a_hundred_concepts_take_seconds():
+    """100 concepts in 30 templates at CLIP's width with 1,000 preserved tokens; the best of two, others may be running."""
+    width, names, templates = 768, 100, 30
+    w, u, p = (rows(n, seed, width) for n, seed in ((names * templates, 1), (names * templates, 2), (1000, 3)))
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        edit = closedform.uce(w, u, p, lamb=1e-3, erase_scale=1.0, preserve_scale=1.0)
+        shares = [share.compressed() for share in edit.split([templates] * names)]
+        assert [len(share.read_ND) for share in shares] == [templates] * names
+        assert len(edit.compressed().read_ND) <= width
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 10
+
+
 def test_covariance_is_the_weighted_second_moment():
     c, weights = rows(9, 1), torch.rand(9, generator=torch.Generator().manual_seed(0))
     want = sum(float(v) * np.outer(e, e) for v, e in zip(weights, c.numpy(), strict=True)) / float(weights.double().sum())
@@ -155,6 +209,17 @@ def test_compressing_keeps_the_edit_and_bounds_the_rank():
     assert closedform.eq1(rows(40, 4), rows(40, 5)).compressed().read_ND.shape[0] <= D
     close(dense(small, rows(OUT, 6)), dense(edit, rows(OUT, 6)))
     close((small.read_ND @ small.read_ND.T).numpy(), np.eye(3))
+
+
+def test_compressing_more_embeddings_than_dimensions_keeps_the_edit():
+    w, u = rows(50, 1), rows(50, 2)
+    edit = closedform.uce(w, u, rows(4, 3), lamb=1e-3, erase_scale=1.0, preserve_scale=1.0)
+    small = edit.compressed()
+    assert small.read_ND.shape == (D, D)
+    close(dense(small, rows(OUT, 6)), dense(edit, rows(OUT, 6)))
+    close((small.read_ND @ small.read_ND.T).numpy(), np.eye(D))
+    few = closedform.uce(w[:3].repeat(9, 1), u[:3].repeat(9, 1), w[:0], lamb=1e-3, erase_scale=1.0, preserve_scale=1.0)
+    assert few.compressed().read_ND.shape == (3, D)
 
 
 def test_shares_of_a_joint_solve_sum_to_it(problem):

@@ -1,0 +1,145 @@
+"""Where closed-form methods meet a model: the embeddings that its text sites read, and the deltas of edits there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from erasekit.alignment import align
+from erasekit.backbone import Backbone, Conditioning
+from erasekit.closedform import TextEdit
+from erasekit.concepts import Concept
+from erasekit.deltas import Deltas, LowRank
+from erasekit.errors import UsageError
+from erasekit.method import RunContext
+from erasekit.tasks import Prompt
+
+Tokens = Literal["last", "suffix", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteEmbeddings:
+    """What the sites that read one kind of text are edited from, float64.
+
+    Attributes:
+        concepts: for each concept e_w, (n, width).
+        goals: for each concept what each of its rows should act like, (n, width).
+        preserve_MD: embeddings that must not change.
+    """
+
+    concepts: tuple[torch.Tensor, ...]
+    goals: tuple[torch.Tensor, ...]
+    preserve_MD: torch.Tensor
+
+
+def site_embeddings(ctx: RunContext, *, tokens: Tokens = "all", guides: Sequence[str] = ()) -> dict[str, SiteEmbeddings]:
+    """Embeddings of the concepts' training prompts, of what they should become, and of what must not change.
+
+    Args:
+        ctx: the run.
+        tokens: which positions of a prompt are paired with its neutral prompt's (see `align`): the concept's `last`
+            token, the `suffix` from there through the last pad, or `all` that the concept reaches. A pooled embedding
+            has no positions and is one row for each prompt.
+        guides: what takes the concept's place instead of its neutral words; several of them each have their turn.
+
+    Returns:
+        {"tokens" or "pooled": embeddings}, as the backbone's text sites read them.
+
+    Raises:
+        UsageError: no prompt of a concept differs from its neutral prompt.
+    """
+    kept, empty = ctx.backbone.encode(preserve_prompts(ctx)), ctx.backbone.encode([""])
+    asked = ctx.prompts("erase")
+    found: dict[str, SiteEmbeddings] = {}
+    for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
+        pairs = [_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, guides) for concept in ctx.concepts]
+        concepts, goals = zip(*pairs, strict=True)
+        preserve_MD = rows(kept, reads)
+        if reads == "tokens":  # every pad of the empty prompt too: guidance is measured from it
+            preserve_MD = torch.cat([preserve_MD, empty.tokens[0].double()])
+        found[reads] = SiteEmbeddings(concepts, goals, preserve_MD)
+    return found
+
+
+def concept_prompts(concept: Concept, asked: Sequence[Prompt]) -> list[str]:
+    """Prompts that ask for one concept: its phrases in its templates, then those of the task's that do."""
+    return list(dict.fromkeys([*concept.prompts(), *(p.text for p in asked if p.concept == concept.name)]))
+
+
+def preserve_prompts(ctx: RunContext) -> list[str]:
+    """The empty prompt, what the concepts ask to keep (in their templates), and the task's preserved prompts."""
+    erased = {phrase for concept in ctx.concepts for phrase in concept.phrases}
+    kept = [t.format(p) for c in ctx.concepts for p in c.preserve if p not in erased for t in c.templates]
+    return list(dict.fromkeys(["", *kept, *(p.text for p in ctx.prompts("preserve"))]))
+
+
+def rows(cond: Conditioning, reads: str) -> torch.Tensor:
+    """All embeddings of prompts as rows (m, width), float64; of the pads only the first, which stands for the rest."""
+    if cond.pooled is not None and reads == "pooled":
+        return cond.pooled.double()
+    kept = torch.arange(cond.tokens.shape[1], device=cond.lengths.device) <= cond.lengths[:, None]
+    return cond.tokens[kept.to(cond.tokens.device)].double()
+
+
+def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The base weight (out, width) of every text site, float64; the denoiser is not loaded for it."""
+    return {site.name: backbone.weight(site.name).double() for site in backbone.text_sites()}
+
+
+def site_deltas(
+    ctx: RunContext, shares: Mapping[str, Sequence[TextEdit]], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Deltas]:
+    """The deltas of each concept at every text site.
+
+    Args:
+        ctx: the run.
+        shares: for each kind of text the edits of `ctx.concepts`, in order.
+        weights: the weight W (out, width) of each site that the edits W D S are made of.
+    """
+    deltas: dict[str, Deltas] = {concept.name: {} for concept in ctx.concepts}
+    for site in ctx.backbone.text_sites():
+        edits = shares[site.reads]
+        # One product for all concepts: a hundred narrow ones take several times as long.
+        whole = TextEdit(torch.cat([e.difference_DN for e in edits], 1), torch.cat([e.read_ND for e in edits]))
+        ups = whole.delta(weights[site.name]).up.split([len(e.read_ND) for e in edits], 1)
+        for own, edit, up in zip(deltas.values(), edits, ups, strict=True):
+            own[site.name] = LowRank(up, edit.read_ND)
+    return deltas
+
+
+def _pairs(
+    ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str, tokens: Tokens, guides: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows e_w of one concept and what each should act like."""
+    encode, found = ctx.backbone.encode, []
+    mine = encode(prompts)
+    for guide in guides or (concept.neutral,):
+        goal = encode([concept.model_copy(update={"neutral": guide}).neutralise(p) for p in prompts])
+        if mine.pooled is not None and goal.pooled is not None and reads == "pooled":
+            found.append((mine.pooled.double(), goal.pooled.double()))
+        elif tokens == "all":
+            found.append(align(mine, goal))
+        else:
+            ends = [_last_token(ctx.backbone, concept, p, int(n)) for p, n in zip(prompts, mine.lengths, strict=True)]
+            found += [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]
+    concepts, goals = (torch.cat(side) for side in zip(*found, strict=True))
+    if torch.equal(concepts, goals):
+        raise UsageError(f"'{concept.name}' and what it should become encode alike: no prompt of it would change.")
+    return concepts, goals
+
+
+def _last_token(backbone: Backbone, concept: Concept, prompt: str, length: int) -> int:
+    """The position of the concept's last token in a prompt; of the prompt's last word where its tokens stand apart."""
+    ends = [span[-1] for phrase in concept.phrases for span in backbone.spans(prompt, phrase)]
+    return max(ends, default=length - 2)
+
+
+def _from_last(concept: Conditioning, goal: Conditioning, end: int, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """The aligned rows of one prompt from position `end` on, or that one alone."""
+    w_MD, u_MD = align(concept, goal)
+    first = max(0, end - (concept.tokens.shape[1] - len(w_MD)))  # `align` leaves out what both prompts begin with
+    kept = slice(first, first + 1 if tokens == "last" else None)
+    return w_MD[kept], u_MD[kept]

@@ -1,0 +1,1 @@
+"""UCE, Unified Concept Editing (arXiv:2308.14761)."""

@@ -1,0 +1,16 @@
+"""Registers UCE."""
+
+from __future__ import annotations
+
+from erasekit.hookspecs import hookimpl
+
+
+@hookimpl
+def register_methods(register):  # type: ignore[no-untyped-def]
+    """Register UCE."""
+    register(
+        "uce",
+        "erasekit_uce.method:Uce",
+        summary="one closed-form edit of the layers that read text, others preserved",
+        paper="arXiv:2308.14761",
+    )
