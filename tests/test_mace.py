@@ -18,7 +18,7 @@ from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit_mace import losses, masks, solve
 from erasekit_mace.inputs import beside, hidden_rows, kept, phrased, rows
-from erasekit_mace.method import Mace, MaceConfig
+from erasekit_mace.method import Mace, MaceConfig, _kept, _kept_rows
 from erasekit_mace.plugin import register_components
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
@@ -375,3 +375,11 @@ def test_without_steps_there_is_the_refinement_alone(backbone):
 @pytest.mark.parametrize("chosen", [*Mace.ablations.items(), *Mace.presets.items()], ids=lambda pair: pair[0])
 def test_ablations_and_presets_are_valid_and_differ_from_the_default(chosen):
     assert MaceConfig(**chosen[1]) != MaceConfig()
+
+
+def test_what_the_concepts_ask_to_keep_is_kept_and_every_pad_of_the_empty_prompt(sd):
+    ctx = context(sd, templates=("a {}",), preserve=("ship", "cat"))  # a cat is erased, whoever asks for it
+    prompts = ["", "a ship", "a photo of a ship", *(f"a photo of a {w}" for w in ("red", "kitten", "photo"))]
+    assert torch.equal(_kept(ctx).tokens, sd.encode(prompts).tokens)
+    want = torch.cat([rows(sd.encode(prompts), "tokens"), sd.encode([""]).tokens[0].double()])
+    assert torch.equal(_kept_rows(ctx, "tokens"), want)

@@ -155,7 +155,7 @@ class Step:
             both = concatenate([said.cond, own.neutral[row]])
             concept, neutral = self.ctx.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
         prediction, maps = self._attend(x, tau, said.cond)
-        error = (prediction - losses.negative_target(concept, neutral, self.config.eta)).square().mean()
+        error = (prediction - losses.negative_target(concept, neutral, self.config.eta)).float().square().mean()
         return {
             "erase": self.config.erase * error,
             "attention": self.config.attention * losses.columns(maps, said.tokens),
@@ -167,7 +167,7 @@ class Step:
         x, tau = self._noised(self.kept_x0[picture], generator)
         with torch.no_grad(), self.bank.teacher():
             target = self.ctx.predict(x, tau, self.kept_cond[picture])
-        error = (self.ctx.predict(x, tau, self.kept_cond[picture]) - target).square().mean()
+        error = (self.ctx.predict(x, tau, self.kept_cond[picture]) - target).float().square().mean()
         return {
             "preserve": self.config.preserve * error,
             "contrast": self.config.contrast * self.contrast(own, generator),

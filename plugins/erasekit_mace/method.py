@@ -34,7 +34,7 @@ class MaceConfig(TrainingConfig):
     pictures: int = Field(16, ge=1, description="pictures of each concept that the base draws to train on")
     kept_pictures: int = Field(32, ge=1, description="pictures of kept prompts, drawn where layers read more than raw text")
     batch: int = Field(8, ge=1, description="pictures in a step")
-    steps: int = Field(60, ge=0, description="training steps per concept; 0 skips the LoRAs")
+    steps: int = Field(100, ge=0, description="training steps per concept; 0 skips the LoRAs")
     lr: float = Field(1e-2, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
 
@@ -97,7 +97,7 @@ class Mace(Method):
         for reads in sorted({site.reads for site in sites}):
             pairs = [beside(ctx, concept, phrased(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
-            kept = rows(_kept(ctx), reads)
+            kept = _kept_rows(ctx, reads)
             edit = solve.refinement(mine, goal, kept, lamb=config.ridge, preserve_scale=config.refine_preserve)
             for concept, part in zip(ctx.concepts, edit.split([len(own) for own, _ in pairs]), strict=True):
                 small = part.compressed()
@@ -157,7 +157,7 @@ class Mace(Method):
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
             own = [rows(ctx.backbone.encode(phrased(ctx, concept)), "tokens") for concept in ctx.concepts]
-            return [(targets, own, rows(_kept(ctx), "tokens"))]
+            return [(targets, own, _kept_rows(ctx, "tokens"))]
         if kept is None:
             return []
         blocks: dict[str, list[str]] = {}
@@ -192,8 +192,17 @@ class Mace(Method):
 
 
 def _kept(ctx: RunContext) -> Conditioning:
-    """What may not change: the task's preserved prompts, its captions and the empty prompt."""
-    return ctx.backbone.encode(["", *(p.text for which in ("preserve", "captions") for p in ctx.prompts(which))])
+    """What may not change: the empty prompt, what the concepts ask to keep, the task's preserved prompts and captions."""
+    erased = {phrase for concept in ctx.concepts for phrase in concept.phrases}
+    asked = [t.format(p) for c in ctx.concepts for p in c.preserve if p not in erased for t in c.templates]
+    tasks = [p.text for which in ("preserve", "captions") for p in ctx.prompts(which)]
+    return ctx.backbone.encode(list(dict.fromkeys(["", *asked, *tasks])))
+
+
+def _kept_rows(ctx: RunContext, reads: str) -> torch.Tensor:
+    """The rows of what may not change; of the empty prompt, which guidance starts from, every pad."""
+    kept = rows(_kept(ctx), reads)
+    return kept if reads == "pooled" else torch.cat([kept, ctx.backbone.encode([""]).tokens[0].double()])
 
 
 def _seeds(ctx: RunContext, name: str, n: int) -> list[int]:
