@@ -64,7 +64,8 @@ def fit(
         optimizer.step()
         if ema_decay:
             decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
                 mine.copy_(theirs)
         recent.append(value.item())
