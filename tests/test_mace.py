@@ -16,8 +16,9 @@ from erasekit.deltas import LowRank, concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
+from erasekit.sites import rows
 from erasekit_mace import losses, masks, solve
-from erasekit_mace.inputs import beside, hidden_rows, kept, phrased, rows
+from erasekit_mace.inputs import beside, hidden_rows, kept, phrased
 from erasekit_mace.method import Mace, MaceConfig, _kept, _kept_rows
 from erasekit_mace.plugin import register_components
 from tests import tiny, tiny_flux

@@ -14,6 +14,7 @@ from erasekit.concepts import Concept
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.pictures import draw
+from erasekit.sites import concept_prompts
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, find, reword
 
 TEMPLATES = 8  # of a concept, for comparing words
@@ -84,8 +85,7 @@ def material(
         UsageError: no prompt holds a phrase of the concept.
     """
     encode, generator = ctx.backbone.encode, ctx.generator(f"eraseanything/{concept.name}")
-    known = dict.fromkeys([*concept.prompts(), *(p.text for p in ctx.prompts("erase") if p.concept == concept.name)])
-    prompts = [prompt for prompt in known if find(prompt, concept.phrases)]
+    prompts = [prompt for prompt in concept_prompts(concept, ctx.prompts("erase")) if find(prompt, concept.phrases)]
     if not prompts:
         raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
     chosen = [prompts[i % len(prompts)] for i in range(pictures)]

@@ -14,6 +14,7 @@ from erasekit.concepts import Concept
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.pictures import noised
+from erasekit.sites import concept_prompts
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
 
@@ -24,7 +25,7 @@ def phrased(ctx: RunContext, concept: Concept) -> list[str]:
     Raises:
         UsageError: there is none.
     """
-    prompts = list(dict.fromkeys([*concept.prompts(), *(p.text for p in ctx.prompts("erase") if p.concept == concept.name)]))
+    prompts = concept_prompts(concept, ctx.prompts("erase"))
     found = token_positions(ctx.backbone, prompts, concept.phrases).any(1).tolist()
     if not any(found):
         raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
@@ -34,11 +35,6 @@ def phrased(ctx: RunContext, concept: Concept) -> list[str]:
 def kept(cond: Conditioning) -> torch.Tensor:
     """Tokens that are worth a row (n, length), bool: of the pads only the first, which stands for the rest."""
     return torch.arange(cond.tokens.shape[1]) <= cond.lengths[:, None]
-
-
-def rows(cond: Conditioning, reads: str) -> torch.Tensor:
-    """All raw embeddings of prompts that a text site reads, float64."""
-    return cond.pooled.double() if reads == "pooled" else cond.tokens[kept(cond)].double()
 
 
 def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str) -> tuple[torch.Tensor, torch.Tensor]:

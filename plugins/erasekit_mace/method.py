@@ -16,9 +16,10 @@ from erasekit.deltas import Deltas, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.pictures import draw, noised
+from erasekit.sites import preserve_prompts, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit_mace import solve
-from erasekit_mace.inputs import beside, hidden_rows, phrased, rows
+from erasekit_mace.inputs import beside, hidden_rows, phrased
 from erasekit_mace.losses import sample_tau, suppression
 
 
@@ -92,18 +93,14 @@ class Mace(Method):
 
     def refine(self, ctx: RunContext) -> dict[str, Deltas]:
         """Closed-form refinement of the text sites, one solve for all concepts, each concept's share apart."""
-        sites, config = ctx.backbone.text_sites(), self.config
-        refined: dict[str, Deltas] = {concept.name: {} for concept in ctx.concepts}
-        for reads in sorted({site.reads for site in sites}):
+        config, shares = self.config, {}
+        for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
             pairs = [beside(ctx, concept, phrased(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
             kept = _kept_rows(ctx, reads)
             edit = solve.refinement(mine, goal, kept, lamb=config.ridge, preserve_scale=config.refine_preserve)
-            for concept, part in zip(ctx.concepts, edit.split([len(own) for own, _ in pairs]), strict=True):
-                small = part.compressed()
-                for site in (site for site in sites if site.reads == reads):
-                    refined[concept.name][site.name] = small.delta(ctx.backbone.weight(site.name))
-        return refined
+            shares[reads] = [part.compressed() for part in edit.split([len(own) for own, _ in pairs])]
+        return site_deltas(ctx, shares, site_weights(ctx.backbone))
 
     # Stage 2
 
@@ -193,10 +190,8 @@ class Mace(Method):
 
 def _kept(ctx: RunContext) -> Conditioning:
     """What may not change: the empty prompt, what the concepts ask to keep, the task's preserved prompts and captions."""
-    erased = {phrase for concept in ctx.concepts for phrase in concept.phrases}
-    asked = [t.format(p) for c in ctx.concepts for p in c.preserve if p not in erased for t in c.templates]
-    tasks = [p.text for which in ("preserve", "captions") for p in ctx.prompts(which)]
-    return ctx.backbone.encode(list(dict.fromkeys(["", *asked, *tasks])))
+    captions = (p.text for p in ctx.prompts("captions"))
+    return ctx.backbone.encode(list(dict.fromkeys([*preserve_prompts(ctx), *captions])))
 
 
 def _kept_rows(ctx: RunContext, reads: str) -> torch.Tensor:
