@@ -43,7 +43,7 @@ def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str
     In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
     """
     cond, neutral = (ctx.backbone.encode(p) for p in (prompts, [concept.neutralise(p) for p in prompts]))
-    if reads == "pooled":
+    if cond.pooled is not None and neutral.pooled is not None and reads == "pooled":
         return cond.pooled.double(), neutral.pooled.double()
     phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
     outside_NL = ~phrase_NL

@@ -11,8 +11,9 @@ from pydantic import Field
 from erasekit.adapters import AdapterBank
 from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
+from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, concatenate, merged
+from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.pictures import draw, noised
@@ -93,7 +94,8 @@ class Mace(Method):
 
     def refine(self, ctx: RunContext) -> dict[str, Deltas]:
         """Closed-form refinement of the text sites, one solve for all concepts, each concept's share apart."""
-        config, shares = self.config, {}
+        config = self.config
+        shares: dict[str, list[TextEdit]] = {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
             pairs = [beside(ctx, concept, phrased(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
@@ -178,7 +180,7 @@ class Mace(Method):
             maps = solve.fusion(own, kept, lamb=self.config.ridge, preserve_scale=self.config.fuse_preserve)
             for i, k_DD in enumerate(maps):
                 for layer in layers:
-                    changes = [d[layer] for d in (refined, *loras[i : i + 1]) if layer in d]
+                    changes = [low for d in (refined, *loras[i : i + 1]) if isinstance(low := d.get(layer), LowRank)]
                     fused[i][layer] = solve.share(changes, k_DD)
         return fused
 
