@@ -78,6 +78,16 @@ class TextEdit:
         return TextEdit(left_DR[:, :rank] * s_R[:rank], right_RW[:rank])
 
 
+def layer_deltas(edits: Sequence[TextEdit], weight: torch.Tensor) -> list[LowRank]:
+    """The deltas of one layer for several edits, e.g. the shares of many concepts.
+
+    One product for all of them: a hundred narrow ones take several times as long.
+    """
+    differences_DN = torch.cat([edit.difference_DN for edit in edits], 1)
+    ups = (weight.detach().to(differences_DN) @ differences_DN).split([len(edit.read_ND) for edit in edits], 1)
+    return [LowRank(up, edit.read_ND) for up, edit in zip(ups, edits, strict=True)]
+
+
 def covariance(embeddings_ND: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The second moment C = mean of c c^T, (width, width), float64, `weights` (n,) counting some rows more.
 

@@ -10,9 +10,9 @@ import torch
 
 from erasekit.alignment import align
 from erasekit.backbone import Backbone, Conditioning
-from erasekit.closedform import TextEdit
+from erasekit.closedform import TextEdit, layer_deltas
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, LowRank
+from erasekit.deltas import Deltas
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.tasks import Prompt
@@ -101,12 +101,9 @@ def site_deltas(
     """
     deltas: dict[str, Deltas] = {concept.name: {} for concept in ctx.concepts}
     for site in ctx.backbone.text_sites():
-        edits = shares[site.reads]
-        # One product for all concepts: a hundred narrow ones take several times as long.
-        whole = TextEdit(torch.cat([e.difference_DN for e in edits], 1), torch.cat([e.read_ND for e in edits]))
-        ups = whole.delta(weights[site.name]).up.split([len(e.read_ND) for e in edits], 1)
-        for own, edit, up in zip(deltas.values(), edits, ups, strict=True):
-            own[site.name] = LowRank(up, edit.read_ND)
+        parts = layer_deltas(shares[site.reads], weights[site.name])
+        for own, delta in zip(deltas.values(), parts, strict=True):
+            own[site.name] = delta
     return deltas
 
 

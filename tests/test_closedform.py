@@ -232,6 +232,12 @@ def test_shares_of_a_joint_solve_sum_to_it(problem):
         edit.split([1, 1])
 
 
+def test_deltas_of_several_edits_are_those_of_each(problem):
+    parts = closedform.eq1(problem["w"], problem["u"]).split([1, 2])
+    for delta, part in zip(closedform.layer_deltas(parts, problem["W"].float()), parts, strict=True):
+        close(to_dense(delta).numpy(), dense(part, problem["W"].float()))
+
+
 def test_damping_goes_from_nothing_to_all(problem):
     edit = closedform.eq1(problem["w"], problem["u"])
     for eta in (0.0, 0.4, 1.0):
