@@ -7,6 +7,7 @@ Phase two is FLUX.1-dev's guidance distillation: for g in [1, 6] the student, to
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 
 import torch
@@ -82,7 +83,7 @@ def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
         tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
         text_encoder_2=T5EncoderModel.from_pretrained(WORK / "text_encoder_2"),
         tokenizer_2=T5TokenizerFast.from_pretrained(WORK / "tokenizer_2"),
-        transformer=model,
+        transformer=copy.deepcopy(model),
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(WORK / name)

@@ -11,6 +11,10 @@ from tests.conftest import THIRD_PARTY
 
 SHORT = {
     "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4", "method.batch=2"],
+    "ant": ["method.steps=2", "method.trajectories=2", "method.batch=2", "method.saliency_draws=1", "method.fusion_points=8"],
+    "eraseanything": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
+    "esd": ["method.steps=2", "method.trajectories=2", "method.batch=2"],
+    "mace": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
     "pull": ["method.steps=2"],
 }
 REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "single_file_method.py"])

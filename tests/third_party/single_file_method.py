@@ -24,14 +24,14 @@ class Direction(Method):
 
     def erase(self, ctx: RunContext) -> Erasure:
         """One direction per concept, at every site that reads tokens."""
-        modules = dict(ctx.backbone.denoiser.named_modules())
+        sites = [site.name for site in ctx.backbone.text_sites() if site.reads == "tokens"]
         deltas = {}
         for concept in ctx.concepts:
             phrase = concept.phrases[0]
             cond, neutral = ctx.backbone.encode([phrase]), ctx.backbone.encode([concept.neutralise(phrase)])
             d_D = cond.tokens[0, cond.lengths[0] - 1] - neutral.tokens[0, neutral.lengths[0] - 1]
             d_D = d_D / d_D.norm()
-            weights = {site.name: modules[site.name].weight for site in ctx.backbone.text_sites()}
+            weights = {name: ctx.backbone.weight(name) for name in sites}
             edit = {name: LowRank(-self.config.strength * (w @ d_D)[:, None], d_D[None]) for name, w in weights.items()}
             deltas[concept.name] = {"direction": edit}
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
