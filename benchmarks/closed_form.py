@@ -65,7 +65,7 @@ def main() -> None:
     began = time.perf_counter()
     edit = closedform.uce(concept, neutral, preserve, lamb=0.1, erase_scale=1.0, preserve_scale=1.0)
     shares = [share.compressed() for share in edit.split([args.templates] * args.concepts)]
-    deltas = [[share.delta(w) for w in weights] for share in shares]
+    deltas = [closedform.layer_deltas(shares, w) for w in weights]
     ours = time.perf_counter() - began
 
     gram = concept.T @ concept + preserve.T @ preserve
@@ -74,7 +74,7 @@ def main() -> None:
     looped = [one_by_one(w.double(), concept, neutral, preserve, lamb) for w in weights[-args.loop_matrices :]]
     loop = (time.perf_counter() - began) * sum(OUTPUTS) / sum(OUTPUTS[-args.loop_matrices :])
 
-    mine = weights[-1].double() + sum(to_dense(of_concept[-1]) for of_concept in deltas)
+    mine = weights[-1].double() + sum(map(to_dense, deltas[-1]))
     error = float((mine - looped[-1]).norm() / (looped[-1] - weights[-1].double()).norm())
     if error > 1e-6:
         raise SystemExit(f"The two solutions differ by {error:.1e}.")

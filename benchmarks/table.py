@@ -76,6 +76,7 @@ def main() -> None:
     args.add_argument("--concepts", nargs="+", required=True)
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args.add_argument("--limit", type=int, help="prompts per prompt set; all of them, if left out")
+    args.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every row")
     args.add_argument("--runs", type=Path, default=Path("runs"))
     args.add_argument("--out", type=Path, required=True)
     args = args.parse_args()
@@ -85,7 +86,7 @@ def main() -> None:
         for concepts in args.concepts:
             for seed in args.seeds:
                 flags = {"method": method, "backbone": args.backbone, "task": args.task, "concepts": tuple(concepts.split("+"))}
-                settings = [f"method.{key}={value}" for key, value in overrides.items()]
+                settings = [*args.set, *(f"method.{key}={value}" for key, value in overrides.items())]
                 result = run(build({**flags, "seed": seed, "limit": args.limit}, overrides=settings), out=args.runs)
                 results.append(result)
                 values = {k: m.value for k, m in result.metrics.items()}

@@ -196,7 +196,7 @@ class Backbone(Protocol):
         """Pictures (b, 3, h, w) in [-1, 1], differentiable."""
 
     def pipeline(self, *, encoders: bool = True) -> Any:
-        """A fresh, unmodified diffusers pipeline of the same base, with weights of its own; without text encoders if so told."""
+        """A fresh, unmodified diffusers pipeline of the same base, with its own weights; without text encoders if so told."""
 
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Keyword arguments that give the pipeline already encoded prompts and a guidance scale.

@@ -67,7 +67,7 @@ class PipelineBackbone:
         self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
         self.vram_gb = vram_gb(config.vram, device)
         self._folder, self._held = folder, self.holding[self.vram_gb]
-        self._pipe = self._from_folder(**{part: None for part in (self.prefix, "vae", *self.encoders)})
+        self._pipe = self._from_folder(**dict.fromkeys((self.prefix, "vae", *self.encoders)))
         self._files()  # a cut or missing file shows now, not after an hour
         self._parts: dict[str, Any] = {}
         self._encoded: dict[str, Conditioning] = {}

@@ -14,12 +14,12 @@ from pydantic import Field
 from erasekit.adapters import AdapterBank
 from erasekit.alignment import align
 from erasekit.backbone import Conditioning, concatenate
-from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
+from erasekit.sites import concept_prompts, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit_trace import losses
 from erasekit_trace.pool import Pool, Recipe, clean_pool, pair_pool, target_pool
@@ -95,31 +95,30 @@ class Trace(Method):
     def refine(self, ctx: RunContext) -> dict[str, Deltas]:
         """The closed-form part of each concept, damped by eta; empty without a refinement."""
         solve = ctx.component("refine", self.config.refine)
-        sizes, edits = {}, {}
+        shares: dict[str, list[TextEdit]] = {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            embeddings, sizes[reads] = self._embeddings(ctx, reads)
-            edits[reads] = solve(embeddings, self.config)
-        if any(edit is None for edit in edits.values()):
-            return {}
-        whole = _site_deltas(ctx, edits)
-        eta = self.config.eta if self.config.eta is not None else choose_eta(ctx, whole)
-        shares = {reads: edit.damped(eta).split(sizes[reads]) for reads, edit in edits.items()}
-        return {
-            concept.name: _site_deltas(ctx, {reads: parts[i].compressed() for reads, parts in shares.items()})
-            for i, concept in enumerate(ctx.concepts)
-        }
+            embeddings, sizes = self._embeddings(ctx, reads)
+            edit = solve(embeddings, self.config)
+            if edit is None:
+                return {}
+            shares[reads] = [share.compressed() for share in edit.split(sizes)]
+        refined = site_deltas(ctx, shares, site_weights(ctx.backbone))
+        eta = self.config.eta
+        if eta is None:
+            eta = choose_eta(ctx, concatenate_deltas(list(refined.values())))
+        return {name: scale(delta, eta) for name, delta in refined.items()}
 
     def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
         """Embeddings of all concepts, one after the other, and how many rows each has."""
         encode = ctx.backbone.encode
         pairs = []
         for concept in ctx.concepts:
-            prompts = _concept_prompts(ctx, concept)
+            prompts = concept_prompts(concept, ctx.prompts("erase"))
             cond, neutral = encode(prompts), encode([concept.neutralise(p) for p in prompts])
             pairs.append(align(cond, neutral) if reads == "tokens" else (cond.pooled.double(), neutral.pooled.double()))
         preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
         concepts, neutrals = zip(*pairs, strict=True)
-        kept, seen = (_rows(cond, reads) for cond in (preserve, captions))
+        kept, seen = (rows(cond, reads) for cond in (preserve, captions))
         return Embeddings(torch.cat(concepts), torch.cat(neutrals), kept, seen), [len(c) for c in concepts]
 
     # Stage 2
@@ -160,7 +159,7 @@ class Trace(Method):
         return Recipe(protocol.steps, protocol.guidance, protocol.size, turn, self.config.eta_neg)
 
     def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
-        prompts = _concept_prompts(ctx, concept)
+        prompts = concept_prompts(concept, ctx.prompts("erase"))
         encode = ctx.backbone.encode
         seeds = _seeds(ctx, f"trace/concept/{concept.name}", self.config.trajectories)
         neutral = encode([concept.neutralise(p) for p in prompts])
@@ -306,25 +305,6 @@ def _neutralised(ctx: RunContext, prompt: str) -> str:
     for concept in ctx.concepts:
         prompt = concept.neutralise(prompt)
     return prompt
-
-
-def _site_deltas(ctx: RunContext, edits: Mapping[str, TextEdit]) -> Deltas:
-    """The edit of every text site, from its base weight."""
-    backbone = ctx.backbone
-    return {site.name: edits[site.reads].delta(backbone.weight(site.name)) for site in backbone.text_sites()}
-
-
-def _concept_prompts(ctx: RunContext, concept: Concept) -> list[str]:
-    """Training prompts that ask for one concept: its phrases in its templates, then the task's own."""
-    return list(dict.fromkeys([*concept.prompts(), *(p.text for p in ctx.prompts("erase") if p.concept == concept.name)]))
-
-
-def _rows(cond: Conditioning, reads: str) -> torch.Tensor:
-    """All embeddings of prompts as rows, float64; of the pads only the first, which stands for the rest."""
-    if reads == "pooled":
-        return cond.pooled.double()
-    kept = torch.arange(cond.tokens.shape[1]) <= cond.lengths[:, None]
-    return cond.tokens[kept].double()
 
 
 def _seeds(ctx: RunContext, name: str, n: int) -> list[int]:
