@@ -14,6 +14,7 @@ from pydantic import Field
 from erasekit.adapters import AdapterBank
 from erasekit.alignment import align
 from erasekit.backbone import Conditioning, concatenate
+from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
