@@ -133,6 +133,10 @@ class Backbone(Protocol):
     dtype: torch.dtype
     vram_gb: int  # the size of GPU that it is held for
 
+    @classmethod
+    def weights_gb(cls, config: BackboneConfig) -> float:
+        """About how many GB of weights are held at once under these settings; nothing is loaded or downloaded for it."""
+
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer, frozen and in evaluation mode; loaded when it is first used."""

@@ -27,6 +27,13 @@ class Holding(NamedTuple):
     checkpointing: bool = False
 
 
+def weights_gb(holding: Holding, denoiser: float, encoders: float, rest: float) -> float:
+    """GB of weights on the GPU at once, given those of the model's parts in the type that they are held in."""
+    held = {"whole": denoiser, "nf4": denoiser / 3.5, "offload": denoiser / 20}[holding.weights]
+    together = {"kept": held + encoders, "released": max(held, encoders), "cpu": held}[holding.encoders]
+    return together + rest
+
+
 def vram_gb(setting: str, device: Any) -> int:
     """The size of GPU to plan for, one of `VRAM_GB`: as set, or the largest that this one is; on a CPU the largest."""
     if setting != "auto":

@@ -58,6 +58,7 @@ class Flux(PipelineBackbone):
         48: Holding("whole", "released", checkpointing=True),
         80: Holding("whole", "kept", checkpointing=False),
     }
+    sizes_gb: ClassVar[tuple[float, float, float]] = (22.2, 9.1, 0.16)
     cpu_dtype: ClassVar[torch.dtype] = torch.bfloat16
     size: ClassVar[int] = 1024
     positions: ClassVar[int] = 512

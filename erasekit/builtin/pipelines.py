@@ -18,7 +18,7 @@ from torch import nn
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, concatenate
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.memory import VRAM_GB, Holding, vram_gb
+from erasekit.memory import VRAM_GB, Holding, vram_gb, weights_gb
 from erasekit.quiet import quiet
 
 _LOADING = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, RuntimeError)
@@ -37,6 +37,7 @@ class PipelineBackbone:
         scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
         holding: how it is held on a GPU of each size.
+        sizes_gb: of the denoiser, the text encoders and the VAE on the hub, at 16 bits.
         cpu_dtype: what `dtype = "auto"` means on a CPU.
         source: hub id, or the name of the local folder.
         revision: the commit on the hub, "" for a local folder.
@@ -54,6 +55,7 @@ class PipelineBackbone:
     scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
     holding: ClassVar[Mapping[int, Holding]] = dict.fromkeys(VRAM_GB, Holding()) | {8: Holding(checkpointing=True)}
+    sizes_gb: ClassVar[tuple[float, float, float]]
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(
@@ -91,6 +93,18 @@ class PipelineBackbone:
         # A download lies in a folder that is named by its commit.
         source, revision = (folder.name, "") if local else (path, folder.name)
         return cls(folder, config, source=source, revision=revision, device=device, dtype=dtype)
+
+    @classmethod
+    def weights_gb(cls, config: BackboneConfig) -> float:
+        """About how many GB of weights are held at once under these settings; nothing is loaded or downloaded for it."""
+        device = find_device(config.device)
+        folder = Path(config.path or cls.path).expanduser()
+        parts = (cls.prefix,), cls.encoders, ("vae",)
+        files = [[f for name in names for f in (folder / name).glob("*.safetensors")] for names in parts]
+        on_disk = tuple(sum(f.stat().st_size for f in found) / 2**30 for found in files)
+        width = 2 if config.dtype in ("float32",) or (config.dtype == "auto" and device.type == "cpu") else 1
+        denoiser, encoders, rest = (width * gb for gb in (on_disk if folder.is_dir() else cls.sizes_gb))
+        return weights_gb(cls.holding[vram_gb(config.vram, device)], denoiser, encoders, rest)
 
     @property
     def embedded_guidance(self) -> bool:

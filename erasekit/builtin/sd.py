@@ -34,6 +34,8 @@ class StableDiffusion(PipelineBackbone):
         "all": r"",
     }
 
+    sizes_gb: ClassVar[tuple[float, float, float]] = (1.6, 0.23, 0.16)
+
     def __init__(self, folder: Path, config: BackboneConfig, **where: Any) -> None:
         """See `PipelineBackbone`.
 

@@ -61,17 +61,33 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
+    pictures = _pictures(plan)
+    stages = {
+        "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
+        "base_images": f"{pictures} pictures, {plan.protocol.steps} steps each; fewer if another run drew them",
+        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps",
+        "sample": f"{pictures} pictures",
+        "evaluate": ", ".join(plan.task.evaluators),
+    }
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
     if as_json:
         settings = {part: values.model_dump(mode="json") for part, values in parts.items()}
-        typer.echo(json.dumps({**names, "options": settings, "runs": runs}, indent=1))
+        typer.echo(json.dumps({**names, "options": settings, "stages": stages, "runs": runs}, indent=1))
         return
     rows = [[name, str(value), RunConfig.model_fields[name].description or ""] for name, value in names.items()]
     for part, values in parts.items():
         fields = type(values).model_fields
         rows += [[f"{part}.{k}", str(v), fields[k].description or ""] for k, v in values.model_dump(mode="json").items()]
     show(["setting", "value", "meaning"], rows)
+    show(["stage", "of each run"], [list(row) for row in stages.items()])
     show(["run", "concepts"], [[path, ", ".join(concepts)] for path, concepts in runs.items()])
+
+
+def _pictures(plan: Plan) -> int:
+    """How many pictures a run of the plan draws of each side."""
+    from erasekit.runner import evaluation_prompts
+
+    return len(evaluation_prompts(plan.singles()[0] if plan.separate else plan))
 
 
 def show_results(plan: Plan, out: Path) -> None:
