@@ -10,7 +10,7 @@ from erasekit.runner import compute
 from tests.conftest import THIRD_PARTY
 
 SHORT = {
-    "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4", "method.batch=2"],
+    "trace": ["method.eta=1.0", "method.steps=2", "method.trajectories=4", "method.clean_trajectories=4", "method.batch=2"],
     "ant": ["method.steps=2", "method.trajectories=2", "method.batch=2", "method.saliency_draws=1", "method.fusion_points=8"],
     "eraseanything": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
     "esd": ["method.steps=2", "method.trajectories=2", "method.batch=2"],
