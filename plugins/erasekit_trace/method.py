@@ -67,7 +67,9 @@ class Trace(Method):
 
     name = "trace"
     Config = TraceConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "qk_dual"}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"refine": "eq1", "window": "late", "bank": "per-concept", "integration": "pairs", "steps": 1000, "batch": 4},
     }
@@ -265,7 +267,7 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     All are relative errors of predictions along the teacher's trajectories. Residual of a concept prompt: how far f'(c_w)
     still is from f(c_u), in units of |f(c_w) - f(c_u)|. Residual of a synonym, which has no neutral prompt of its own: how
     much of f(c_s) - f(neutral) is left along that direction. Drift: how far f'(q) has moved for preserved q, in units of
-    |f(q) - f(0)|. Classifier-free guidance multiplies each by its scale; what is as large as the concept itself counts as 1.
+    |f(q) - f(0)|. Guidance multiplies each by its scale; what is as large as the concept itself counts as 1.
     """
     encode, protocol = ctx.backbone.encode, ctx.protocol
     recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance, protocol.size)
@@ -282,7 +284,7 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     span = (with_concept - without)[named].square().mean()
     nothing = ctx.predict(kept.x, kept.tau, empty.repeat(len(kept)))
     reach = (kept.predictions[:, 0] - nothing).square().mean()
-    gain = 1.0 if ctx.backbone.embedded_guidance else max(1.0, protocol.guidance) ** 2
+    gain = max(1.0, protocol.guidance) ** 2
 
     def error(change: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
         return (gain * change.flatten(1).square().mean(1) / unit).clamp(max=1).mean()
