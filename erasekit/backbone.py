@@ -42,8 +42,8 @@ class Conditioning:
         return self._map(lambda t: t.expand(n, *t.shape[1:]))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """Move to a device and a floating type."""
-        return self._map(lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device))
+        """Move the embeddings to a device and a floating type; ids and lengths stay where they are, on the CPU."""
+        return self._map(lambda t: t.to(device, dtype) if t.is_floating_point() else t)
 
     def _map(self, function: Any) -> Conditioning:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

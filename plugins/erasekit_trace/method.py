@@ -223,7 +223,7 @@ class TraceStep:
         prediction, kept = self._student([erase.x, keep.x], [erase.tau, keep.tau], cond)
         target, weight = erase.predictions[:, 2], self.window(erase.tau)
         if config.early_anchor:
-            before = (erase.tau < config.tau0 - 1e-6).view(-1, *[1] * (target.dim() - 1))
+            before = (erase.tau < config.tau0 - 1e-6).to(target.device).view(-1, *[1] * (target.dim() - 1))
             target, weight = torch.where(before, erase.predictions[:, 0], target), torch.ones_like(weight)
         out = {
             "erase": losses.weighted_error(prediction, target, weight),

@@ -19,7 +19,7 @@ class Pool:
 
     Attributes:
         x: latents.
-        tau: progress.
+        tau: progress, on the CPU as `row` is.
         cond: the prompts, one row each; `row` says which one a point belongs to.
         row: index into `cond`.
         predictions: (n, k, ...) the teacher's predictions, in the order they were asked for.
@@ -37,7 +37,7 @@ class Pool:
 
     def sample(self, n: int, generator: torch.Generator, weight: torch.Tensor | None = None) -> Pool:
         """`n` random points (drawn where `weight` is positive), each with its own row of `cond`."""
-        candidates = torch.arange(len(self)) if weight is None else (weight > 0).nonzero().flatten()
+        candidates = torch.arange(len(self)) if weight is None else (weight > 0).nonzero().flatten().cpu()
         index = candidates[torch.randint(len(candidates), (n,), generator=generator)]
         cond = self.cond[self.row[index]]
         return Pool(self.x[index], self.tau[index], cond, torch.arange(n), self.predictions[index])
@@ -124,7 +124,7 @@ def _draw(backbone: Backbone, cond: Conditioning, rows: torch.Tensor, recipe: Re
     for chunk in torch.arange(len(seeds)).split(CHUNK):
         x = backbone.latents([seeds[i] for i in chunk], recipe.size)
         for k in range(len(schedule)):
-            tau = schedule.tau[k].to(x.device).expand(len(x))  # in double: half precision would shift timesteps
+            tau = schedule.tau[k].expand(len(x))  # in double: half precision would shift timesteps
             direction, predictions = step(x, tau, rows[chunk])
             points.append((x, tau, rows[chunk], predictions))
             x = backbone.step(direction, x, k, schedule)
@@ -147,4 +147,4 @@ def _steer(backbone: Backbone, recipe: Recipe, none: torch.Tensor, prediction: t
 
 
 def _like(mask_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return mask_B.view(-1, *[1] * (x.dim() - 1))
+    return mask_B.to(x.device).view(-1, *[1] * (x.dim() - 1))
