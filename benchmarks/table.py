@@ -4,7 +4,8 @@
     python benchmarks/table.py --rows trace --ablations --concepts cat+dog --seeds 0 1 2 --out results/ablations.json
 
 A concept written `cat+dog` is one run that erases both. Everything is measured by `erasekit.run`; a run that is finished
-is not done again, so the script can be stopped and started. Intervals are 95 %, by a bootstrap over runs.
+is not done again, so the script can be stopped and started. Intervals are 95 %: the wider one of a bootstrap over runs and of
+the mean of the runs' own intervals, since runs that all agree are no proof that the next one would.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from erasekit.config import build
 from erasekit.plugins import default
-from erasekit.results import RunResult
+from erasekit.results import Metric, RunResult
 from erasekit.runner import run
 
 RESAMPLES = 2000
@@ -40,10 +41,16 @@ def variants(methods: Sequence[str], *, ablations: bool) -> dict[str, tuple[str,
     return rows
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """A 95 % interval of the mean by a bootstrap over runs."""
-    draws = np.random.default_rng(0).choice(np.array(values), (RESAMPLES, len(values)))
-    return [round(float(v), 4) for v in np.percentile(draws.mean(1), (2.5, 97.5))]
+def interval(metrics: Sequence[Metric]) -> list[float]:
+    """A 95 % interval of the mean of runs: the wider of a bootstrap over them and of MOVER over their own intervals."""
+    values = np.array([m.value for m in metrics])
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
+    low, high = np.percentile(draws.mean(1), (2.5, 97.5))
+    if all(m.ci95 for m in metrics):
+        ends = np.array([m.ci95 for m in metrics])
+        below, above = np.sqrt(np.square(ends - values[:, None]).sum(0)) / len(values)
+        low, high = min(low, values.mean() - below), max(high, values.mean() + above)
+    return [round(float(low), 4), round(float(high), 4)]
 
 
 def summary(results: Sequence[RunResult]) -> dict[str, Any]:
@@ -51,11 +58,10 @@ def summary(results: Sequence[RunResult]) -> dict[str, Any]:
     names = [name for name in results[0].metrics if all(r.metrics.get(name) for r in results)]
     metrics = {}
     for name in names:
-        values = [r.metrics[name].value for r in results]
-        bases = [r.metrics[name].base for r in results]
-        known = [v for v in values if v is not None]
+        known = [m for m in (r.metrics[name] for r in results) if m.value is not None]
+        bases = [m.base for m in known]
         metrics[name] = {
-            "mean": round(float(np.mean(known)), 4),
+            "mean": round(float(np.mean([m.value for m in known])), 4),
             "ci95": interval(known),
             "base": round(float(np.mean(bases)), 4) if None not in bases else None,
             "runs": len(known),
@@ -64,6 +70,12 @@ def summary(results: Sequence[RunResult]) -> dict[str, Any]:
     seconds = [r.timings_s["erase"] for r in results]
     peak = max(r.peak_memory_mb for r in results)
     return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}
+
+
+def _flags(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """The flags that decide the numbers: not where files lie."""
+    values = {k: v for k, v in vars(args).items() if k not in ("runs", "out") and v not in (None, False, [])}
+    return {f"--{k}": [] if v is True else v if isinstance(v, list) else [v] for k, v in values.items()}
 
 
 def main() -> None:
@@ -80,6 +92,7 @@ def main() -> None:
     args.add_argument("--runs", type=Path, default=Path("runs"))
     args.add_argument("--out", type=Path, required=True)
     args = args.parse_args()
+    given = [word for flag, values in _flags(args).items() for word in (flag, *map(str, values))]
     rows = {}
     for row, (method, overrides) in variants(args.rows, ablations=args.ablations).items():
         results, each = [], []
@@ -94,7 +107,7 @@ def main() -> None:
                 print(row, each[-1], file=sys.stderr, flush=True)
         rows[row] = summary(results) | {"runs": each}
     table = {
-        "command": shlex.join(["python", "benchmarks/table.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/table.py {shlex.join(given)}",
         "machine": {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "rows": rows,
     }
