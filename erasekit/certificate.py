@@ -25,6 +25,7 @@ def certificate(
     clean_prompts: Sequence[str],
     *,
     steps: int,
+    size: int | None = None,
     tau0: float = 0.15,
 ) -> dict[str, Any]:
     """Measure an erasure on a loaded base.
@@ -39,6 +40,7 @@ def certificate(
         concepts: whose prompts and neutral prompts are used.
         clean_prompts: prompts that must not change.
         steps: sampling steps of the trajectories that predictions are compared on.
+        size: their pictures' side in pixels; the model's own, if left out.
         tau0: what counts as early.
 
     Returns:
@@ -54,9 +56,11 @@ def certificate(
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
     some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
-    drift = {name: _prediction_drift(backbone, deltas, cond, steps) for name, cond in (("clean", clean), ("concept", some))}
-    tau = backbone.schedule(steps).tau
-    first = backbone.schedule(steps).first_late(tau0)
+    drift = {
+        name: _prediction_drift(backbone, deltas, cond, steps, size) for name, cond in (("clean", clean), ("concept", some))
+    }
+    schedule = backbone.schedule(steps, size)
+    tau, first = schedule.tau, schedule.first_late(tau0)
     return {
         "max": {key: max(row[key] for row in sites.values()) for key in PER_SITE},
         "mean": {key: _mean([row[key] for row in sites.values()]) for key in PER_SITE},
@@ -69,7 +73,9 @@ def certificate(
 def certify(backbone: Backbone, erasure: Erasure, task: Task, *, prompts: int = 12) -> dict[str, Any]:
     """The certificate of an erasure on the clean evaluation prompts of a task, at most `prompts` of them."""
     clean = task.prompts("clean", erasure.concepts, "evaluation", prompts)
-    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], steps=task.protocol.steps)
+    protocol = task.protocol
+    texts = [p.text for p in clean]
+    return certificate(backbone, erasure, erasure.concepts, texts, steps=protocol.steps, size=protocol.size)
 
 
 def _sites(
@@ -98,10 +104,10 @@ def _sites(
     return result
 
 
-def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, steps: int) -> list[float]:
+def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, steps: int, size: int | None) -> list[float]:
     """|f' - f| / |f| at every step of the base's own trajectories under `cond` (seeds 0, 1, ...)."""
-    schedule = backbone.schedule(steps)
-    x = backbone.latents(range(len(cond)))
+    schedule = backbone.schedule(steps, size)
+    x = backbone.latents(range(len(cond)), size)
     seen, base = [], []
     for k in range(steps):
         seen.append(x)

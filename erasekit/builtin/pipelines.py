@@ -102,7 +102,7 @@ class PipelineBackbone:
         parts = (cls.prefix,), cls.encoders, ("vae",)
         files = [[f for name in names for f in (folder / name).glob("*.safetensors")] for names in parts]
         on_disk = tuple(sum(f.stat().st_size for f in found) / 2**30 for found in files)
-        width = 2 if config.dtype in ("float32",) or (config.dtype == "auto" and device.type == "cpu") else 1
+        width = 2 if config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu") else 1
         denoiser, encoders, rest = (width * gb for gb in (on_disk if folder.is_dir() else cls.sizes_gb))
         return weights_gb(cls.holding[vram_gb(config.vram, device)], denoiser, encoders, rest)
 
@@ -130,9 +130,7 @@ class PipelineBackbone:
         parts: dict[str, Any] = {} if encoders else dict.fromkeys(self.encoders)
         if self._held.weights == "whole":
             return self._from_folder(**parts)
-        pipe = self._from_folder(**parts, **{self.prefix: self._load(self.prefix)})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return self._from_folder(**parts, **{self.prefix: self._load(self.prefix)})
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
