@@ -208,9 +208,6 @@ class Backbone(Protocol):
         `empty` is the encoded empty prompt (one row), for pipelines with a second, unconditional pass.
         """
 
-    def prompt_arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
-        """Keyword arguments that give the pipeline prompts as text and a guidance scale."""
-
     def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
         """Free the memory of a part that is not needed any more."""
 

@@ -12,7 +12,7 @@ from erasekit.backbone import Backbone, Conditioning
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, norm, to_dense
 from erasekit.erasure import Erasure
-from erasekit.tasks import Task
+from erasekit.tasks import Protocol, Task
 
 PER_SITE = ("to_neutral", "equal", "neutral_drift", "other_drift", "delta")
 
@@ -24,8 +24,7 @@ def certificate(
     concepts: Sequence[Concept],
     clean_prompts: Sequence[str],
     *,
-    steps: int,
-    size: int | None = None,
+    protocol: Protocol,
     tau0: float = 0.15,
 ) -> dict[str, Any]:
     """Measure an erasure on a loaded base.
@@ -39,8 +38,7 @@ def certificate(
         erasure: what is measured; all of its parts at once.
         concepts: whose prompts and neutral prompts are used.
         clean_prompts: prompts that must not change.
-        steps: sampling steps of the trajectories that predictions are compared on.
-        size: their pictures' side in pixels; the model's own, if left out.
+        protocol: steps, size and (where the model is told one) guidance of the trajectories that predictions are compared on.
         tau0: what counts as early.
 
     Returns:
@@ -56,10 +54,8 @@ def certificate(
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
     some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
-    drift = {
-        name: _prediction_drift(backbone, deltas, cond, steps, size) for name, cond in (("clean", clean), ("concept", some))
-    }
-    schedule = backbone.schedule(steps, size)
+    drift = {name: _prediction_drift(backbone, deltas, cond, protocol) for name, cond in (("clean", clean), ("concept", some))}
+    schedule = backbone.schedule(protocol.steps, protocol.size)
     tau, first = schedule.tau, schedule.first_late(tau0)
     return {
         "max": {key: max(row[key] for row in sites.values()) for key in PER_SITE},
@@ -70,12 +66,10 @@ def certificate(
     }
 
 
-def certify(backbone: Backbone, erasure: Erasure, task: Task, *, prompts: int = 12) -> dict[str, Any]:
+def certify(backbone: Backbone, erasure: Erasure, task: Task, protocol: Protocol, *, prompts: int = 12) -> dict[str, Any]:
     """The certificate of an erasure on the clean evaluation prompts of a task, at most `prompts` of them."""
     clean = task.prompts("clean", erasure.concepts, "evaluation", prompts)
-    protocol = task.protocol
-    texts = [p.text for p in clean]
-    return certificate(backbone, erasure, erasure.concepts, texts, steps=protocol.steps, size=protocol.size)
+    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], protocol=protocol)
 
 
 def _sites(
@@ -104,17 +98,21 @@ def _sites(
     return result
 
 
-def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, steps: int, size: int | None) -> list[float]:
+def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, protocol: Protocol) -> list[float]:
     """|f' - f| / |f| at every step of the base's own trajectories under `cond` (seeds 0, 1, ...)."""
-    schedule = backbone.schedule(steps, size)
-    x = backbone.latents(range(len(cond)), size)
+    schedule = backbone.schedule(protocol.steps, protocol.size)
+
+    def predict(x: torch.Tensor, k: int) -> torch.Tensor:
+        return backbone.predict(x, schedule.tau[k].expand(len(x)), cond, guidance=protocol.guidance)
+
+    x = backbone.latents(range(len(cond)), protocol.size)
     seen, base = [], []
-    for k in range(steps):
+    for k in range(len(schedule)):
         seen.append(x)
-        base.append(backbone.predict(x, schedule.tau[k].expand(len(x)), cond))
+        base.append(predict(x, k))
         x = backbone.step(base[-1], x, k, schedule)
     with merged(backbone.denoiser, deltas):
-        erased = [backbone.predict(x, schedule.tau[k].expand(len(x)), cond) for k, x in enumerate(seen)]
+        erased = [predict(x, k) for k, x in enumerate(seen)]
     return [_rms(after - before) / _rms(before) for after, before in zip(erased, base, strict=True)]
 
 

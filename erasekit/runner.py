@@ -260,7 +260,7 @@ def write_certificate(plan: Plan, backbone: Backbone, directory: RunDirectory) -
     """Write certificate.json: what the theory says of the erasure, measured on its weights."""
     path = directory.path / "certificate.json"
     if not path.is_file():
-        write_json(path, certify(backbone, Erasure.load(directory.path / "erasure"), plan.task))
+        write_json(path, certify(backbone, Erasure.load(directory.path / "erasure"), plan.task, plan.protocol))
 
 
 def erased_images(

@@ -117,12 +117,13 @@ def sample(
 def generate(
     backbone: Backbone, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol
 ) -> list[Image.Image]:
-    """Draw text prompts with the plain pipeline call, one seed per prompt."""
+    """Draw prompts with the plain pipeline call, one seed per prompt."""
     set_sampler(pipe, protocol.sampler)
+    empty = backbone.encode([""])
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), protocol.batch):
         here = slice(start, start + protocol.batch)
-        arguments = backbone.prompt_arguments(prompts[here], guidance=protocol.guidance)
+        arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
         pictures += _draw(pipe, seeds[here], protocol, arguments)
     return pictures
 

@@ -63,9 +63,10 @@ def test_the_points_that_are_reversed_are_not_the_noise(backbone, context):
     late = maths.late(pool.tau, 0.3)
     assert torch.equal(pool.x[~late], noise)
     assert late.sum() == len(pool.x) - 3
-    found = maths.target(pool.concept, pool.empty, pool.tau, tau0=0.3, eta=1.0)
-    torch.testing.assert_close(found[~late], pool.concept[~late])
-    torch.testing.assert_close(found[late], 2 * pool.empty[late] - pool.concept[late])
+    empty, concept = pool.predictions.unbind(1)
+    found = maths.target(concept, empty, pool.tau, tau0=0.3, eta=1.0)
+    torch.testing.assert_close(found[~late], concept[~late])
+    torch.testing.assert_close(found[late], 2 * empty[late] - concept[late])
 
 
 def test_without_a_late_step_there_is_one_line(backbone, context):
@@ -87,7 +88,8 @@ def test_losses_of_the_base_against_numpy(backbone, context):
         out = method.losses(ctx.predict, [pool], nothing)(0, ctx.generator("draw"))
         shifted = method.losses(lambda *at: ctx.predict(*at) + 0.1, [pool], nothing)(0, ctx.generator("draw"))
     points = pool.at(maths.late(pool.tau, 0.3)).sample(3, ctx.generator("draw"))
-    gap = 2 * (points.concept.double() - points.empty.double()).numpy()
+    empty, concept = points.predictions.double().unbind(1)
+    gap = 2 * (concept - empty).numpy()
     assert out["late"].item() == pytest.approx((gap**2).mean(), rel=1e-3)
     for name in ("early", "early_unconditional", "late_unconditional"):
         assert out[name].item() < 1e-8

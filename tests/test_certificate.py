@@ -14,11 +14,13 @@ from erasekit.certificate import certificate
 from erasekit.concepts import Concept
 from erasekit.deltas import merged
 from erasekit.erasure import Erasure
+from erasekit.tasks import Protocol
 from tests import tiny
 
 CAT = Concept(name="cat", phrases=("a cat",), neutral="a thing", templates=("{}",))
 CLEAN = ["a photo of a dog", "a red ship"]
 STEPS = 6
+PROTOCOL = Protocol(steps=STEPS, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def pairs(backbone):
 
 
 def certify(backbone, edit):
-    return certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, steps=STEPS, tau0=0.5)
+    return certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, protocol=PROTOCOL, tau0=0.5)
 
 
 def test_no_edit(backbone):

@@ -122,7 +122,7 @@ def test_a_pool_is_the_base_guided_and_its_target_the_formula(backbone, anchor):
             f_anchor, f_cat, f_empty = (ctx.predict(*at, cond).double().numpy() for cond in (start, cat, empty))
             direction = guided(backbone, x, pool.tau[here], cat, uncond=empty, scale=scale)
         expected = f_anchor - 1.5 * (f_cat - f_empty)
-        np.testing.assert_allclose(pool.target[here].numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(pool.predictions[here, 0].numpy(), expected, rtol=1e-4, atol=1e-5)
         x = backbone.step(direction, x, k, schedule)
 
 
@@ -132,7 +132,7 @@ def test_a_sample_keeps_points_and_prompts_together(backbone, context):
     drawn = pool.sample(20, ctx.generator("draw"))
     for i in range(20):
         index = int((pool.x == drawn.x[i]).flatten(1).all(1).nonzero()[0])
-        assert torch.equal(drawn.target[i], pool.target[index])
+        assert torch.equal(drawn.predictions[i], pool.predictions[index])
         assert torch.equal(drawn.cond.tokens[i], pool.cond.tokens[pool.row[index]])
         assert drawn.tau[i] == pool.tau[index]
 

@@ -46,7 +46,9 @@ def sampled(backbone, prompts, *, scale, steps=4, seeds=(1, 2)):
 
 def drawn(backbone, prompts, *, scale, steps=4, seeds=(1, 2), kind="latent", pipe=None, **arguments):
     """What the plain pipeline draws from text."""
-    call = backbone.prompt_arguments(prompts, guidance=scale) | arguments
+    call = {"prompt": prompts, "max_sequence_length": tiny_flux.POSITIONS, "guidance_scale": scale} | arguments
+    if not backbone.embedded_guidance:
+        call |= {"negative_prompt": [""] * len(prompts), "guidance_scale": 1.0, "true_cfg_scale": scale}
     generator = [torch.Generator().manual_seed(s) for s in seeds]
     size = {"height": backbone.size, "width": backbone.size}
     pipe = pipe or backbone.pipeline()

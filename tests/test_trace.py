@@ -7,18 +7,20 @@ from erasekit.erasure import Erasure
 from erasekit.method import RunContext
 from erasekit.plugins import default
 from erasekit.schedule import ddpm_tau, flow_tau
+from erasekit.tasks import Protocol
 from erasekit_trace import losses, slots
 from erasekit_trace.divergence import probe
 from erasekit_trace.method import ETAS, Trace, TraceConfig, choose_eta
 from erasekit_trace.plugin import SLOTS
-from erasekit_trace.pool import Recipe, clean_pool, pair_pool, target_pool
+from erasekit_trace.pool import clean_pool, pair_pool, target_pool
 from tests import tiny
 from tests.third_party.tiny_world import Words
 
 STEPS = 6
 GUIDANCE = 2.0
 TAU0 = 0.4
-RECIPE = Recipe(STEPS, GUIDANCE, 16, TAU0, eta_neg=0.5)
+PROTOCOL = Protocol(steps=STEPS, guidance=GUIDANCE, size=16)
+TURN = {"tau0": TAU0, "eta_neg": 0.5}
 SEEDS = [5, 6, 7]
 SMALL = {
     "steps": 4,
@@ -165,7 +167,7 @@ def test_every_choice_of_a_slot_is_there():
 
 def test_predictions_of_clean_pools_are_the_teachers(backbone, prompts):
     cond, empty = backbone.encode(["a photo of a ship", "red"]), backbone.encode([""])
-    pool = clean_pool(backbone, cond, empty, RECIPE, SEEDS)
+    pool = clean_pool(backbone, PROTOCOL, cond, SEEDS)
     assert len(pool) == STEPS * len(SEEDS)
     with torch.no_grad():
         fresh = backbone.predict(pool.x, pool.tau, pool.cond[pool.row])
@@ -177,7 +179,7 @@ def test_predictions_of_clean_pools_are_the_teachers(backbone, prompts):
 
 def test_predictions_of_target_pools_are_the_teachers(backbone, prompts):
     concepts, neutrals = (backbone.encode([f"a photo of a {w}", w]) for w in ("cat", "thing"))
-    pool = target_pool(backbone, concepts, neutrals, backbone.encode([""]), RECIPE, SEEDS)
+    pool = target_pool(backbone, PROTOCOL, concepts, neutrals, SEEDS, **TURN)
     with torch.no_grad():
         with_concept, without = (backbone.predict(pool.x, pool.tau, c[pool.row]) for c in (concepts, neutrals))
     expected = torch.stack([with_concept, without, 1.5 * without - 0.5 * with_concept], 1)
@@ -187,7 +189,7 @@ def test_predictions_of_target_pools_are_the_teachers(backbone, prompts):
 
 def test_predictions_of_pair_pools_are_the_teachers(backbone, prompts):
     both = backbone.encode(["a photo of a cat by a dog"])
-    pool = pair_pool(backbone, [both, prompts["cat"], prompts["dog"]], prompts["thing"], backbone.encode([""]), RECIPE, SEEDS)
+    pool = pair_pool(backbone, PROTOCOL, [both, prompts["cat"], prompts["dog"]], prompts["thing"], SEEDS)
     with torch.no_grad():
         fresh = [backbone.predict(pool.x, pool.tau, prompts[w].repeat(len(pool))) for w in ("cat", "dog", "thing")]
     torch.testing.assert_close(pool.predictions, torch.stack(fresh, 1), rtol=1e-4, atol=1e-5)
@@ -195,9 +197,8 @@ def test_predictions_of_pair_pools_are_the_teachers(backbone, prompts):
 
 
 def test_semi_target_trajectories_leave_the_concepts_own_at_tau0(backbone, prompts):
-    empty = backbone.encode([""])
-    semi = target_pool(backbone, prompts["cat"], prompts["thing"], empty, RECIPE, SEEDS)
-    own = target_pool(backbone, prompts["cat"], prompts["cat"], empty, RECIPE, SEEDS)  # c_w in the place of c_u
+    semi = target_pool(backbone, PROTOCOL, prompts["cat"], prompts["thing"], SEEDS, **TURN)
+    own = target_pool(backbone, PROTOCOL, prompts["cat"], prompts["cat"], SEEDS, **TURN)  # c_w in the place of c_u
     schedule = backbone.schedule(STEPS)
     turn = schedule.first_late(TAU0)
     assert 0 < turn < STEPS - 1
@@ -210,7 +211,7 @@ def test_semi_target_trajectories_leave_the_concepts_own_at_tau0(backbone, promp
 
 def test_the_concepts_own_trajectory_is_guided_sampling(backbone, prompts):
     empty = backbone.encode([""])
-    own = target_pool(backbone, prompts["cat"], prompts["cat"], empty, RECIPE, SEEDS)
+    own = target_pool(backbone, PROTOCOL, prompts["cat"], prompts["cat"], SEEDS, **TURN)
     schedule, x = backbone.schedule(STEPS), backbone.latents(SEEDS)
     for k in range(STEPS):
         torch.testing.assert_close(own.x[k * len(SEEDS) : (k + 1) * len(SEEDS)], x, rtol=1e-4, atol=1e-4)
@@ -222,7 +223,7 @@ def test_the_concepts_own_trajectory_is_guided_sampling(backbone, prompts):
 
 def test_samples_carry_their_own_prompts(backbone):
     cond = backbone.encode(["a photo of a ship", "red"])
-    pool = clean_pool(backbone, cond, backbone.encode([""]), RECIPE, SEEDS)
+    pool = clean_pool(backbone, PROTOCOL, cond, SEEDS)
     drawn = pool.sample(8, torch.Generator().manual_seed(0))
     assert len(drawn) == len(drawn.cond) == 8
     with torch.no_grad():
@@ -276,7 +277,7 @@ def test_a_fresh_student_is_the_teacher(context):
 
 def test_probe_tells_concept_from_neutral_and_has_a_gradient(backbone, context, prompts):
     ctx = context(("cat",))
-    pool = target_pool(backbone, prompts["cat"], prompts["thing"], backbone.encode([""]), RECIPE, SEEDS * 4)
+    pool = target_pool(backbone, PROTOCOL, prompts["cat"], prompts["thing"], SEEDS * 4, **TURN)
     divergence = probe(ctx, ctx.concepts[0], pool)
     with_concept, without = (backbone.to_x0(pool.predictions[:, k], pool.x, pool.tau) for k in (0, 1))
     x0 = with_concept.clone().requires_grad_()

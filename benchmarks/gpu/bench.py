@@ -220,7 +220,7 @@ def measure_sampling(backbone: Any, task: Animals) -> dict[str, Any]:
     prompts = [f"a photo of a {w}" for w in WORDS[:4]]
     encoded = backbone.call_arguments(backbone.encode(prompts), empty=backbone.encode([""]), guidance=protocol.guidance)
     size = {"height": protocol.size, "width": protocol.size, "num_inference_steps": protocol.steps}
-    text = backbone.prompt_arguments(prompts, guidance=protocol.guidance)
+    text = {"prompt": prompts, "guidance_scale": protocol.guidance}
     for name, arguments in {"bare": text, "erasekit": encoded}.items():
         pipe(**arguments, **size | {"num_inference_steps": 2}, output_type="latent")
         with Clock() as clock:

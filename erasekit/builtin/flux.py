@@ -149,13 +149,6 @@ class Flux(PipelineBackbone):
         given |= {"negative_prompt_embeds": none.tokens, "negative_pooled_prompt_embeds": none.pooled}
         return given | {"guidance_scale": 1.0, "true_cfg_scale": guidance}
 
-    def prompt_arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
-        """Arguments of the pipeline's call for prompts that are still text."""
-        given: dict[str, Any] = {"prompt": list(prompts), "max_sequence_length": self._length}
-        if not self._cfg:
-            return given | {"guidance_scale": guidance}
-        return given | {"negative_prompt": [""] * len(prompts), "guidance_scale": 1.0, "true_cfg_scale": guidance}
-
     @property
     def _channels(self) -> int:
         channels: int = self.denoiser.config.in_channels
@@ -163,7 +156,7 @@ class Flux(PipelineBackbone):
 
     def _tokens(self, size: int | None) -> int:
         """Image tokens along a side."""
-        return (self._side(size or self.size) or 0) // 2
+        return self._side(size or self.size) // 2
 
     def _encode(self, prompt: str) -> Conditioning:
         tokens, pooled, _ = self._pipe.encode_prompt(

@@ -127,10 +127,8 @@ class PipelineBackbone:
         Raises:
             EnvironmentProblem: a file is missing, broken or of another kind of model.
         """
-        parts: dict[str, Any] = {} if encoders else dict.fromkeys(self.encoders)
-        if self._held.weights == "whole":
-            return self._from_folder(**parts)
-        return self._from_folder(**parts, **{self.prefix: self._load(self.prefix)})
+        named = (self.prefix, *(self.encoders if encoders else ()))
+        return self._from_folder(**(dict.fromkeys(self.encoders) | {name: self._load(name) for name in named}))
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
@@ -192,7 +190,7 @@ class PipelineBackbone:
         """Free the memory of a part; encoded prompts stay, and the part is loaded again if it is used."""
         for name in {"text_encoders": self.encoders, "vae": ("vae",), "denoiser": (self.prefix,)}[part]:
             dropped = self._parts.pop(name, None)
-            if dropped is not None:
+            if dropped is not None and self._held.weights == "whole":  # others may not be moved; they go when nobody holds them
                 dropped.to("meta")
             if part == "text_encoders":
                 setattr(self._pipe, name, None)
@@ -203,11 +201,11 @@ class PipelineBackbone:
         """One prompt, encoded."""
         raise NotImplementedError
 
-    def _side(self, size: int | None) -> int | None:
+    def _side(self, size: int) -> int:
         """The side of the latents of a picture of `size` pixels."""
         config = json.loads((self._folder / "vae" / "config.json").read_text())
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
-        return None if size is None else size // 2 ** (len(blocks) - 1)
+        return size // int(2 ** (len(blocks) - 1))
 
     def _tokenized(self, prompt: str, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
         """`ids` (1, length) as `encode_prompt` pads them, and `lengths` (1,), how many of them are no pads."""
@@ -274,14 +272,14 @@ class PipelineBackbone:
         return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
 
     def _from_folder(self, **parts: Any) -> Any:
-        """A pipeline from the folder, without those parts that are given as None."""
+        """A pipeline from the folder, with the parts that are given instead of its own, None for leaving one out."""
         try:
             with quiet():
                 pipe = self.pipeline_class.from_pretrained(
                     self._folder, dtype=self.dtype, use_safetensors=True, **dict.fromkeys(self.unused), **parts
                 )
-            if self._held.weights == "whole":
-                pipe.to(self.device)
+            if getattr(pipe, "vae", None) is not None:
+                pipe.vae.to(self.device)
         except _LOADING as error:
             raise self._unloadable(error) from error
         pipe.set_progress_bar_config(disable=True)

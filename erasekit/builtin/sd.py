@@ -68,7 +68,7 @@ class StableDiffusion(PipelineBackbone):
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
         """Initial noise (n, 4, h, w), the same as the pipeline draws for CPU generators with these seeds."""
         config = self.denoiser.config
-        side = self._side(size) or config.sample_size
+        side = config.sample_size if size is None else self._side(size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (len(seeds), config.in_channels, side, side)
         noise: torch.Tensor = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
@@ -104,10 +104,6 @@ class StableDiffusion(PipelineBackbone):
             "negative_prompt_embeds": empty.repeat(len(cond)).tokens,
             "guidance_scale": guidance,
         }
-
-    def prompt_arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
-        """Arguments of the pipeline's call for prompts that are still text."""
-        return {"prompt": list(prompts), "guidance_scale": guidance}
 
     @property
     def _tokenizer(self) -> tuple[Any, int]:

@@ -39,7 +39,9 @@ def command(
     config = settings_of(kind.Config, parse_overrides(settings or ()).get("backbone", {}), "backbone.")
     loaded = kind.load(config)
     saved = Erasure.load(erasure, loaded)
-    content = certify(loaded, saved, found() if isinstance(found, type) else found)
+    wanted = found() if isinstance(found, type) else found
+    protocol = wanted.protocol.model_copy(update=dict(kind.sampling))
+    content = certify(loaded, saved, wanted, protocol)
     if as_json:
         typer.echo(json.dumps(content, indent=1))
     else:

@@ -16,9 +16,10 @@ from erasekit.deltas import Deltas, LowRank, scale
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import Method, RunContext
+from erasekit.sites import concept_prompts
 from erasekit.training import Losses, TrainingConfig, train
+from erasekit.trajectories import Pool, base_pool, with_guidance
 from erasekit_ant import maths
-from erasekit_ant.pool import Pool, draw
 from erasekit_ant.student import MaskedWeights
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
@@ -101,12 +102,11 @@ class Ant(Method):
             UsageError: none of the sampler's steps is late.
         """
         config, generator = self.config, ctx.generator(f"ant/pool/{concept.name}")
-        mine = [p.text for p in ctx.prompts("erase") if p.concept == concept.name]
-        prompts = list(dict.fromkeys([*concept.prompts(), *mine]))
+        prompts = concept_prompts(concept, ctx.prompts("erase"))
         seeds = torch.randint(2**31, (config.trajectories,), generator=generator).tolist()
         rows = torch.randint(len(prompts), (len(seeds),), generator=generator).tolist()
         cond = ctx.backbone.encode([prompts[row] for row in rows])
-        pool = draw(ctx, cond, guidance=ctx.protocol.guidance if config.guidance is None else config.guidance, seeds=seeds)
+        pool = base_pool(ctx.backbone, with_guidance(ctx, config.guidance), cond, seeds)
         if not maths.late(pool.tau, config.tau0).any():
             raise UsageError(f"None of {ctx.protocol.steps} sampling steps is at tau >= {config.tau0}: lower 'method.tau0'.")
         return pool
@@ -124,11 +124,12 @@ class Ant(Method):
             out = {}
             for name, pool, weight in zip(("late", "early"), ends[batch % len(ends)], (1.0, config.early_weight), strict=True):
                 points = pool.sample(config.batch, generator)
-                cond = concatenate([points.cond[points.row], nothing.repeat(config.batch)])
+                cond = concatenate([points.cond, nothing.repeat(config.batch)])
                 concept, empty = predict(torch.cat([points.x] * 2), torch.cat([points.tau] * 2), cond).chunk(2)
-                wanted = maths.target(points.concept, points.empty, points.tau, tau0=config.tau0, eta=config.eta)
+                base_empty, base_concept = points.predictions.unbind(1)
+                wanted = maths.target(base_concept, base_empty, points.tau, tau0=config.tau0, eta=config.eta)
                 out[name] = weight * _error(concept, wanted)
-                out[f"{name}_unconditional"] = weight * config.unconditional_weight * _error(empty, points.empty)
+                out[f"{name}_unconditional"] = weight * config.unconditional_weight * _error(empty, base_empty)
             return out
 
         return losses
@@ -179,7 +180,7 @@ class Ant(Method):
             generator = ctx.generator(f"ant/fusion/{i}")
             points = pool.sample(self.config.fusion_points, generator)
             others = torch.randint(len(kept), (len(points.x),), generator=generator)
-            own.append(_moments(ctx, loras[0], points, pool.cond[points.row]))
+            own.append(_moments(ctx, loras[0], points, points.cond))
             preserve.append(_moments(ctx, loras[0], points, kept[others]))
         fused: list[Deltas] = [{} for _ in loras]
         for name in loras[0]:

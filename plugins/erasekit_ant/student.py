@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from erasekit.backbone import Conditioning
 from erasekit.deltas import Deltas, Dense
+from erasekit.exchange import Exchanged
 from erasekit.method import RunContext
 
 
-class MaskedWeights(nn.Module):
+class MaskedWeights:
     """The denoiser with `weight + mask * change` in some linear layers, which stand there only while it predicts.
 
     Attributes:
@@ -23,25 +23,16 @@ class MaskedWeights(nn.Module):
 
     def __init__(self, ctx: RunContext) -> None:
         """Start with all linear layers, none of them changed."""
-        super().__init__()
-        self.denoiser, self._predict = ctx.backbone.denoiser, ctx.predict
-        linear = {name: m.weight.detach() for name, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)}
-        self._base = linear
-        self.change = {name: torch.zeros_like(w, dtype=torch.float32).requires_grad_() for name, w in linear.items()}
+        self._exchanged = Exchanged(ctx)
+        modules = ctx.backbone.denoiser.named_modules()
+        self._base = {name: m.weight.detach() for name, m in modules if isinstance(m, nn.Linear)}
+        self.change = {name: torch.zeros_like(w, dtype=torch.float32).requires_grad_() for name, w in self._base.items()}
         self.mask: Mapping[str, torch.Tensor] = {}
-
-    def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The context's prediction, whatever tensors the denoiser holds."""
-        return self._predict(x, tau, cond)
 
     def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The prediction of the changed denoiser."""
-        exchanged = {
-            f"denoiser.{name}.weight": (self._base[name].float() + self._own(name)).to(self._base[name].dtype)
-            for name in self.change
-        }
-        prediction: torch.Tensor = functional_call(self, exchanged, (x, tau, cond))
-        return prediction
+        weights = {name: self._base[name].float() + self._own(name) for name in self.change}
+        return self._exchanged.predict(weights, x, tau, cond)
 
     def deltas(self) -> Deltas:
         """What has been added to the weights by now, on the CPU."""

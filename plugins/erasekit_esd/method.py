@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,8 +13,10 @@ from pydantic import Field
 from erasekit.concepts import Concept
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
+from erasekit.sites import concept_prompts
 from erasekit.training import Losses, TrainingConfig, train
-from erasekit_esd.pool import Pool, draw
+from erasekit.trajectories import Pool, base_pool, with_guidance
+from erasekit_esd.guidance import negative_guidance
 from erasekit_esd.student import Student, full, lora, modules
 
 
@@ -75,22 +78,17 @@ class Esd(Method):
         return "u" if any(concept.kind in ("object", "nsfw") for concept in concepts) else "x"
 
     def pool(self, ctx: RunContext, concept: Concept) -> Pool:
-        """Trajectories of the base under random training prompts of a concept."""
+        """Trajectories of the base under random training prompts of a concept; `predictions` holds the targets."""
         config, generator = self.config, ctx.generator(f"esd/pool/{concept.name}")
-        mine = [p.text for p in ctx.prompts("erase") if p.concept == concept.name]
-        prompts = list(dict.fromkeys([*concept.prompts(), *mine]))
+        prompts = concept_prompts(concept, ctx.prompts("erase"))
         seeds = torch.randint(2**31, (config.trajectories,), generator=generator).tolist()
         rows = torch.randint(len(prompts), (len(seeds),), generator=generator).tolist()
         drawn = [prompts[row] for row in rows]
-        anchors = [concept.neutralise(prompt) for prompt in drawn]
-        return draw(
-            ctx,
-            ctx.backbone.encode(drawn),
-            ctx.backbone.encode(anchors) if config.anchor == "neutral" else None,
-            eta=config.eta,
-            guidance=ctx.protocol.guidance if config.guidance is None else config.guidance,
-            seeds=seeds,
-        )
+        cond = ctx.backbone.encode(drawn)
+        anchors = [ctx.backbone.encode([concept.neutralise(p) for p in drawn])] if config.anchor == "neutral" else []
+        pool = base_pool(ctx.backbone, with_guidance(ctx, config.guidance), cond, seeds, anchors)
+        none, full, anchor = (pool.predictions[:, k] for k in (0, 1, 2 if anchors else 0))
+        return replace(pool, predictions=negative_guidance(anchor, full, none, config.eta)[:, None])
 
     def losses(self, student: Student, pools: Sequence[Pool]) -> Any:
         """The loss of a step as `train` asks for it: |f_student(x, tau, c) - target|^2; concepts take turns."""
@@ -98,6 +96,6 @@ class Esd(Method):
         def losses(batch: int, generator: torch.Generator) -> Losses:
             points = pools[batch % len(pools)].sample(self.config.batch, generator)
             prediction = student.predict(points.x, points.tau, points.cond)
-            return {"erase": (prediction.float() - points.target.float()).square().mean()}
+            return {"erase": (prediction.float() - points.predictions[:, 0].float()).square().mean()}
 
         return losses

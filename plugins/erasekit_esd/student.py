@@ -6,15 +6,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from erasekit.adapters import AdapterBank
 from erasekit.backbone import Backbone, Conditioning
 from erasekit.deltas import Deltas, Dense
 from erasekit.errors import UsageError
+from erasekit.exchange import Exchanged
 from erasekit.method import RunContext
 
 # What counts as the layers that read text: in a UNet the cross-attentions, in a transformer that attends to text and picture
@@ -53,32 +54,16 @@ def modules(backbone: Backbone, variant: str) -> list[str]:
     return names
 
 
-class _View(nn.Module):
-    """The denoiser behind the context's `predict`, so that `functional_call` can exchange its tensors for one call."""
-
-    def __init__(self, ctx: RunContext) -> None:
-        super().__init__()
-        self.denoiser, self.predict = ctx.backbone.denoiser, ctx.predict
-
-    def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        return self.predict(x, tau, cond)
-
-
 def full(ctx: RunContext, names: Sequence[str]) -> Student:
     """A student with whole weights of its own in some layers; they take the base's place only while it predicts."""
-    view = _View(ctx)
+    exchanged = Exchanged(ctx)
     base = {name: ctx.backbone.weight(name) for name in names}
     own = {name: weight.float().clone().requires_grad_() for name, weight in base.items()}
-
-    def predict(x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        exchanged = {f"denoiser.{name}.weight": weight.to(base[name].dtype) for name, weight in own.items()}
-        prediction: torch.Tensor = functional_call(view, exchanged, (x, tau, cond))
-        return prediction
 
     def deltas() -> Deltas:
         return {name: Dense((weight.detach() - base[name].float()).cpu()) for name, weight in own.items()}
 
-    return Student(predict, list(own.values()), deltas)
+    return Student(partial(exchanged.predict, own), list(own.values()), deltas)
 
 
 @contextmanager

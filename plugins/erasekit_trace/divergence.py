@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from erasekit.concepts import Concept
 from erasekit.errors import EnvironmentProblem
 from erasekit.method import RunContext
-from erasekit_trace.pool import Pool
+from erasekit.trajectories import Pool
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PROBE_STEPS = 150

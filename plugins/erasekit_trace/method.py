@@ -22,8 +22,9 @@ from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.sites import concept_prompts, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
+from erasekit.trajectories import Pool
 from erasekit_trace import losses
-from erasekit_trace.pool import Pool, Recipe, clean_pool, pair_pool, target_pool
+from erasekit_trace.pool import clean_pool, pair_pool, target_pool
 from erasekit_trace.slots import Adapter, Embeddings
 
 ETAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0)
@@ -69,6 +70,9 @@ class Trace(Method):
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3},
+        # Estimates of what a GPU of 24 GB holds, not measured yet.
+        **{name: {"batch": 4} for name in ("sd15", "sd14")},
+        **{name: {"batch": 1, "trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"refine": "eq1", "window": "late", "bank": "per-concept", "integration": "pairs", "steps": 1000, "batch": 4},
@@ -156,24 +160,20 @@ class Trace(Method):
             finally:
                 bank.remove()
 
-    def _recipe(self, ctx: RunContext) -> Recipe:
-        protocol = ctx.protocol
-        turn = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
-        return Recipe(protocol.steps, protocol.guidance, protocol.size, turn, self.config.eta_neg)
-
     def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
         prompts = concept_prompts(concept, ctx.prompts("erase"))
         encode = ctx.backbone.encode
         seeds = _seeds(ctx, f"trace/concept/{concept.name}", self.config.trajectories)
         neutral = encode([concept.neutralise(p) for p in prompts])
-        return target_pool(ctx.backbone, encode(prompts), neutral, encode([""]), self._recipe(ctx), seeds)
+        tau0 = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
+        turn = {"tau0": tau0, "eta_neg": self.config.eta_neg}
+        return target_pool(ctx.backbone, ctx.protocol, encode(prompts), neutral, seeds, **turn)
 
     def _clean_pool(self, ctx: RunContext) -> Pool:
         n = self.config.clean_trajectories
         kept, seen = ([p.text for p in ctx.prompts(which)] for which in ("preserve", "captions"))
         texts = [p for pair in zip(itertools.cycle(kept or seen), seen, strict=False) for p in pair][:n]
-        encode = ctx.backbone.encode
-        return clean_pool(ctx.backbone, encode(texts), encode([""]), self._recipe(ctx), _seeds(ctx, "trace/clean", n))
+        return clean_pool(ctx.backbone, ctx.protocol, ctx.backbone.encode(texts), _seeds(ctx, "trace/clean", n))
 
     def _pair_pools(self, ctx: RunContext) -> dict[tuple[int, int], Pool]:
         """For every two concepts, trajectories of prompts that hold both."""
@@ -185,7 +185,7 @@ class Trace(Method):
             neutral = [_neutralised(ctx, text) for text in both]
             prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
             seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", max(2, self.config.trajectories // 8))
-            pools[i, j] = pair_pool(ctx.backbone, prompts, encode(neutral), encode([""]), self._recipe(ctx), seeds)
+            pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, encode(neutral), seeds)
         return pools
 
 
@@ -269,16 +269,16 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     much of f(c_s) - f(neutral) is left along that direction. Drift: how far f'(q) has moved for preserved q, in units of
     |f(q) - f(0)|. Guidance multiplies each by its scale; what is as large as the concept itself counts as 1.
     """
-    encode, protocol = ctx.backbone.encode, ctx.protocol
-    recipe = Recipe(max(4, protocol.steps // 3), protocol.guidance, protocol.size)
+    encode = ctx.backbone.encode
+    protocol = ctx.protocol.model_copy(update={"steps": max(4, ctx.protocol.steps // 3)})
     erase, synonyms = (ctx.prompts(which, "validation")[:24] for which in ("erase", "synonyms"))
     keep = [p.text for p in ctx.prompts("preserve", "validation")][:24]
     neutral_of = {concept.name: concept.neutral for concept in ctx.concepts}
     neutral = [_neutralised(ctx, p.text) for p in erase] + [neutral_of[p.concept] for p in synonyms]
     prompts, empty = [*erase, *synonyms], encode([""])
     concept = encode([p.text for p in prompts])
-    pool = target_pool(ctx.backbone, concept, encode(neutral), empty, recipe, [p.seed for p in prompts])
-    kept = clean_pool(ctx.backbone, encode(keep), empty, recipe, _seeds(ctx, "trace/eta", len(keep)))
+    pool = target_pool(ctx.backbone, protocol, concept, encode(neutral), [p.seed for p in prompts])
+    kept = clean_pool(ctx.backbone, protocol, encode(keep), _seeds(ctx, "trace/eta", len(keep)))
     with_concept, without = pool.predictions[:, 0], pool.predictions[:, 1]
     named = pool.row < len(erase)
     span = (with_concept - without)[named].square().mean()

@@ -1,0 +1,34 @@
+"""A denoiser with other weights for the length of a call: the student's stand in for the base's, and one model is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from erasekit.backbone import Conditioning
+from erasekit.method import RunContext
+
+
+class Exchanged(nn.Module):
+    """The context's `predict`, with weights of some linear layers exchanged."""
+
+    def __init__(self, ctx: RunContext) -> None:
+        """Of the context's denoiser, which is never written to."""
+        super().__init__()
+        self.denoiser, self._predict = ctx.backbone.denoiser, ctx.predict
+
+    def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The context's prediction, whatever tensors the denoiser holds."""
+        return self._predict(x, tau, cond)
+
+    def predict(
+        self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, tau: torch.Tensor, cond: Conditioning
+    ) -> torch.Tensor:
+        """The prediction with `weights` {layer: (out, in), any float type} in place; differentiable in them."""
+        own = dict(self.denoiser.named_parameters())
+        exchanged = {f"denoiser.{name}.weight": w.to(own[f"{name}.weight"].dtype) for name, w in weights.items()}
+        prediction: torch.Tensor = functional_call(self, exchanged, (x, tau, cond))
+        return prediction

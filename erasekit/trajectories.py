@@ -1,0 +1,118 @@
+"""The base's own trajectories, drawn once and reused: it does not change while a student trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from erasekit.backbone import Backbone, Conditioning, concatenate
+from erasekit.method import RunContext
+from erasekit.tasks import Protocol
+
+# (x, tau, row) -> (what the sampler follows, predictions (b, k, ...) to keep)
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Points of trajectories with predictions there; all tensors have n rows.
+
+    Attributes:
+        x: latents.
+        tau: progress, on the CPU as `row` is, and in double: half precision would shift timesteps.
+        cond: the prompts, one row each; `row` says which one a point belongs to.
+        row: index into `cond`.
+        predictions: (n, k, ...), in the order they were asked for.
+    """
+
+    x: torch.Tensor
+    tau: torch.Tensor
+    cond: Conditioning
+    row: torch.Tensor
+    predictions: torch.Tensor
+
+    def __len__(self) -> int:
+        """The number of points."""
+        return len(self.x)
+
+    def at(self, index: torch.Tensor) -> Pool:
+        """The points at an index or under a mask."""
+        points = {name: getattr(self, name)[index] for name in ("x", "tau", "row", "predictions")}
+        return replace(self, **points)
+
+    def sample(self, n: int, generator: torch.Generator, weight: torch.Tensor | None = None) -> Pool:
+        """`n` random points (drawn where `weight` is positive), each with its own row of `cond`."""
+        candidates = torch.arange(len(self)) if weight is None else (weight > 0).nonzero().flatten()
+        drawn = self.at(candidates[torch.randint(len(candidates), (n,), generator=generator)])
+        return replace(drawn, cond=self.cond[drawn.row], row=torch.arange(n))
+
+
+def follow(
+    backbone: Backbone, protocol: Protocol, cond: Conditioning, rows: torch.Tensor, seeds: Sequence[int], step: Step
+) -> Pool:
+    """All points of a trajectory per seed, under the protocol's steps; `step` says where each goes on.
+
+    Args:
+        backbone: whose denoiser draws.
+        protocol: steps, size, and how many trajectories are drawn at once.
+        cond: the pool's prompts.
+        rows: which of them each seed belongs to, (seeds,).
+        seeds: of the noise.
+        step: called with latents, progress and rows of a batch.
+    """
+    schedule = backbone.schedule(protocol.steps, protocol.size)
+    points: list[tuple[torch.Tensor, ...]] = []
+    for chunk in torch.arange(len(seeds)).split(protocol.batch):
+        x = backbone.latents([seeds[i] for i in chunk], protocol.size)
+        for k in range(len(schedule)):
+            tau = schedule.tau[k].expand(len(x))
+            direction, predictions = step(x, tau, rows[chunk])
+            points.append((x, tau, rows[chunk], predictions))
+            x = backbone.step(direction, x, k, schedule)
+    x, tau, row, predictions = (torch.cat(column) for column in zip(*points, strict=True))
+    return Pool(x, tau, cond, row, predictions)
+
+
+@torch.no_grad()
+def base_pool(
+    backbone: Backbone,
+    protocol: Protocol,
+    cond: Conditioning,
+    seeds: Sequence[int],
+    others: Sequence[Conditioning] = (),
+) -> Pool:
+    """Guided trajectories under the prompts of `cond`, used in turn; `predictions` holds f(0), f(c) and those of `others`.
+
+    Each of `others` has a prompt for each of `cond`.
+    """
+    empty = backbone.encode([""])
+
+    def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        conds = [empty.repeat(len(x)), *(each[row] for each in (cond, *others))]
+        found = predict_each(backbone, protocol, x, tau, conds)
+        return steer(backbone, protocol, found[0], found[1]), torch.stack(found, 1)
+
+    return follow(backbone, protocol, cond, torch.arange(len(seeds)) % len(cond), seeds, step)
+
+
+def predict_each(
+    backbone: Backbone, protocol: Protocol, x: torch.Tensor, tau: torch.Tensor, conds: Sequence[Conditioning]
+) -> tuple[torch.Tensor, ...]:
+    """Predictions at the same points under several prompts, in one batch."""
+    n = len(conds)
+    together = backbone.predict(torch.cat([x] * n), torch.cat([tau] * n), concatenate(conds), guidance=protocol.guidance)
+    return together.chunk(n)
+
+
+def steer(backbone: Backbone, protocol: Protocol, none: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """What the sampler follows; a model with embedded guidance has guided its prediction already."""
+    return prediction if backbone.embedded_guidance else none + protocol.guidance * (prediction - none)
+
+
+def with_guidance(ctx: RunContext, guidance: float | None) -> Protocol:
+    """The run's protocol at another scale of classifier-free guidance; what a model is told stays what sampling tells it."""
+    if guidance is None or ctx.backbone.embedded_guidance:
+        return ctx.protocol
+    return ctx.protocol.model_copy(update={"guidance": guidance})
