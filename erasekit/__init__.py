@@ -30,6 +30,7 @@ _PUBLIC = {
     "Protocol": "erasekit.tasks",
     "Evaluator": "erasekit.evaluators",
     "Erasure": "erasekit.erasure",
+    "load_into": "erasekit.erasure",
 }
 
 __all__ = ["__version__", "hookimpl", *_PUBLIC]

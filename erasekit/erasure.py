@@ -1,4 +1,7 @@
-"""An erasure in memory and on disk: one small LoRA file per concept that loads in plain diffusers."""
+"""An erasure in memory and on disk: one small LoRA file per concept that loads in plain diffusers.
+
+An erasure that acts at sampling time has no such files, but the prompts and settings that it steers by.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +29,7 @@ from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unkno
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone
+    from erasekit.guidance import Guidance
     from erasekit.method import RunContext
 
 SCHEMA_VERSION = 1
@@ -43,9 +47,11 @@ class Erasure:
         concepts: what was erased.
         backbone: the registered name of the base.
         prefix: the denoiser's name in the pipeline.
-        base: `repo`, `revision` and `sha256` of the base's layers that it touches (see `Backbone.fingerprint`).
+        base: `repo`, `revision` and `sha256` of the base's layers that it touches (see `Backbone.fingerprint`), or of
+            those that it names as `modules`.
         deltas: {concept: {part: deltas}}. A part is what can be loaded on its own, e.g. "refine" and "adapter"; an
             adapter that several concepts share stands under a name of its own.
+        guidance: what steers sampling in place of changed weights; then there are no deltas.
     """
 
     method: str
@@ -55,21 +61,41 @@ class Erasure:
     prefix: str
     base: Mapping[str, Any]
     deltas: Mapping[str, Mapping[str, Deltas]]
+    guidance: Guidance | None = None
+
+    @property
+    def kind(self) -> Literal["weights", "guidance"]:
+        """Whether it changes weights, or only how pictures are drawn."""
+        return "weights" if self.guidance is None else "guidance"
 
     @classmethod
     def of(
-        cls, ctx: RunContext, *, method: str, config: Mapping[str, Any], deltas: Mapping[str, Mapping[str, Deltas]]
+        cls,
+        ctx: RunContext,
+        *,
+        method: str,
+        config: Mapping[str, Any],
+        deltas: Mapping[str, Mapping[str, Deltas]] | None = None,
+        guidance: Guidance | None = None,
     ) -> Erasure:
-        """The erasure of `ctx.concepts` from `ctx.backbone`."""
-        backbone = ctx.backbone
+        """The erasure of `ctx.concepts` from `ctx.backbone`, by deltas of its weights or by guidance."""
+        backbone, deltas = ctx.backbone, deltas or {}
+        # Guidance changes no layer; its prompts belong to models whose text sites are the same.
+        modules = [site.name for site in backbone.text_sites()] if guidance else _modules(deltas)
         return cls(
             method=method,
             config=config,
             concepts=ctx.concepts,
             backbone=backbone.name,
             prefix=backbone.prefix,
-            base={"repo": backbone.source, "revision": backbone.revision, "sha256": backbone.fingerprint(_modules(deltas))},
+            base={
+                "repo": backbone.source,
+                "revision": backbone.revision,
+                "sha256": backbone.fingerprint(modules),
+                "modules": modules,
+            },
             deltas=deltas,
+            guidance=guidance,
         )
 
     def total(self) -> Deltas:
@@ -91,7 +117,7 @@ class Erasure:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
-            files, parts = self._write_tensors(temporary)
+            files, parts = (self.guidance.write(temporary), {}) if self.guidance else self._write_tensors(temporary)
             manifest = json.dumps(self._manifest(files, parts), indent=1, ensure_ascii=False)
             (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
             _replace(folder, temporary)
@@ -113,6 +139,11 @@ class Erasure:
         manifest = read_manifest(folder, base)
         for name in manifest["files"]:
             _check(folder, manifest, name)
+        guidance = None
+        if manifest.get("kind") == "guidance":
+            from erasekit.guidance import Guidance
+
+            guidance = Guidance.read(folder)
         deltas = {
             entry: {part: _read_deltas(folder / file, manifest["denoiser"]) for part, file in parts.items()}
             for entry, parts in manifest["parts"].items()
@@ -123,8 +154,9 @@ class Erasure:
             concepts=tuple(Concept.model_validate(c) for c in manifest["concepts"]),
             backbone=manifest["backbone"],
             prefix=manifest["denoiser"],
-            base={key: manifest["base"][key] for key in ("repo", "revision", "sha256")},
+            base=manifest["base"],
             deltas=deltas,
+            guidance=guidance,
         )
 
     def _write_tensors(self, folder: Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
@@ -145,7 +177,8 @@ class Erasure:
         config = json.loads(json.dumps(self.config, default=str))
         return {
             "schema_version": SCHEMA_VERSION,
-            "base": dict(self.base) | {"modules": _modules(self.deltas)},
+            "kind": self.kind,
+            "base": {"modules": _modules(self.deltas)} | dict(self.base),
             "backbone": self.backbone,
             "denoiser": self.prefix,
             "method": self.method,
@@ -216,24 +249,31 @@ def _fits(base: Backbone, made_for: Mapping[str, Any]) -> bool:
         return False
 
 
-def load_into(pipe: Any, folder: Path, concepts: Sequence[str] | None = None, *, base: Backbone | None = None) -> list[str]:
-    """Load an erasure into a diffusers pipeline with the pipeline's own `load_lora_weights`.
+def load_into(
+    pipe: Any, folder: Path | str, concepts: Sequence[str] | None = None, *, base: Backbone | None = None
+) -> list[str]:
+    """Load an erasure into a diffusers pipeline: with the pipeline's own `load_lora_weights`, or as a hook on its denoiser.
 
     Args:
         pipe: the pipeline of the erasure's base.
         folder: the erasure.
         concepts: load these, an adapter each; all of them as one adapter (`all`) if left out.
-        base: refuse an erasure of another one.
+        base: refuse an erasure of another one; says whether a pipeline of its kind is called with true guidance.
 
     Returns:
-        The adapters' names, all active, for `pipe.set_adapters`.
+        The adapters' names, all active, for `pipe.set_adapters`; none of an erasure that changes no weights, which
+        `erasekit.guidance.detach` takes out again.
 
     Raises:
         UsageError: see `read_manifest`; or the erasure has no such concept, or the pipeline's projections are fused.
         EnvironmentProblem: a file is missing or damaged.
         ErasekitError: diffusers did not load every tensor.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder, base)
+    if manifest.get("kind") == "guidance":
+        _load_guidance(pipe, folder, manifest, concepts, base)
+        return []
     stems = file_stems(list(manifest["parts"]))
     for concept in concepts or ():
         if concept not in stems:
@@ -249,6 +289,22 @@ def load_into(pipe: Any, folder: Path, concepts: Sequence[str] | None = None, *,
     if names:
         pipe.set_adapters(names)
     return names
+
+
+def _load_guidance(
+    pipe: Any, folder: Path, manifest: Mapping[str, Any], concepts: Sequence[str] | None, base: Backbone | None
+) -> None:
+    """Attach the scheme of an erasure that changes no weights."""
+    from erasekit.guidance import Guidance, attach
+    from erasekit.plugins import default
+
+    if concepts is not None:
+        raise UsageError(f"'{folder}' steers away from all its concepts in one: it has no parts. Load it whole.")
+    for name in manifest["files"]:
+        _check(folder, manifest, name)
+    guidance = Guidance.read(folder)
+    scheme = default().components.get("guidance", guidance.scheme)(guidance.settings)
+    attach(pipe, guidance, scheme, embedded=base is None or base.embedded_guidance)
 
 
 def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, Any], name: str) -> None:

@@ -10,6 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from erasekit.results import RunResult, meaning, number
 
+REMOVABLE = (
+    "No weight is changed: this erasure acts only while pictures are drawn by a pipeline that has loaded it. Whoever leaves it "
+    "out has the base model, concept and all."
+)
 NOT_PROMISED = (
     "The numbers hold for the prompts, seeds, sampler and evaluators that are named with them, and for no others.",
     "An erased concept is hard to reach, not impossible: optimised prompts, learned embeddings, image prompts or a little "
@@ -33,7 +37,7 @@ def templates() -> Environment:
 
 
 def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
-    """The lines of Python that load an erasure in plain diffusers.
+    """The lines of Python that load an erasure: in plain diffusers, unless it acts while pictures are drawn.
 
     Args:
         record: the content of erasure.json.
@@ -41,10 +45,13 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
     """
     base = record["base"]["repo"]
     where = "" if "/" in base else "  # the folder of the base model"
+    imports, load = "", f'pipe.load_lora_weights("{folder}", weight_name="all.safetensors", adapter_name="erased")\n'
+    if record.get("kind") == "guidance":
+        imports, load = "from erasekit import load_into\n", f'load_into(pipe, "{folder}")\n'
     return (
-        "from diffusers import DiffusionPipeline\n\n"
+        f"from diffusers import DiffusionPipeline\n{imports}\n"
         f'pipe = DiffusionPipeline.from_pretrained("{base}"){where}\n'
-        f'pipe.load_lora_weights("{folder}", weight_name="all.safetensors", adapter_name="erased")\n'
+        f"{load}"
         'picture = pipe("a photo of a dog").images[0]\n'
     )
 
@@ -66,6 +73,7 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
             result=result,
             load=load_lines(record, "."),
             limits=NOT_PROMISED,
+            removable=REMOVABLE if record.get("kind") == "guidance" else "",
             meaning=meaning,
             number=number,
             cell=_cell,

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from erasekit.atomic import replacing
-from erasekit.modelcard import NOT_PROMISED, load_lines, templates
+from erasekit.modelcard import NOT_PROMISED, REMOVABLE, load_lines, templates
 from erasekit.results import Metric, meaning, number, read_result, read_scores
 from erasekit.sampling import PIL_ERRORS
 from erasekit.tasks import Task
@@ -75,6 +75,7 @@ def _content(directory: Path) -> dict[str, Any]:
         "config": _text(directory / "config.toml"),
         "environment": _json(directory / "env.json"),
         "load": load_lines(record) if record else "",
+        "removable": REMOVABLE if record.get("kind") == "guidance" else "",
         "limits": NOT_PROMISED,
     }
 

@@ -257,10 +257,10 @@ def compute(
 
 
 def write_certificate(plan: Plan, backbone: Backbone, directory: RunDirectory) -> None:
-    """Write certificate.json: what the theory says of the erasure, measured on its weights."""
-    path = directory.path / "certificate.json"
-    if not path.is_file():
-        write_json(path, certify(backbone, Erasure.load(directory.path / "erasure"), plan.task, plan.protocol))
+    """Write certificate.json: what the theory says of the erasure, measured on its weights, if it changes any."""
+    path, erasure = directory.path / "certificate.json", Erasure.load(directory.path / "erasure")
+    if erasure.kind == "weights" and not path.is_file():
+        write_json(path, certify(backbone, erasure, plan.task, plan.protocol))
 
 
 def erased_images(

@@ -150,7 +150,8 @@ def test_every_layer_is_loaded_with_scale_one(backbone, erasure, tmp_path):
 def test_reading_gives_back_what_was_saved(backbone, erasure, tmp_path):
     erasure.save(tmp_path / "e")
     again = Erasure.load(tmp_path / "e", backbone)
-    assert replace(again, deltas={}) == replace(erasure, deltas={}, config={"rank": 2, "words": ["a", "b"]})
+    base = dict(erasure.base) | {"modules": sorted(backbone.lora_targets("attention"))}
+    assert replace(again, deltas={}) == replace(erasure, deltas={}, base=base, config={"rank": 2, "words": ["a", "b"]})
     assert [list(p) for p in again.deltas.values()] == [["refine", "adapter"], ["refine"]]
     for concept, parts in erasure.deltas.items():
         for part, deltas in parts.items():

@@ -39,13 +39,18 @@ def command(
     config = settings_of(kind.Config, parse_overrides(settings or ()).get("backbone", {}), "backbone.")
     loaded = kind.load(config)
     saved = Erasure.load(erasure, loaded)
+    title = f"{', '.join(c.name for c in saved.concepts)}: every file is whole and belongs to '{saved.backbone}'"
+    if saved.kind == "guidance":
+        said = f"{title}; it changes no weights, so there is no certificate"
+        typer.echo(json.dumps({"kind": saved.kind}) if as_json else said)
+        return
     wanted = found() if isinstance(found, type) else found
     protocol = wanted.protocol.model_copy(update=dict(kind.sampling))
     content = certify(loaded, saved, wanted, protocol)
     if as_json:
         typer.echo(json.dumps(content, indent=1))
     else:
-        _show(content, f"{', '.join(c.name for c in saved.concepts)}: every file is whole and belongs to '{saved.backbone}'")
+        _show(content, title)
 
 
 def _show(content: dict[str, Any], title: str) -> None:

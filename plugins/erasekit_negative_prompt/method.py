@@ -1,0 +1,53 @@
+"""The negative prompt as a method: what costs nothing, and whatever erases has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from erasekit.erasure import Erasure
+from erasekit.guidance import Guidance, Step
+from erasekit.method import Method, MethodConfig, RunContext
+
+
+class NegativePromptConfig(MethodConfig):
+    """Settings of the negative prompt."""
+
+    text: str = Field("", description="what is steered away from; left out, the phrases of the concepts")
+    scale: float = Field(
+        2.0,
+        ge=1,
+        description="scale of true guidance where the model's own guidance is embedded (FLUX); elsewhere the protocol's",
+    )
+
+
+class NegativePrompt(Method):
+    """Negative prompting, with all concepts in one text: f(concept) + s (f(c) - f(concept)).
+
+    No weight changes, and whoever leaves it out has the base model.
+    """
+
+    name = "negative-prompt"
+    Config = NegativePromptConfig
+    config: NegativePromptConfig
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        """Encode the text."""
+        text = self.config.text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
+        guidance = Guidance.away_from(text, ctx.backbone, scheme=self.name, settings={}, scale=self.config.scale)
+        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), guidance=guidance)
+
+
+class Scheme:
+    """The concept's prediction in the place of the unconditional one."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """There are no settings."""
+
+    def __call__(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """f(concept) and f(c)."""
+        concept, wanted = step.predict("concept", "wanted")
+        return concept, wanted
