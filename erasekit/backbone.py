@@ -165,6 +165,9 @@ class Backbone(Protocol):
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt`."""
 
+    def vocabulary(self, near: str, n: int) -> list[str]:
+        """The `n` whole words that the text encoder has tokens of their own for and holds nearest to the words of a text."""
+
     def text_sites(self) -> list[Site]:
         """The linear layers through which text enters the denoiser."""
 

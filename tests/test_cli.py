@@ -12,6 +12,7 @@ import time
 import pytest
 
 from erasekit.cli import main
+from erasekit.results import RunResult, write_result
 from tests.conftest import THIRD_PARTY
 
 IMPORTED = """
@@ -135,6 +136,39 @@ def test_dry_run_shows_settings_and_directories_and_loads_nothing(call, names, t
     code, out, _ = call("run", "--dry-run", *names)
     assert "steps between checkpoints" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
+    """Seconds per picture from all runs on the backbone, of the erasing from the method's; a damaged one is passed over."""
+    code, out, _ = call("run", "--dry-run", "--json", *names, "-c", "cat")
+    stages = json.loads(out)["stages"]
+    assert code == 0
+    assert all("time unknown" in stages[stage] for stage in ("base_images", "erase", "sample"))
+    pictures = int(stages["sample"].split()[0])
+    backbone = json.loads(out)["backbone"]
+    for i, (method, seconds, erase) in enumerate([("pull", 20.0, 7.0), ("pull", 40.0, 9.0), ("uce", 30.0, 1.0)]):
+        result = RunResult(
+            method=method,
+            backbone=backbone,
+            task="words",
+            domain="mini",
+            concepts=("cat",),
+            seed=i,
+            config_hash="0",
+            protocol={"steps": int(stages["base_images"].split("pictures, ")[1].split()[0]), "hash": "0"},
+            counts={"images": 20, "scored": 20, "failed": 0, "no_face": 0},
+            metrics={},
+            timings_s={"sample": seconds, "erase": erase},
+            peak_memory_mb=1.0,
+            erasure_sha256="0",
+        )
+        write_result(result, tmp_path / "runs" / backbone / "words" / method / str(i) / "results.json")
+    damaged = tmp_path / "runs" / backbone / "words" / "pull" / "9" / "results.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    stages = json.loads(call("run", "--dry-run", "--json", *names, "-c", "cat")[1])["stages"]
+    assert f"about {pictures * 3} s (as 3 earlier runs here)" in stages["sample"]
+    assert "about 8 s (as 2 earlier runs here)" in stages["erase"]
 
 
 def test_an_out_folder_that_cannot_be_written_to(call, names, tmp_path):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, concatenate
+from erasekit.builtin.shards import read_header, read_tensor
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.memory import VRAM_GB, Holding, vram_gb, weights_gb
 from erasekit.quiet import quiet
@@ -165,6 +166,16 @@ class PipelineBackbone:
         if not prompts:
             return self.encode([""])[:0]
         return concatenate([self._encoded[prompt] for prompt in prompts])
+
+    def vocabulary(self, near: str, n: int) -> list[str]:
+        """The `n` whole words of the CLIP tokenizer that its encoder embeds nearest to the words of a text, nearest first."""
+        tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
+        whole = {token: i for token, i in tokenizer.get_vocab().items() if re.fullmatch("[a-z]{3,}</w>", token)}
+        table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float(), dim=1)
+        own = table[tokenizer(near, add_special_tokens=False).input_ids]
+        nearness = (table[list(whole.values())] @ own.T).amax(1)
+        words = [token.removesuffix("</w>") for token in whole]
+        return [words[i] for i in nearness.argsort(descending=True)[:n].tolist()]
 
     def lora_targets(self, scope: str) -> list[str]:
         """Linear layers of a scope (see `scopes`).
@@ -342,37 +353,6 @@ class PipelineBackbone:
                 f"'{repo}' could not be downloaded ({first_line(error)}). "
                 f"Check the network, or give a local folder: -s backbone.path=FOLDER"
             ) from error
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin.
-
-    Raises:
-        ValueError: the file is cut or is no safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length)) if length < size else {}
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=-1)
-    if 8 + length + end != size:
-        raise ValueError(f"'{path.name}' is cut or damaged.")
-    return header, 8 + length
-
-
-def read_tensor(files: Mapping[str, Path], key: str) -> torch.Tensor:
-    """One tensor from its file, and no other byte: safetensors maps the file whole, which a small machine refuses for FLUX."""
-    header, start = read_header(files[key])
-    entry = header[key]
-    first, last = entry["data_offsets"]
-    with files[key].open("rb") as file:
-        file.seek(start + first)
-        data = bytearray(file.read(last - first))
-    return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def find_device(name: str) -> torch.device:

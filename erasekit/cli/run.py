@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -12,6 +14,7 @@ from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
 from erasekit.config import Plan, RunConfig, build, resolve
+from erasekit.errors import UsageError
 from erasekit.rundir import path_of
 
 
@@ -61,12 +64,13 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
-    pictures = _pictures(plan)
+    pictures, known = _pictures(plan), earlier(out, plan)
+    drawing = _about([pictures * seconds for seconds in known["picture"]])
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
-        "base_images": f"{pictures} pictures, {plan.protocol.steps} steps each; fewer if another run drew them",
-        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps",
-        "sample": f"{pictures} pictures",
+        "base_images": f"{pictures} pictures, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
+        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known['erase'])}",
+        "sample": f"{pictures} pictures{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
     }
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
@@ -81,6 +85,30 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     show(["setting", "value", "meaning"], rows)
     show(["stage", "of each run"], [list(row) for row in stages.items()])
     show(["run", "concepts"], [[path, ", ".join(concepts)] for path, concepts in runs.items()])
+
+
+def earlier(out: Path, plan: Plan) -> dict[str, list[float]]:
+    """Seconds that finished runs under `out` took on the plan's backbone: for a `picture`, and to `erase` by its method."""
+    from erasekit.results import read_result
+
+    together = 1 if plan.separate else len(plan.concepts)
+    found: dict[str, list[float]] = {"picture": [], "erase": []}
+    for path in sorted((out / plan.config.backbone).glob("*/*/*/results.json")):
+        with suppress(UsageError):  # of another version, or cut
+            result = read_result(path)
+            drawn, steps = result.counts["images"] / 2, result.protocol.get("steps")
+            if drawn and steps == plan.protocol.steps and result.timings_s["sample"]:
+                found["picture"].append(result.timings_s["sample"] / drawn)
+            if (result.method, len(result.concepts)) == (plan.config.method, together) and result.timings_s["erase"]:
+                found["erase"].append(result.timings_s["erase"])
+    return found
+
+
+def _about(seconds: list[float]) -> str:
+    """The median of what runs took, in words; nothing is guessed without any."""
+    if not seconds:
+        return ", time unknown (no such run here yet)"
+    return f", about {median(seconds):.0f} s (as {len(seconds)} earlier runs here)"
 
 
 def _pictures(plan: Plan) -> int:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
+from erasekit.near import near_words
 from erasekit.sites import concept_prompts, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit.trajectories import Pool
@@ -36,6 +38,9 @@ class TraceConfig(TrainingConfig):
     steps: int = Field(120, ge=0, description="training steps; 0 leaves stage 2 out")
     refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
     eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
+    near_words: int = Field(
+        16, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
+    )
     ridge: float = Field(0.3, ge=0, description="ridge of the closed form, relative to the size of its system")
     preserve_scale: float = Field(10.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
@@ -75,9 +80,18 @@ class Trace(Method):
         **{name: {"batch": 1, "trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"refine": "eq1", "window": "late", "bank": "per-concept", "integration": "pairs", "steps": 1000, "batch": 4},
+        "paper": {
+            "refine": "eq1",
+            "near_words": 0,
+            "window": "late",
+            "bank": "per-concept",
+            "integration": "pairs",
+            "steps": 1000,
+            "batch": 4,
+        },
     }
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "without near words": {"near_words": 0},
         "without refinement": {"refine": "none"},
         "without trajectory constraint": {"window": "full"},
         "without separate LoRAs": {"bank": "shared"},
@@ -88,6 +102,7 @@ class Trace(Method):
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Stage 1 in closed form, stage 2 by training; each concept's parts are kept apart."""
+        ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
         refined = self.refine(ctx)
         adapters = self.finetune(ctx, refined) if self.config.steps else {}
         deltas: dict[str, dict[str, Deltas]] = {}
@@ -96,6 +111,13 @@ class Trace(Method):
         for name, delta in adapters.items():
             deltas.setdefault(name, {})["adapter"] = delta
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+
+    def _widened(self, ctx: RunContext, concept: Concept) -> Concept:
+        """A concept with the other words for it that the text encoder names; proper names have none."""
+        if concept.kind in ("identity", "style"):
+            return concept
+        words = near_words(ctx.backbone, concept, self.config.near_words)
+        return concept.model_copy(update={"phrases": (*concept.phrases, *words)})
 
     # Stage 1
 

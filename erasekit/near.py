@@ -1,0 +1,50 @@
+"""Other words for a concept, named by the model's own text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import normalize
+
+from erasekit.backbone import Backbone, Conditioning
+from erasekit.concepts import Concept
+
+SHORTLIST = 128  # words of the vocabulary that are encoded
+FRAME = "a photo of {}"
+
+
+def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ...]:
+    """Phrases that the text encoder reads nearly as it does a concept, nearest first, at most `most`.
+
+    A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
+    concept) > (1 + max cos(preserved, concept)) / 2, cosines of the summaries of "a photo of ..." less their mean. A
+    concept that preserves nothing has no such scale and gets no words.
+    """
+    own, kept = concept.phrases[0], [p for p in concept.preserve if p not in concept.phrases]
+    said = {word for phrase in (*concept.phrases, *kept) for word in phrase.lower().split()}
+    words = [word for word in backbone.vocabulary(own, SHORTLIST) if word not in said]
+    if not (most and kept and words):
+        return ()
+    rows = _summaries(backbone, [own, *kept, *words])
+    rows = normalize(rows - rows.mean(0), dim=1)
+    cosine = rows[1:] @ rows[0]
+    least = (1 + float(cosine[: len(kept)].max())) / 2
+    nearness = cosine[len(kept) :].tolist()
+    found = sorted((-near, word) for near, word in zip(nearness, words, strict=True) if near > least)
+    return tuple(_phrase(word, like=own) for _, word in found[:most])
+
+
+def _summaries(backbone: Backbone, phrases: Sequence[str]) -> torch.Tensor:
+    """What the encoder makes of each phrase as a whole, (n, width): its pooled embedding, or that of the end token."""
+    cond: Conditioning = backbone.encode([FRAME.format(phrase) for phrase in phrases])
+    if cond.pooled is not None:
+        return cond.pooled.double()
+    return cond.tokens[torch.arange(len(cond)), (cond.lengths - 1).to(cond.tokens.device)].double()
+
+
+def _phrase(word: str, *, like: str) -> str:
+    """A word with an article, if the phrase that it stands for has one and it is no plural."""
+    if like.split()[0] not in ("a", "an") or (word.endswith("s") and not word.endswith("ss")):
+        return word
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
