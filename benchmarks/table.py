@@ -4,8 +4,9 @@
     python benchmarks/table.py --rows trace --ablations --concepts cat+dog --seeds 0 1 2 --out results/ablations.json
 
 A concept written `cat+dog` is one run that erases both. Everything is measured by `erasekit.run`; a run that is finished
-is not done again, so the script can be stopped and started. Intervals are 95 %: the wider one of a bootstrap over runs and of
-the mean of the runs' own intervals, since runs that all agree are no proof that the next one would.
+is not done again, so the script can be stopped and started. A row's memory and seconds are those of the process that did
+it. Intervals are 95 %: the wider one of a bootstrap over runs and of the mean of the runs' own intervals, since runs that
+all agree are no proof that the next one would.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from erasekit.config import build
+from erasekit.config import build, resolve
 from erasekit.plugins import default
 from erasekit.results import Metric, RunResult
+from erasekit.rundir import path_of
 from erasekit.runner import run
 
 RESAMPLES = 2000
+FILES = ("all.safetensors", "guidance.json", "guidance.safetensors")  # what a user loads
 
 
 def variants(methods: Sequence[str], *, ablations: bool) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -72,6 +77,23 @@ def summary(results: Sequence[RunResult]) -> dict[str, Any]:
     return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}
 
 
+def row_of(name: str, args: argparse.Namespace, method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """One row: every concept and seed, run if it is missing."""
+    results, each, sizes = [], [], []
+    for concepts in args.concepts:
+        for seed in args.seeds:
+            flags = {"method": method, "backbone": args.backbone, "task": args.task, "concepts": tuple(concepts.split("+"))}
+            settings = [*args.set, *(f"method.{key}={value}" for key, value in overrides.items())]
+            config = build({**flags, "seed": seed, "limit": args.limit}, overrides=settings)
+            results.append(run(config, out=args.runs))
+            folder = path_of(args.runs, resolve(config, default())) / "erasure"
+            sizes.append(sum((folder / file).stat().st_size for file in FILES if (folder / file).exists()) / 1000)
+            values = {k: m.value for k, m in results[-1].metrics.items()}
+            each.append({"concepts": concepts, "seed": seed, "erasure_sha256": results[-1].erasure_sha256, **values})
+            print(name, each[-1], file=sys.stderr, flush=True)
+    return summary(results) | {"file_kb": round(float(np.median(sizes)), 1), "runs": each}
+
+
 def _flags(args: argparse.Namespace) -> dict[str, list[Any]]:
     """The flags that decide the numbers: not where files lie."""
     values = {k: v for k, v in vars(args).items() if k not in ("runs", "out") and v not in (None, False, [])}
@@ -94,18 +116,10 @@ def main() -> None:
     args = args.parse_args()
     given = [word for flag, values in _flags(args).items() for word in (flag, *map(str, values))]
     rows = {}
-    for row, (method, overrides) in variants(args.rows, ablations=args.ablations).items():
-        results, each = [], []
-        for concepts in args.concepts:
-            for seed in args.seeds:
-                flags = {"method": method, "backbone": args.backbone, "task": args.task, "concepts": tuple(concepts.split("+"))}
-                settings = [*args.set, *(f"method.{key}={value}" for key, value in overrides.items())]
-                result = run(build({**flags, "seed": seed, "limit": args.limit}, overrides=settings), out=args.runs)
-                results.append(result)
-                values = {k: m.value for k, m in result.metrics.items()}
-                each.append({"concepts": concepts, "seed": seed, "erasure_sha256": result.erasure_sha256, **values})
-                print(row, each[-1], file=sys.stderr, flush=True)
-        rows[row] = summary(results) | {"runs": each}
+    for name, (method, overrides) in variants(args.rows, ablations=args.ablations).items():
+        # A process of its own, so that a row's peak memory is its own too.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows[name] = pool.submit(row_of, name, args, method, overrides).result()
     table = {
         "command": f"python benchmarks/table.py {shlex.join(given)}",
         "machine": {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},

@@ -94,7 +94,7 @@ def test_variants_of_a_transformer_hold_the_text_stream(tiny_flux_folder):
 )
 def test_auto_follows_the_kind(kinds, variant):
     concepts = [Words().concept("cat").model_copy(update={"kind": kind}) for kind in kinds]
-    assert Esd(EsdConfig()).variant(concepts) == variant
+    assert Esd(EsdConfig(variant="auto")).variant(concepts) == variant
     assert Esd(EsdConfig(variant="all")).variant(concepts) == "all"
 
 

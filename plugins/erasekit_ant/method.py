@@ -29,19 +29,17 @@ POINTS = 8  # points of trajectories in a batch of those that fusion looks at
 class AntConfig(TrainingConfig):
     """Settings of ANT."""
 
-    form: Literal["auto", "single", "multi"] = Field(
-        "auto",
-        description="single: the most salient entries of all weights; multi: a LoRA per concept, then fusion; "
-        "auto: single for one concept",
+    form: Literal["single", "multi"] = Field(
+        "multi", description="single: the most salient entries of all weights; multi: a LoRA per concept, then fusion"
     )
     tau0: float = Field(0.14, gt=0, lt=1, description="where the guidance turns, 0 is noise and 1 the picture")
     eta: float = Field(1.0, ge=0, description="how strong the guidance is, towards the concept early and away from it late")
-    early_weight: float = Field(1.0, ge=0, description="weight of the early losses (the paper's alpha 1)")
+    early_weight: float = Field(0.05, ge=0, description="weight of the early losses (the paper's alpha 1)")
     unconditional_weight: float = Field(0.5, ge=0, description="weight of the losses on the empty prompt (alpha 2)")
     guidance: float | None = Field(
         None, ge=0, description="classifier-free guidance of the trajectories trained on; left out, the protocol's"
     )
-    lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
     batch: int = Field(4, ge=1, description="late points in a step, and early ones; each under two prompts")
     trajectories: int = Field(24, ge=1, description="trajectories of the base per concept")
     saliency: float = Field(0.5, gt=0, le=1, description="single: share of each weight with the largest gradients")
@@ -64,9 +62,18 @@ class Ant(Method):
 
     name = "ant"
     Config = AntConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"form": "multi", "scope": "add_kv", "lr": 1e-3}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "add_kv", "early_weight": 0.0}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {"form": "single", "lr": 5e-4, "steps": 250, "batch": 1, "warmup": 0, "guidance": 3.0, "tau0": 0.14},
+        "official": {
+            "form": "single",
+            "early_weight": 1.0,
+            "lr": 5e-4,
+            "steps": 250,
+            "batch": 1,
+            "warmup": 0,
+            "guidance": 3.0,
+            "tau0": 0.14,
+        },
         "official-multi": {
             "form": "multi",
             "rank": 64,
@@ -86,8 +93,7 @@ class Ant(Method):
     def erase(self, ctx: RunContext) -> Erasure:
         """Train on the base's trajectories in one of the two forms."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
-        single = self.config.form == "single" or (self.config.form == "auto" and len(pools) == 1)
-        if single:
+        if self.config.form == "single":
             entry = ctx.concepts[0].name if len(pools) == 1 else "shared"
             deltas = {entry: {"weights": self.single(ctx, pools)}}
         else:

@@ -59,6 +59,7 @@ class EraseAnything(Method):
 
     name = "eraseanything"
     Config = EraseAnythingConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3, "steps": 200}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {
             "lr": 1e-3,

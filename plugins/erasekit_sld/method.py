@@ -17,10 +17,10 @@ class Strength(MethodConfig):
     """How strong the guidance is."""
 
     safety_scale: float = Field(1000.0, gt=0, description="s_S, how soon a difference to the concept counts in full")
-    threshold: float = Field(0.01, description="lambda, how far from the concept a value may be and still be bent")
-    warmup: float = Field(0.2, ge=0, le=1, description="delta, the share of the way before which nothing is bent")
-    momentum_scale: float = Field(0.3, ge=0, le=1, description="s_m, weight of the momentum")
-    momentum: float = Field(0.4, ge=0, lt=1, description="beta, how slowly the momentum forgets")
+    threshold: float = Field(1.0, description="lambda, how far from the concept a value may be and still be bent")
+    warmup: float = Field(0.0, ge=0, le=1, description="delta, the share of the way before which nothing is bent")
+    momentum_scale: float = Field(0.25, ge=0, le=1, description="s_m, weight of the momentum")
+    momentum: float = Field(0.5, ge=0, lt=1, description="beta, how slowly the momentum forgets")
 
 
 class SldConfig(Strength):
