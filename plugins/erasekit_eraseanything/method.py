@@ -42,7 +42,7 @@ class EraseAnythingConfig(TrainingConfig):
     pictures: int = Field(16, ge=1, description="pictures of each concept that the base draws")
     kept_pictures: int = Field(40, ge=1, description="pictures of kept prompts that the base draws")
     batch: int = Field(8, ge=1, description="pictures in a step; half as many in a contrastive one")
-    steps: int = Field(300, ge=0, description="training steps per concept, those of both levels")
+    steps: int = Field(200, ge=0, description="training steps per concept, those of both levels")
     lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-5, ge=0, description="weight decay of AdamW")
 
@@ -59,7 +59,7 @@ class EraseAnything(Method):
 
     name = "eraseanything"
     Config = EraseAnythingConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3, "steps": 200}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {
             "lr": 1e-3,
