@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from functools import partial
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -89,6 +90,65 @@ def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
     pipeline.save_pretrained(WORK / name)
 
 
+class Training:
+    """The pictures, their captions, and the losses of both phases."""
+
+    def __init__(self, batch: int) -> None:
+        """Encode everything once; captions stand in rows, the empty one in the first."""
+        pictures = Pictures("train")
+        self.batch, self.latents = batch, pack_all(pictures)
+        self.tokens, self.pooled, self.row = encode_captions(pictures.captions)
+        self.image_ids, self.text_ids = positions(), torch.zeros(self.tokens.shape[1], 3)
+
+    def velocity(
+        self, net: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, g: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """What a transformer predicts for noised latents under captions."""
+        return net(
+            hidden_states=x,
+            timestep=sigma,
+            guidance=g,
+            encoder_hidden_states=self.tokens[rows],
+            pooled_projections=self.pooled[rows],
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Noised latents, their progress, their velocity and caption rows; one caption in ten is empty."""
+        index = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        clean, noise = self.latents[index].float(), torch.randn(self.batch, *self.latents.shape[1:], generator=generator)
+        sigma = torch.randn(self.batch, generator=generator).sigmoid()
+        kept = torch.rand(self.batch, generator=generator) >= 0.1
+        return torch.lerp(clean, noise, sigma[:, None, None]), sigma, noise - clean, self.row[index] * kept
+
+    def flow(self, model: FluxTransformer2DModel, generator: torch.Generator) -> torch.Tensor:
+        """The loss of phase one."""
+        x, sigma, target, rows = self.draw(generator)
+        return (self.velocity(model, x, sigma, torch.ones_like(sigma), rows) - target).square().mean()
+
+    def distillation(
+        self, model: FluxTransformer2DModel, teacher: FluxTransformer2DModel, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The loss of phase two."""
+        x, sigma, _, rows = self.draw(generator)
+        low, high = GUIDANCE
+        g = low + (high - low) * torch.rand(self.batch, generator=generator)
+        one, both = torch.ones_like(sigma), torch.cat([rows, torch.zeros_like(rows)])
+        with torch.no_grad():
+            twice = (torch.cat([t, t]) for t in (x, sigma, one))
+            guided, plain = self.velocity(teacher, *twice, both).chunk(2)
+            target = plain + g[:, None, None] * (guided - plain)
+        return (self.velocity(model, x, sigma, g, rows) - target).square().mean()
+
+
+@torch.no_grad()
+def pack_all(pictures: Pictures) -> torch.Tensor:
+    """Packed latents of all pictures (n, 64, 16), as float16."""
+    return pack(encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures).float()).half()
+
+
 def main() -> None:
     """Train both phases and save after each."""
     args = argparse.ArgumentParser(description=__doc__)
@@ -99,71 +159,20 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures = Pictures("train")
-    latents = pack_all(pictures)
-    tokens, pooled, row = encode_captions(pictures.captions)
-    model = build(tokens.shape[-1], pooled.shape[-1])
-    image_ids, text_ids = positions(), torch.zeros(tokens.shape[1], 3)
-
-    def velocity(
-        net: FluxTransformer2DModel, x: torch.Tensor, sigma: torch.Tensor, g: torch.Tensor, t: torch.Tensor, p: torch.Tensor
-    ) -> torch.Tensor:
-        return net(
-            hidden_states=x,
-            timestep=sigma,
-            guidance=g,
-            encoder_hidden_states=t,
-            pooled_projections=p,
-            txt_ids=text_ids,
-            img_ids=image_ids,
-            return_dict=False,
-        )[0]
-
-    def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Noised latents, their progress, their velocity and caption rows; one caption in ten is empty."""
-        index = torch.randint(len(latents), (args.batch,), generator=generator)
-        clean, noise = latents[index].float(), torch.randn(args.batch, *latents.shape[1:], generator=generator)
-        sigma = torch.randn(args.batch, generator=generator).sigmoid()
-        kept = torch.rand(args.batch, generator=generator) >= 0.1
-        return torch.lerp(clean, noise, sigma[:, None, None]), sigma, noise - clean, row[index] * kept
-
-    def flow(generator: torch.Generator) -> torch.Tensor:
-        x, sigma, target, rows = draw(generator)
-        return (velocity(model, x, sigma, torch.ones_like(sigma), tokens[rows], pooled[rows]) - target).square().mean()
-
-    print(f"{sum(p.numel() for p in model.parameters())} weights, {len(tokens)} captions, process {os.getpid()}", flush=True)
+    training = Training(args.batch)
+    model = build(training.tokens.shape[-1], training.pooled.shape[-1])
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{weights} weights, {len(training.tokens)} captions, process {os.getpid()}", flush=True)
+    flow = partial(training.flow, model)
     teacher = fit("flux", model, flow, steps=args.steps, lr=1e-3, ema_decay=0.999, schedule=plateau, folder=WORK)
     save_pipeline(teacher, "flux-mini")
     if not args.distil:
         return
     teacher.requires_grad_(False)
     model.load_state_dict(teacher.state_dict())
-
-    def distillation(generator: torch.Generator) -> torch.Tensor:
-        x, sigma, _, rows = draw(generator)
-        low, high = GUIDANCE
-        g = low + (high - low) * torch.rand(args.batch, generator=generator)
-        one, empty = torch.ones_like(sigma), torch.zeros_like(rows)
-        with torch.no_grad():
-            guided, plain = velocity(
-                teacher,
-                torch.cat([x, x]),
-                torch.cat([sigma, sigma]),
-                torch.cat([one, one]),
-                tokens[torch.cat([rows, empty])],
-                pooled[torch.cat([rows, empty])],
-            ).chunk(2)
-            target = plain + g[:, None, None] * (guided - plain)
-        return (velocity(model, x, sigma, g, tokens[rows], pooled[rows]) - target).square().mean()
-
+    distillation = partial(training.distillation, model, teacher)
     student = fit("flux-distilled", model, distillation, steps=args.distil, lr=3e-4, ema_decay=0.995, folder=WORK)
     save_pipeline(student, "flux-mini")
-
-
-@torch.no_grad()
-def pack_all(pictures: Pictures) -> torch.Tensor:
-    """Packed latents of all pictures (n, 64, 16), as float16."""
-    return pack(encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures).float()).half()
 
 
 if __name__ == "__main__":
