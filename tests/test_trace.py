@@ -65,6 +65,29 @@ def doubles(*shape, n=3):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(n)]
 
 
+# Refinement
+
+
+def test_the_uce_refinement_holds_preserved_prompts_and_captions():
+    """The minimiser of its objective, by hand: any other edit of W costs more."""
+    width = 5
+    e = slots.Embeddings(*doubles(7, width, n=4))
+    config = TraceConfig(refine="uce", ridge=0.2, preserve_scale=0.5, caption_scale=0.3)
+    weight = doubles(3, width, n=1)[0]
+    edit = slots.uce(e, config)
+    edited = weight + weight @ edit.difference_DN @ edit.read_ND
+    w, u, kept, seen = e.concept_ND, e.neutral_ND, e.preserve_MD, e.caption_MD
+    c_DD = w.T @ w + 0.5 * kept.T @ kept + 0.3 * seen.T @ seen
+    ridge = 0.2 * c_DD.trace() / width
+
+    def cost(matrix):
+        held = 0.5 * ((matrix - weight) @ kept.T).square().sum() + 0.3 * ((matrix - weight) @ seen.T).square().sum()
+        return (matrix @ w.T - weight @ u.T).square().sum() + held + ridge * (matrix - weight).square().sum()
+
+    for other in torch.randn(20, 3, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64):
+        assert cost(edited) < cost(edited + 1e-3 * other)
+
+
 # Losses
 
 

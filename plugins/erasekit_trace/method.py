@@ -39,10 +39,13 @@ class TraceConfig(TrainingConfig):
     refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
     eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
     near_words: int = Field(
-        16, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
+        0, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
     )
     ridge: float = Field(0.3, ge=0, description="ridge of the closed form, relative to the size of its system")
-    preserve_scale: float = Field(10.0, ge=0, description="weight of the preserved prompts against captions of all kinds")
+    preserve_scale: float = Field(
+        10.0, ge=0, description="weight of the preserved prompts: against captions in whitened, against the concept's in uce"
+    )
+    caption_scale: float = Field(0.01, ge=0, description="uce: weight of captions of all kinds against the concept's prompts")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
     window: str = Field(
         "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
@@ -74,7 +77,7 @@ class Trace(Method):
     name = "trace"
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3},
+        "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3, "near_words": 16},
         # Estimates of what a GPU of 24 GB holds, not measured yet.
         **{name: {"batch": 4} for name in ("sd15", "sd14")},
         **{name: {"batch": 1, "trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
@@ -91,7 +94,6 @@ class Trace(Method):
         },
     }
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "without near words": {"near_words": 0},
         "without refinement": {"refine": "none"},
         "without trajectory constraint": {"window": "full"},
         "without separate LoRAs": {"bank": "shared"},

@@ -52,10 +52,9 @@ def whitened(e: Embeddings, config: TraceConfig) -> TextEdit:
 
 
 def uce(e: Embeddings, config: TraceConfig) -> TextEdit:
-    """UCE's ridge solution with the preserved prompts held."""
-    return closedform.uce(
-        e.concept_ND, e.neutral_ND, e.preserve_MD, lamb=config.ridge, erase_scale=1.0, preserve_scale=config.preserve_scale
-    )
+    """UCE's ridge solution with the preserved prompts held, and captions of all kinds."""
+    held_MD = torch.cat([e.preserve_MD * config.preserve_scale**0.5, e.caption_MD * config.caption_scale**0.5])
+    return closedform.uce(e.concept_ND, e.neutral_ND, held_MD, lamb=config.ridge, erase_scale=1.0, preserve_scale=1.0)
 
 
 def no_refinement(e: Embeddings, config: TraceConfig) -> None:
