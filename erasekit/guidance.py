@@ -13,8 +13,9 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file, save_file
 
-from erasekit.backbone import Backbone, Conditioning
+from erasekit.backbone import Conditioning
 from erasekit.errors import UsageError
+from erasekit.method import RunContext
 from erasekit.schedule import ddpm_tau, flow_tau
 
 _ModelHook: Any = ModelHook  # Any: diffusers is untyped
@@ -43,11 +44,10 @@ class Guidance:
     scale: float = 1.0
 
     @classmethod
-    def away_from(
-        cls, text: str, backbone: Backbone, *, scheme: str, settings: Mapping[str, Any], scale: float = 1.0
-    ) -> Guidance:
-        """Encode a text that is steered away from, and the empty prompt."""
-        return cls(scheme, settings, ("", text), backbone.encode(["", text]), scale)
+    def away_from(cls, ctx: RunContext, text: str, *, scheme: str, settings: Mapping[str, Any], scale: float = 1.0) -> Guidance:
+        """Encode a text that is steered away from (if it is empty the phrases of all concepts), and the empty prompt."""
+        text = text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
+        return cls(scheme, settings, ("", text), ctx.backbone.encode(["", text]), scale)
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write the settings and the encoded prompts; the files' SHA-256 by name."""

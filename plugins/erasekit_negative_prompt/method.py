@@ -36,8 +36,7 @@ class NegativePrompt(Method):
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""
-        text = self.config.text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
-        guidance = Guidance.away_from(text, ctx.backbone, scheme=self.name, settings={}, scale=self.config.scale)
+        guidance = Guidance.away_from(ctx, self.config.text, scheme=self.name, settings={}, scale=self.config.scale)
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), guidance=guidance)
 
 

@@ -50,9 +50,8 @@ class Sld(Method):
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""
         config = self.config
-        text = config.text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
         settings = config.model_dump(exclude={"text"})
-        guidance = Guidance.away_from(text, ctx.backbone, scheme=self.name, settings=settings)
+        guidance = Guidance.away_from(ctx, config.text, scheme=self.name, settings=settings)
         return Erasure.of(ctx, method=self.name, config=config.model_dump(), guidance=guidance)
 
 
