@@ -85,14 +85,14 @@ class PipelineBackbone:
         """
         path = config.path or cls.path
         device = find_device(config.device)
-        folder = cls.folder(path, config.revision)
+        folder = cls.folder(config)
         if config.dtype != "auto":
             dtype: torch.dtype = getattr(torch, config.dtype)
         else:
             dtype = cls.cpu_dtype if device.type == "cpu" else torch.bfloat16
-        local = Path(path).expanduser().is_dir()
+        local = Path(path).expanduser()
         # A download lies in a folder that is named by its commit.
-        source, revision = (folder.name, "") if local else (path, folder.name)
+        source, revision = (local.resolve().name, "") if local.exists() else (path, folder.name)
         return cls(folder, config, source=source, revision=revision, device=device, dtype=dtype)
 
     @classmethod
@@ -313,12 +313,13 @@ class PipelineBackbone:
         return where
 
     @classmethod
-    def folder(cls, path: str, revision: str | None) -> Path:
+    def folder(cls, config: BackboneConfig) -> Path:
         """The local folder of a diffusers pipeline; a hub id is downloaded.
 
         Raises:
             EnvironmentProblem: there is no such folder, or the download failed.
         """
+        path = config.path or cls.path
         folder = Path(path).expanduser()
         if folder.is_dir():
             if not (folder / "model_index.json").is_file():
@@ -328,7 +329,7 @@ class PipelineBackbone:
             return folder
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise EnvironmentProblem(f"There is no folder '{path}'; 'backbone.path' needs a diffusers folder or a hub id.")
-        return cls._download(path, revision)
+        return cls._download(path, config.revision)
 
     @classmethod
     def _download(cls, repo: str, revision: str | None) -> Path:

@@ -9,13 +9,27 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from pydantic import Field
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.builtin.pipelines import PipelineBackbone
+from erasekit.builtin.single_file import unpack
 from erasekit.errors import EnvironmentProblem
 from erasekit.schedule import Schedule, ddpm_tau, ddpm_timestep
 
 _DDIM: Any = DDIMScheduler  # Any: diffusers is untyped
+
+
+class StableDiffusionConfig(BackboneConfig):
+    """Settings of Stable Diffusion."""
+
+    path: str = Field(
+        "", description="hub id, local diffusers folder or single .safetensors file; empty means the backbone's own"
+    )
+    like: str = Field(
+        "",
+        description="for a single file: hub id or folder whose configs and tokenizer belong to it; empty: the backbone's own",
+    )
 
 
 class StableDiffusion(PipelineBackbone):
@@ -25,6 +39,7 @@ class StableDiffusion(PipelineBackbone):
     path: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     capabilities: ClassVar[Capabilities] = Capabilities(family="unet", prediction="epsilon", guidance="cfg")
     prefix: ClassVar[str] = "unet"
+    Config: ClassVar[type[BackboneConfig]] = StableDiffusionConfig
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     unused: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     scopes: ClassVar[Mapping[str, str]] = {
@@ -50,6 +65,19 @@ class StableDiffusion(PipelineBackbone):
             )
         # Latents have no fixed range, so nothing is clipped; trailing spacing starts at pure noise (tau 0).
         self._ddim: Any = _DDIM.from_config(scheduler, clip_sample=False, timestep_spacing="trailing")
+
+    @classmethod
+    def folder(cls, config: BackboneConfig) -> Path:
+        """The local folder of a diffusers pipeline; a hub id is downloaded, a single file converted.
+
+        Raises:
+            EnvironmentProblem: there is no such folder or file, or it cannot be had or read.
+        """
+        file = Path(config.path).expanduser()
+        if file.suffix != ".safetensors" or not file.is_file():
+            return super().folder(config)
+        like = getattr(config, "like", "") or cls.path
+        return unpack(cls.pipeline_class, file, like, **dict.fromkeys(cls.unused))
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt` as whole words; the begin token is position 0."""
