@@ -31,7 +31,7 @@ class EsdConfig(TrainingConfig):
         description="linear layers that are trained: x those that read text (cross-attention; on FLUX all attention), x-strict "
         "their keys and values, u all but x, all; auto is the paper's advice, u for objects and nudity and else x",
     )
-    weights: Literal["full", "lora"] = Field("full", description="train whole weights or a LoRA; a LoRA wants lr 1e-3")
+    weights: Literal["full", "lora"] = Field("full", description="train whole weights or a LoRA")
     rank: int = Field(8, ge=1, description="rank of the LoRA")
     anchor: Literal["empty", "neutral"] = Field(
         "neutral", description="what the target starts from: the empty prompt (the paper's) or the concept's neutral word"
