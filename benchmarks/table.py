@@ -97,7 +97,7 @@ def row_of(name: str, args: argparse.Namespace, method: str, overrides: Mapping[
 def markdown(table: Mapping[str, Any]) -> str:
     """The table for a page: means with intervals."""
     metrics = list(next(iter(table["rows"].values()))["metrics"])
-    lines = [f"| row | {' | '.join(m.split('[')[0] for m in metrics)} | erase, s | file, kB | peak, MB |"]
+    lines = [f"| row | {' | '.join(metrics)} | erase, s | file, kB | peak, MB |"]
     lines.append("|---" * (len(metrics) + 4) + "|")
     for name, row in table["rows"].items():
         cells = []
