@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -250,7 +250,12 @@ def _fits(base: Backbone, made_for: Mapping[str, Any]) -> bool:
 
 
 def load_into(
-    pipe: Any, folder: Path | str, concepts: Sequence[str] | None = None, *, base: Backbone | None = None
+    pipe: Any,
+    folder: Path | str,
+    concepts: Sequence[str] | None = None,
+    *,
+    base: Backbone | None = None,
+    component: Callable[[str, str], Any] | None = None,
 ) -> list[str]:
     """Load an erasure into a diffusers pipeline: with the pipeline's own `load_lora_weights`, or as a hook on its denoiser.
 
@@ -259,6 +264,7 @@ def load_into(
         folder: the erasure.
         concepts: load these, an adapter each; all of them as one adapter (`all`) if left out.
         base: refuse an erasure of another one; says whether a pipeline of its kind is called with true guidance.
+        component: looks up the scheme of an erasure that changes no weights; among what is installed, if left out.
 
     Returns:
         The adapters' names, all active, for `pipe.set_adapters`; none of an erasure that changes no weights, which
@@ -272,7 +278,9 @@ def load_into(
     folder = Path(folder)
     manifest = read_manifest(folder, base)
     if manifest.get("kind") == "guidance":
-        _load_guidance(pipe, folder, manifest, concepts, base)
+        if concepts is not None:
+            raise UsageError(f"'{folder}' steers away from all its concepts in one: it has no parts. Load it whole.")
+        _load_guidance(pipe, folder, manifest, base, component)
         return []
     stems = file_stems(list(manifest["parts"]))
     for concept in concepts or ():
@@ -292,19 +300,21 @@ def load_into(
 
 
 def _load_guidance(
-    pipe: Any, folder: Path, manifest: Mapping[str, Any], concepts: Sequence[str] | None, base: Backbone | None
+    pipe: Any,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    base: Backbone | None,
+    component: Callable[[str, str], Any] | None,
 ) -> None:
     """Attach the scheme of an erasure that changes no weights."""
     from erasekit.guidance import Guidance, attach
     from erasekit.plugins import default
 
-    if concepts is not None:
-        raise UsageError(f"'{folder}' steers away from all its concepts in one: it has no parts. Load it whole.")
     for name in manifest["files"]:
         _check(folder, manifest, name)
     guidance = Guidance.read(folder)
-    scheme = default().components.get("guidance", guidance.scheme)(guidance.settings)
-    attach(pipe, guidance, scheme, embedded=base is None or base.embedded_guidance)
+    scheme = (component or default().components.get)("guidance", guidance.scheme)
+    attach(pipe, guidance, scheme(guidance.settings), embedded=base is None or base.embedded_guidance)
 
 
 def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, Any], name: str) -> None:

@@ -94,7 +94,7 @@ def run(
             with _stage("certify", directory, emit):
                 write_certificate(plan, backbone, directory)
             with _stage("sample", directory, emit):
-                erased = erased_images(plan, backbone, prompts, encoded, empty, directory, emit)
+                erased = erased_images(plan, backbone, registries, prompts, encoded, empty, directory, emit)
             with _stage("evaluate", directory, emit):
                 evaluation = evaluate(plan.task, evaluators, prompts, base, erased, concepts=plan.concepts)
             result = record(plan, prompts, evaluators, evaluation, directory, sha256)
@@ -266,6 +266,7 @@ def write_certificate(plan: Plan, backbone: Backbone, directory: RunDirectory) -
 def erased_images(
     plan: Plan,
     backbone: Backbone,
+    registries: Registries,
     prompts: Sequence[Prompt],
     encoded: Conditioning,
     empty: Conditioning,
@@ -276,7 +277,7 @@ def erased_images(
     for part in ("text_encoders", "vae", "denoiser"):
         backbone.release(part)
     pipe = backbone.pipeline(encoders=False)
-    load_into(pipe, directory.path / "erasure", base=backbone)
+    load_into(pipe, directory.path / "erasure", base=backbone, component=registries.components.get)
     folder = directory.path / "images" / "erased"
     return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("erased", emit))
 

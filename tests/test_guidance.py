@@ -183,3 +183,47 @@ def test_run_verify_and_generate_take_it(erasekit, tmp_path):
     done = erasekit("generate", "a photo of a cat", "--erasure", folder / "erasure", "--out", "steered")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "steered").iterdir())) == 1
+
+
+FOREIGN = """
+import erasekit
+from erasekit.guidance import Guidance
+
+
+class Nothing:
+    def __init__(self, settings):
+        pass
+
+    def __call__(self, step):
+        concept, none = step.predict("concept", "none")
+        return none, none
+
+
+class Blank(erasekit.Method):
+    name = "blank"
+
+    def erase(self, ctx):
+        guidance = Guidance.away_from(ctx, "", scheme="blank", settings={})
+        return erasekit.Erasure.of(ctx, method="blank", config={}, guidance=guidance)
+
+
+@erasekit.hookimpl
+def register_methods(register):
+    register("blank", Blank)
+
+
+@erasekit.hookimpl
+def register_components(register):
+    register("guidance", "blank", Nothing)
+"""
+
+
+def test_a_scheme_of_a_plugin_file_is_found(erasekit, tmp_path, world, tiny_folder):
+    """It is registered for this command only, and has to be there when the erasure is loaded again."""
+    (tmp_path / "mine.py").write_text(FOREIGN)
+    tiny_base = ["--backbone", "tiny", "-s", f"backbone.path={tiny_folder}", "--plugin", world, "--plugin", "mine.py"]
+    done = erasekit("run", "--method", "blank", *tiny_base, "--task", "words", "--concept", "cat", "--limit", 1)
+    assert done.returncode == 0, done.stderr
+    folder = next(tmp_path.glob("runs/tiny/words/blank/*/report.html")).parent
+    done = erasekit("generate", "a cat", *tiny_base, "--erasure", folder / "erasure", "--out", "steered")
+    assert done.returncode == 0, done.stderr

@@ -74,7 +74,7 @@ def _draw(
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
     pipe = loaded.pipeline(encoders=False)
     if erasure:
-        load_into(pipe, erasure, concepts or None, base=loaded)
+        load_into(pipe, erasure, concepts or None, base=loaded, component=registries.components.get)
     return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
 
 
