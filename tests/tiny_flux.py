@@ -35,6 +35,22 @@ def t5_tokenizer() -> T5TokenizerFast:
     return tokens
 
 
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed: int = 0, shard: str = "10GB") -> Path:
     """Write a tiny FLUX folder (16 x 16 pictures, 4 x 4 packed tokens) and return it."""
     with torch.random.fork_rng(devices=[]):
@@ -80,19 +96,7 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
             scheduler=FlowMatchEulerDiscreteScheduler(
                 base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, **dynamic
             ),
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                block_out_channels=(8, 8),
-                layers_per_block=1,
-                norm_num_groups=4,
-                latent_channels=4,
-                sample_size=16,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=_vae(),
             text_encoder=CLIPTextModel(clip),
             tokenizer=words,
             text_encoder_2=T5EncoderModel(t5),
