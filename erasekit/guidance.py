@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from erasekit.backbone import Conditioning
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
+from erasekit.safety import reject_unsafe
 from erasekit.schedule import ddpm_tau, flow_tau
 
 _ModelHook: Any = ModelHook  # Any: diffusers is untyped
@@ -45,8 +46,13 @@ class Guidance:
 
     @classmethod
     def away_from(cls, ctx: RunContext, text: str, *, scheme: str, settings: Mapping[str, Any], scale: float = 1.0) -> Guidance:
-        """Encode a text that is steered away from (if it is empty the phrases of all concepts), and the empty prompt."""
+        """Encode a text that is steered away from (if it is empty the phrases of all concepts), and the empty prompt.
+
+        Raises:
+            UsageError: the text is one that erasekit refuses.
+        """
         text = text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
+        reject_unsafe([text])
         return cls(scheme, settings, ("", text), ctx.backbone.encode(["", text]), scale)
 
     def write(self, folder: Path) -> dict[str, str]:

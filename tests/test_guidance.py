@@ -152,6 +152,11 @@ def test_the_files_are_whole_and_belong_to_a_base(backbone, tmp_path, tiny_folde
         load_into(backbone.pipeline(), folder, base=backbone)
 
 
+def test_a_text_that_is_refused_elsewhere_is_refused_here(tiny_folder, tmp_path):
+    with pytest.raises(UsageError, match="Prompt 1 "):
+        made(tiny.load(tiny_folder), Sld, SldConfig(text="nsfw picture of a child"), tmp_path / "e")
+
+
 def test_guidance_that_is_off_cannot_be_steered(tiny_folder, tmp_path):
     backbone = tiny.load(tiny_folder)
     pipe = backbone.pipeline()
