@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from erasekit.backbone import Conditioning, guided
 from erasekit.method import RunContext
+from erasekit.sites import preserve_prompts
 
 
 @torch.no_grad()
@@ -23,6 +25,17 @@ def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Ten
             x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
         finished.append(x)
     return torch.cat(finished)
+
+
+def kept_pictures(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
+    """`n` pictures of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
+
+    Every fifth is of the empty prompt, the others of preserved prompts and of captions in turns.
+    """
+    preserved, captions = preserve_prompts(ctx)[1:], [p.text for p in ctx.prompts("captions")]
+    turns = itertools.cycle([p for pair in itertools.zip_longest(preserved, captions) for p in pair if p is not None] or [""])
+    cond = ctx.backbone.encode(["" if i % 5 == 4 else next(turns) for i in range(n)])
+    return draw(ctx, cond, torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()), cond
 
 
 def noised(ctx: RunContext, x0: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

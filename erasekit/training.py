@@ -11,6 +11,8 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from erasekit.adapters import AdapterBank
+from erasekit.deltas import LowRank
 from erasekit.errors import ErasekitError
 from erasekit.method import MethodConfig, RunContext
 
@@ -74,6 +76,36 @@ def train(
         ctx.log(step + 1, config.steps, values)
         if path is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _save(path, step + 1, parameters, optimizer)
+
+
+def train_lora(
+    losses: Callable[[int, torch.Generator], Losses],
+    layers: Sequence[str],
+    rank: int,
+    config: TrainingConfig,
+    *,
+    ctx: RunContext,
+    name: str,
+    init: torch.Generator,
+) -> dict[str, LowRank]:
+    """Train one LoRA on some layers of the denoiser as `train` does, and take it off again: what it adds to each layer.
+
+    Args:
+        losses: gives the named losses of batch number 0, 1, ... while the LoRA is on.
+        layers: paths of linear layers in the denoiser.
+        rank: the LoRA's rank in each of them.
+        config: steps, rate and so on.
+        ctx: the run.
+        name: names the LoRA, its checkpoint and the generators.
+        init: draws the weights that it begins with.
+    """
+    bank = AdapterBank(ctx.backbone)
+    bank.add(name, layers, rank, init)
+    try:
+        train(losses, bank.train_only(name), config, ctx=ctx, name=name)
+        return {layer: delta for layer, delta in bank.deltas(name).items() if isinstance(delta, LowRank)}
+    finally:
+        bank.remove()
 
 
 def _rate(step: int, config: TrainingConfig) -> float:

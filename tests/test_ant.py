@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from erasekit.adapters import AdapterBank
 from erasekit.deltas import Dense, LowRank, to_dense
@@ -11,7 +9,7 @@ from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.schedule import ddpm_tau, flow_tau
 from erasekit_ant import maths
-from erasekit_ant.method import Ant, AntConfig, _moments
+from erasekit_ant.method import Ant, AntConfig
 from erasekit_ant.student import MaskedWeights
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
@@ -188,42 +186,6 @@ def test_more_draws_keep_less_and_more_concepts_keep_more(backbone, context):
 
 
 # Fusion
-
-
-@given(seed=st.integers(0, 10_000), rows=st.integers(1, 12), weight=st.sampled_from([0.0, 0.1, 3.0]))
-@settings(max_examples=30, deadline=None)
-def test_fusion_against_stacked_least_squares(seed, rows, weight):
-    """With fewer rows than inputs too, where the moments are singular."""
-    random, out, width, ridge = np.random.default_rng(seed), 5, 8, 1e-3
-    inputs = [random.normal(size=(rows + i, width)) for i in range(3)]
-    preserve = random.normal(size=(rows, width))
-    factors = [(random.normal(size=(out, 2)), random.normal(size=(2, width))) for _ in inputs]
-    loras = [LowRank(*map(torch.from_numpy, pair)) for pair in factors]
-    moments = [x.T @ x / len(x) for x in inputs]
-    kept = preserve.T @ preserve / len(preserve)
-    shares = maths.fuse(loras, [*map(torch.from_numpy, moments)], torch.from_numpy(kept), weight=weight, ridge=ridge)
-    size = np.trace(sum(moments) + weight * kept) / width
-    left = [x / len(x) ** 0.5 for x in inputs]
-    right = [x @ (up @ down).T for x, (up, down) in zip(left, factors, strict=True)]
-    left += [preserve * (weight / len(preserve)) ** 0.5, np.eye(width) * (ridge * size) ** 0.5]
-    right += [np.zeros((len(preserve), out)), np.zeros((width, out))]
-    expected = np.linalg.lstsq(np.concatenate(left), np.concatenate(right), rcond=None)[0].T
-    found = sum(to_dense(share) for share in shares).numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
-    assert [share.rank for share in shares] == [2, 2, 2]
-
-
-def test_moments_are_of_the_inputs_that_the_base_gives(tiny_folder):
-    backbone, task = tiny.load(tiny_folder), Words()
-    ctx = RunContext(backbone, (task.concept("cat"),), task)
-    method = ant(backbone)
-    pool = method.pool(ctx, ctx.concepts[0]).sample(9, ctx.generator("points"))
-    cond = pool.cond[pool.row]
-    moments = _moments(ctx, [site.name for site in backbone.text_sites()], pool, cond)
-    rows = cond.tokens.double().flatten(0, 1).numpy()
-    for moment in moments.values():  # keys and values read the text itself
-        np.testing.assert_allclose(moment.numpy(), rows.T @ rows / len(rows), rtol=1e-6, atol=1e-8)
-    assert not any(module._forward_pre_hooks for module in backbone.denoiser.modules())
 
 
 def test_fused_loras_act_as_they_did_alone_better_than_their_sum_and_keep_what_is_preserved(tiny_folder):

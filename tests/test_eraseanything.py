@@ -13,8 +13,9 @@ from erasekit.deltas import to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
+from erasekit.pictures import kept_pictures
 from erasekit_eraseanything import losses
-from erasekit_eraseanything.material import kept_pictures, material, synonyms_of, unrelated_to
+from erasekit_eraseanything.material import material, synonyms_of, unrelated_to
 from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig, targets
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, find, reword
 from tests import tiny, tiny_flux
@@ -194,7 +195,7 @@ def test_a_concept_that_no_prompt_speaks_of_is_refused(backbone):
 
 
 def test_every_fifth_kept_picture_is_of_the_empty_prompt(backbone):
-    x0, cond = kept_pictures(context(backbone), 10)
+    x0, cond = kept_pictures(context(backbone), 10, "kept")
     assert len(x0) == len(cond) == 10
     empty = backbone.encode([""]).tokens[0]
     assert [torch.equal(t, empty) for t in cond.tokens] == [i % 5 == 4 for i in range(10)]

@@ -1,30 +1,26 @@
-"""MACE: its two solves against least squares written out, its loss by hand, its stages on the tiny models."""
+"""MACE: its loss by hand, its stages on the tiny models; its solves are in test_fusion.py."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from erasekit.adapters import AdapterBank
 from erasekit.attention import attention_maps, token_positions
-from erasekit.deltas import LowRank, concatenate, merged, to_dense
+from erasekit.deltas import concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.sites import rows
-from erasekit_mace import losses, masks, solve
-from erasekit_mace.inputs import beside, hidden_rows, kept, phrased
+from erasekit_mace import losses, masks
+from erasekit_mace.inputs import beside, hidden_moments, kept, phrased
 from erasekit_mace.method import Mace, MaceConfig, _kept, _kept_rows
 from erasekit_mace.plugin import register_components
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
-WIDTH, OUT = 10, 6
 SMALL = {"steps": 3, "batch": 2, "pictures": 3, "kept_pictures": 3, "warmup": 0}
 
 
@@ -51,94 +47,6 @@ def context(backbone, names=("cat", "dog"), seed=0, **changes):
 
 def method(backbone, **settings):
     return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}), **SMALL | settings))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def deficient(n, rank, seed):
-    """n rows that span `rank` directions, well conditioned within them."""
-    basis = torch.linalg.qr(normal(WIDTH, rank, seed=seed)).Q
-    left = torch.linalg.qr(normal(max(n, rank), rank, seed=seed + 1)).Q[:n]
-    return left @ basis.T
-
-
-def least_squares(blocks, ridge):
-    """The least-norm D that minimises sum |D x - y|^2 over blocks of rows (x, y), plus ridge |D|^2, by stacking."""
-    x, y = (np.concatenate([b[k].numpy() for b in blocks]) for k in (0, 1))
-    x = np.concatenate([x, np.sqrt(ridge) * np.eye(WIDTH)])
-    y = np.concatenate([y, np.zeros((WIDTH, y.shape[1]))])
-    return np.linalg.lstsq(x, y, rcond=1e-11)[0].T
-
-
-def diagonal(*weighted):
-    return sum(float((scale * x.square()).sum()) for scale, x in weighted) / WIDTH
-
-
-def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * max(1.0, np.abs(b).max()))
-
-
-# The solves
-
-problems = {
-    "n": st.integers(1, 14),
-    "m": st.integers(0, 14),
-    "rank": st.integers(1, WIDTH),
-    "lamb": st.sampled_from([0.0, 1e-3, 0.5]),
-    "scale": st.sampled_from([0.01, 1.0, 30.0]),
-    "seed": st.integers(0, 10_000),
-}
-
-
-@settings(max_examples=60, deadline=None)
-@given(**problems)
-def test_refinement_is_the_least_squares_solution(n, m, rank, lamb, scale, seed):
-    f, g, p, weight = (
-        deficient(n, rank, seed),
-        normal(n, WIDTH, seed=seed + 2),
-        deficient(m, rank, seed + 3),
-        normal(OUT, WIDTH),
-    )
-    edit = solve.refinement(f, g, p, lamb=lamb, preserve_scale=scale)
-    kept_rows = (scale**0.5 * p, torch.zeros(m, OUT, dtype=torch.float64))
-    want = least_squares([(f, (g - f) @ weight.T), kept_rows], lamb * diagonal((1, f), (scale, p)))
-    close(to_dense(edit.delta(weight)).numpy(), want)
-
-
-@settings(max_examples=60, deadline=None)
-@given(concepts=st.integers(1, 3), **problems)
-def test_fusion_is_the_least_squares_solution(concepts, n, m, rank, lamb, scale, seed):
-    inputs = [deficient(n, rank, seed + 10 * i) for i in range(concepts)]
-    changes = [LowRank(normal(OUT, 1 + i, seed=seed + i), normal(1 + i, WIDTH, seed=seed - i - 1)) for i in range(concepts)]
-    p = deficient(m, rank, seed + 5)
-    maps = solve.fusion(inputs, p, lamb=lamb, preserve_scale=scale)
-    shares = [solve.share([change], k) for change, k in zip(changes, maps, strict=True)]
-    blocks = [(x, x @ to_dense(change).T) for x, change in zip(inputs, changes, strict=True)]
-    blocks.append((scale**0.5 * p, torch.zeros(m, OUT, dtype=torch.float64)))
-    ridge = lamb * diagonal(*((1, x) for x in inputs), (scale, p))
-    fused = sum(to_dense(s) for s in shares)
-    close(fused.numpy(), least_squares(blocks, ridge))
-    assert all(share.rank <= change.rank for share, change in zip(shares, changes, strict=True))
-
-
-def test_a_share_adds_its_changes_up():
-    changes = [LowRank(normal(OUT, 2), normal(2, WIDTH, seed=1)), LowRank(normal(OUT, 1, seed=2), normal(1, WIDTH, seed=3))]
-    k = normal(WIDTH, WIDTH, seed=4)
-    want = sum(to_dense(c) for c in changes) @ k
-    close(to_dense(solve.share(changes, k)).numpy(), want.numpy())
-
-
-def test_preservation_pulls_the_fused_edit_off_what_is_kept():
-    x, p, change = normal(4, WIDTH), normal(6, WIDTH, seed=1), LowRank(normal(OUT, 1), normal(1, WIDTH, seed=2))
-    drift = []
-    for scale in (0.01, 1.0, 100.0):
-        (k,) = solve.fusion([x], p, lamb=1e-6, preserve_scale=scale)
-        drift.append(float((to_dense(solve.share([change], k)) @ p.T).norm()))
-    assert drift[0] > drift[1] > drift[2]
-    (free,) = solve.fusion([x], p[:0], lamb=0.0, preserve_scale=1.0)
-    close((to_dense(solve.share([change], free)) @ x.T).numpy(), (to_dense(change) @ x.T).numpy())
 
 
 # The loss
@@ -219,16 +127,12 @@ def test_rows_keep_one_pad(sd):
     assert len(rows(cond, "tokens")) == 13
 
 
-def test_hidden_rows_are_what_the_layers_read(flux):
-    ctx, layer = context(flux), "transformer_blocks.1.attn.add_k_proj"
-    cond = flux.encode(["a cat", "a photo of a dog"])
-    x0 = flux.latents([0, 1])
-    read = hidden_rows(ctx, [layer], x0, cond, "rows")[layer]
-    assert read.shape == (4 * int(kept(cond).sum()), 32)
-    assert read.dtype == torch.float64
-    first = hidden_rows(ctx, ["transformer_blocks.0.attn.add_k_proj"], x0, cond, "rows")
-    assert not torch.allclose(read, next(iter(first.values())))
-    assert not any(m._forward_pre_hooks for m in flux.denoiser.modules())
+def test_hidden_moments_are_of_the_words_and_one_pad(flux):
+    ctx, site = context(flux), "context_embedder"  # reads the text itself, at every point of the way
+    cond, x0 = flux.encode(["a cat", "a photo of a dog"]), flux.latents([0, 1])
+    read = hidden_moments(ctx, [site], x0, cond, "rows")[site]
+    tokens = rows(cond, "tokens")
+    torch.testing.assert_close(read, 4 * tokens.T @ tokens)
 
 
 # Masks
@@ -345,7 +249,7 @@ def test_the_fused_edit_is_what_the_loras_do_on_the_concepts_prompts(sd):
     refined = mace.refine(ctx)["cat"]
     with merged(sd.denoiser, refined):
         lora = mace.suppress(ctx, ctx.concepts[0], mace.pictures(ctx, ctx.concepts[0]))
-    (fused,) = mace.fuse(ctx, refined, [lora], mace.inputs(ctx, [], None))
+    (fused,) = mace.fuse(ctx, refined, [lora], mace.moments(ctx, [], None))
     tokens = rows(sd.encode(phrased(ctx, ctx.concepts[0])), "tokens")
     assert any(to_dense(d).abs().max() > 0 for d in lora.values())
     for layer, delta in fused.items():

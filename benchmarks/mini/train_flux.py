@@ -93,10 +93,14 @@ def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
 class Training:
     """The pictures, their captions, and the losses of both phases."""
 
-    def __init__(self, batch: int) -> None:
-        """Encode everything once; captions stand in rows, the empty one in the first."""
+    def __init__(self, batch: int, styled: float) -> None:
+        """Encode everything once; captions stand in rows, the empty one in the first.
+
+        A picture in an artist's style is drawn `styled` times as often as one without.
+        """
         pictures = Pictures("train")
         self.batch, self.latents = batch, pack_all(pictures)
+        self.weight = torch.where(pictures.labels["style"] > 0, styled, 1.0)
         self.tokens, self.pooled, self.row = encode_captions(pictures.captions)
         self.image_ids, self.text_ids = positions(), torch.zeros(self.tokens.shape[1], 3)
 
@@ -117,7 +121,7 @@ class Training:
 
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noised latents, their progress, their velocity and caption rows; one caption in ten is empty."""
-        index = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        index = torch.multinomial(self.weight, self.batch, replacement=True, generator=generator)
         clean, noise = self.latents[index].float(), torch.randn(self.batch, *self.latents.shape[1:], generator=generator)
         sigma = torch.randn(self.batch, generator=generator).sigmoid()
         kept = torch.rand(self.batch, generator=generator) >= 0.1
@@ -152,6 +156,9 @@ def pack_all(pictures: Pictures) -> torch.Tensor:
 def main() -> None:
     """Train both phases and save after each."""
     args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--start", help="folder of a trained transformer to go on from; random weights without it")
+    args.add_argument("--styled", type=float, default=2.0, help="how often styled pictures are drawn, against others")
+    args.add_argument("--lr", type=float, default=1e-3, help="of phase one; 5e-4 when going on")
     args.add_argument("--steps", type=int, default=8000)
     args.add_argument("--distil", type=int, default=1200)
     args.add_argument("--batch", type=int, default=32)
@@ -159,12 +166,15 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    training = Training(args.batch)
-    model = build(training.tokens.shape[-1], training.pooled.shape[-1])
+    training = Training(args.batch, args.styled)
+    if args.start:
+        model = FluxTransformer2DModel.from_pretrained(args.start, torch_dtype=torch.float32)
+    else:
+        model = build(training.tokens.shape[-1], training.pooled.shape[-1])
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights} weights, {len(training.tokens)} captions, process {os.getpid()}", flush=True)
     flow = partial(training.flow, model)
-    teacher = fit("flux", model, flow, steps=args.steps, lr=1e-3, ema_decay=0.999, schedule=plateau, folder=WORK)
+    teacher = fit("flux", model, flow, steps=args.steps, lr=args.lr, ema_decay=0.999, schedule=plateau, folder=WORK)
     save_pipeline(teacher, "flux-mini")
     if not args.distil:
         return

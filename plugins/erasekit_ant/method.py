@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from erasekit.adapters import AdapterBank
 from erasekit.backbone import Conditioning, concatenate
-from erasekit.closedform import covariance
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, LowRank, scale
+from erasekit.deltas import Deltas, LowRank
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
+from erasekit.fusion import fusion, input_moments, share
 from erasekit.method import Method, RunContext
 from erasekit.sites import concept_prompts
-from erasekit.training import Losses, TrainingConfig, train
+from erasekit.training import Losses, TrainingConfig, train, train_lora
 from erasekit.trajectories import Pool, base_pool, with_guidance
 from erasekit_ant import maths
 from erasekit_ant.student import MaskedWeights
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-POINTS = 8  # points of trajectories in a batch of those that fusion looks at
 
 
 class AntConfig(TrainingConfig):
@@ -167,62 +165,30 @@ class Ant(Method):
 
     def lora(self, ctx: RunContext, index: int, pool: Pool) -> dict[str, LowRank]:
         """Train the LoRA of one concept, alone."""
-        bank, name = AdapterBank(ctx.backbone), f"ant-{index}"
-        targets = ctx.backbone.lora_targets(self.config.scope)
-        bank.add(name, targets, self.config.rank, ctx.generator(f"ant/init/{index}"))
-        try:
-            losses = self.losses(ctx.predict, [pool], ctx.backbone.encode([""]))
-            train(losses, bank.train_only(name), self.config, ctx=ctx, name=name)
-            trained = scale(bank.deltas(name), self.config.lora_scale)
-            return {layer: delta for layer, delta in trained.items() if isinstance(delta, LowRank)}
-        finally:
-            bank.remove()
+        config, losses = self.config, self.losses(ctx.predict, [pool], ctx.backbone.encode([""]))
+        layers, init = ctx.backbone.lora_targets(config.scope), ctx.generator(f"ant/init/{index}")
+        trained = train_lora(losses, layers, config.rank, config, ctx=ctx, name=f"ant-{index}", init=init)
+        return {layer: LowRank(delta.up * config.lora_scale, delta.down) for layer, delta in trained.items()}
 
     def fuse(self, ctx: RunContext, pools: Sequence[Pool], loras: Sequence[dict[str, LowRank]]) -> list[Deltas]:
         """The concepts' shares of one joint solve per layer; inputs are those that the base gives the layer."""
+        config, layers = self.config, list(loras[0])
         kept = ctx.backbone.encode([*dict.fromkeys(p.text for p in ctx.prompts("preserve")), ""])
         own, preserve = [], []
         for i, pool in enumerate(pools):
             generator = ctx.generator(f"ant/fusion/{i}")
-            points = pool.sample(self.config.fusion_points, generator)
+            points = pool.sample(config.fusion_points, generator)
             others = torch.randint(len(kept), (len(points.x),), generator=generator)
-            own.append(_moments(ctx, loras[0], points, points.cond))
-            preserve.append(_moments(ctx, loras[0], points, kept[others]))
+            own.append(input_moments(ctx, layers, points.x, points.tau, points.cond))
+            preserve.append(input_moments(ctx, layers, points.x, points.tau, kept[others]))
         fused: list[Deltas] = [{} for _ in loras]
-        for name in loras[0]:
-            shares = maths.fuse(
-                [deltas[name] for deltas in loras],
-                [moments[name] for moments in own],
-                torch.stack([moments[name] for moments in preserve]).mean(0),
-                weight=self.config.fusion_preserve,
-                ridge=self.config.fusion_ridge,
-            )
-            for deltas, share in zip(fused, shares, strict=True):
-                deltas[name] = share
+        for layer in layers:
+            drift = torch.stack([moments[layer] for moments in preserve]).mean(0)
+            mine = [moments[layer] for moments in own]
+            maps = fusion(mine, drift, ridge=config.fusion_ridge, preserve_scale=config.fusion_preserve)
+            for shares, deltas, k_II in zip(fused, loras, maps, strict=True):
+                shares[layer] = share([deltas[layer]], k_II)
         return fused
-
-
-@torch.no_grad()
-def _moments(ctx: RunContext, layers: Iterable[str], points: Pool, cond: Conditioning) -> dict[str, torch.Tensor]:
-    """E[x x^T] over the inputs of each layer at some points of trajectories, (in, in), float64, on the CPU."""
-    modules = dict(ctx.backbone.denoiser.named_modules())
-    sums: dict[str, torch.Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            moment = covariance(inputs[0].flatten(0, -2)).cpu()
-            sums[name] = sums.get(name, torch.zeros_like(moment)) + moment * len(inputs[0]) / len(points.x)
-
-        return hook
-
-    hooks = [modules[name].register_forward_pre_hook(record(name)) for name in layers]
-    try:
-        for chunk in torch.arange(len(points.x)).split(POINTS):
-            ctx.predict(points.x[chunk], points.tau[chunk], cond[chunk])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sums
 
 
 def _ends(pool: Pool, tau0: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,14 +109,6 @@ def material(
         synonyms=[_in_templates(ctx, concept, word) for word in others],
         others=[_in_templates(ctx, concept, word) for word in compared],
     )
-
-
-def kept_pictures(ctx: RunContext, n: int) -> tuple[torch.Tensor, Conditioning]:
-    """Pictures of what is kept, by the base: preserved prompts and captions in turns, every fifth of the empty prompt."""
-    preserve, captions = ([p.text for p in ctx.prompts(which)] for which in ("preserve", "captions"))
-    turns = itertools.cycle([p for pair in itertools.zip_longest(preserve, captions) for p in pair if p is not None] or [""])
-    cond = ctx.backbone.encode(["" if i % 5 == 4 else next(turns) for i in range(n)])
-    return draw(ctx, cond, torch.randint(2**31, (n,), generator=ctx.generator("eraseanything/kept")).tolist()), cond
 
 
 def _in_templates(ctx: RunContext, concept: Concept, word: str) -> Prompts:

@@ -14,10 +14,10 @@ from erasekit.attention import attention_maps
 from erasekit.backbone import Backbone, Conditioning, concatenate
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
-from erasekit.pictures import noised
+from erasekit.pictures import kept_pictures, noised
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit_eraseanything import losses
-from erasekit_eraseanything.material import Material, Prompts, kept_pictures, material
+from erasekit_eraseanything.material import Material, Prompts, material
 
 
 class EraseAnythingConfig(TrainingConfig):
@@ -105,7 +105,7 @@ class EraseAnything(Method):
             )
             for concept in ctx.concepts
         ]
-        kept, bank = kept_pictures(ctx, config.kept_pictures), AdapterBank(ctx.backbone)
+        kept, bank = kept_pictures(ctx, config.kept_pictures, "eraseanything/kept"), AdapterBank(ctx.backbone)
         try:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")

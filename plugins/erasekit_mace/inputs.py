@@ -1,9 +1,8 @@
-"""What the edited layers read: the rows of MACE's closed forms."""
+"""What the edited layers read: the inputs of MACE's closed forms."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -12,6 +11,7 @@ from erasekit.attention import token_positions
 from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError
+from erasekit.fusion import input_moments
 from erasekit.method import RunContext
 from erasekit.pictures import noised
 from erasekit.sites import concept_prompts
@@ -58,26 +58,11 @@ def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str
     return torch.cat(concepts), torch.cat(neutrals)
 
 
-@torch.no_grad()
-def hidden_rows(
+def hidden_moments(
     ctx: RunContext, layers: Sequence[str], x0: torch.Tensor, cond: Conditioning, name: str
 ) -> dict[str, torch.Tensor]:
-    """What layers of the text stream read at a few points on the way to pictures `x0` of `cond`, rows in float64."""
-    seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-    generator = ctx.generator(name)
-
-    def record(into: list[torch.Tensor], module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        into.append(arguments[0][mask_NL].double())
-
-    modules = (ctx.backbone.denoiser.get_submodule(layer) for layer in layers)
-    handles = [m.register_forward_pre_hook(partial(record, seen[n])) for n, m in zip(layers, modules, strict=True)]
-    try:
-        for chunk in torch.arange(len(x0)).split(ctx.protocol.batch):
-            mask_NL = kept(cond[chunk])
-            for tau in TAUS:
-                at = torch.full((len(chunk),), tau)
-                ctx.predict(noised(ctx, x0[chunk], at, generator), at, cond[chunk])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+    """Moments of what layers of the text stream read at a few points on the way to pictures `x0` of `cond`."""
+    tau = torch.tensor(TAUS).repeat(len(x0))
+    row = torch.arange(len(x0)).repeat_interleave(len(TAUS))
+    x = noised(ctx, x0[row], tau, ctx.generator(name))
+    return input_moments(ctx, layers, x, tau, cond[row], kept(cond)[row])

@@ -8,19 +8,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import Field
 
-from erasekit.adapters import AdapterBank
 from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
-from erasekit.closedform import TextEdit
+from erasekit.closedform import TextEdit, uce
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
+from erasekit.fusion import fusion, share
 from erasekit.method import Method, RunContext
-from erasekit.pictures import draw, noised
+from erasekit.pictures import draw, kept_pictures, noised
 from erasekit.sites import preserve_prompts, rows, site_deltas, site_weights
-from erasekit.training import Losses, TrainingConfig, train
-from erasekit_mace import solve
-from erasekit_mace.inputs import beside, hidden_rows, phrased
+from erasekit.training import Losses, TrainingConfig, train_lora
+from erasekit_mace.inputs import beside, hidden_moments, phrased
 from erasekit_mace.losses import sample_tau, suppression
 
 
@@ -48,6 +47,14 @@ class Pictures(NamedTuple):
     cond: Conditioning
     tokens: torch.Tensor
     masks: torch.Tensor
+
+
+class Read(NamedTuple):
+    """Layers that read the same, and the moments of what they read: for each concept, and for what is kept."""
+
+    layers: list[str]
+    own: list[torch.Tensor]
+    kept: torch.Tensor
 
 
 class Mace(Method):
@@ -79,15 +86,17 @@ class Mace(Method):
         refined = self.refine(ctx)
         whole = concatenate(list(refined.values()))
         pictures = [self.pictures(ctx, concept) for concept in ctx.concepts] if self.config.steps else []
-        kept = self.kept_pictures(ctx) if pictures else None
+        kept = None
+        if pictures and not self._raw(ctx):  # the LoRAs' layers read more than raw text
+            kept = kept_pictures(ctx, self.config.kept_pictures, "mace/kept")
         with merged(ctx.backbone.denoiser, whole):
             loras = [self.suppress(ctx, concept, drawn) for concept, drawn in zip(ctx.concepts, pictures, strict=False)]
-            fused = self.fuse(ctx, whole, loras, self.inputs(ctx, pictures, kept))
+            fused = self.fuse(ctx, whole, loras, self.moments(ctx, pictures, kept))
         deltas = {}
-        for concept, fusion in zip(ctx.concepts, fused, strict=True):
-            refinement = {module: delta for module, delta in refined[concept.name].items() if module not in fusion}
-            parts = {"refine": refinement, "fusion": fusion}
-            deltas[concept.name] = {part: own for part, own in parts.items() if own}
+        for concept, own in zip(ctx.concepts, fused, strict=True):
+            refinement = {module: delta for module, delta in refined[concept.name].items() if module not in own}
+            parts = {"refine": refinement, "fusion": own}
+            deltas[concept.name] = {part: layers for part, layers in parts.items() if layers}
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
 
     # Stage 1
@@ -100,7 +109,7 @@ class Mace(Method):
             pairs = [beside(ctx, concept, phrased(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
             kept = _kept_rows(ctx, reads)
-            edit = solve.refinement(mine, goal, kept, lamb=config.ridge, preserve_scale=config.refine_preserve)
+            edit = uce(mine, goal, kept, lamb=config.ridge, erase_scale=1.0, preserve_scale=config.refine_preserve)
             shares[reads] = [part.compressed() for part in edit.split([len(own) for own, _ in pairs])]
         return site_deltas(ctx, shares, site_weights(ctx.backbone))
 
@@ -111,21 +120,18 @@ class Mace(Method):
         prompts = phrased(ctx, concept)
         chosen = [prompts[i % len(prompts)] for i in range(self.config.pictures)]
         cond, tokens = ctx.backbone.encode(chosen), token_positions(ctx.backbone, chosen, concept.phrases)
-        x0 = draw(ctx, cond, _seeds(ctx, f"mace/pictures/{concept.name}", len(chosen)))
+        seeds = torch.randint(2**31, (len(chosen),), generator=ctx.generator(f"mace/pictures/{concept.name}"))
+        x0 = draw(ctx, cond, seeds.tolist())
         masks = ctx.component("masks", self.config.masks)(ctx, concept, x0, cond, tokens)
         if ctx.backbone.capabilities.family == "unet":
             tokens = tokens | (torch.arange(tokens.shape[1]) >= cond.lengths[:, None] - 1).to(tokens.device)
         return Pictures(x0, cond, tokens, masks)
 
-    def suppress(self, ctx: RunContext, concept: Concept, pictures: Pictures) -> Deltas:
+    def suppress(self, ctx: RunContext, concept: Concept, pictures: Pictures) -> dict[str, LowRank]:
         """Train a concept's rank-1 LoRA on top of the refined weights, the other concepts' left out."""
-        bank, name = AdapterBank(ctx.backbone), f"mace-{ctx.concepts.index(concept)}"
-        try:
-            bank.add(concept.name, ctx.backbone.lora_targets(self.config.scope), 1, ctx.generator(f"mace/init/{concept.name}"))
-            train(self.losses(ctx, pictures), bank.train_only(concept.name), self.config, ctx=ctx, name=name)
-            return bank.deltas(concept.name)
-        finally:
-            bank.remove()
+        layers, init = ctx.backbone.lora_targets(self.config.scope), ctx.generator(f"mace/init/{concept.name}")
+        name = f"mace-{ctx.concepts.index(concept)}"
+        return train_lora(self.losses(ctx, pictures), layers, 1, self.config, ctx=ctx, name=name, init=init)
 
     def losses(self, ctx: RunContext, pictures: Pictures) -> Any:
         """The loss of a step as `train` asks for it: attention to the concept where it is, on the way to its pictures."""
@@ -141,22 +147,16 @@ class Mace(Method):
 
     # Stage 3
 
-    def kept_pictures(self, ctx: RunContext) -> tuple[torch.Tensor, Conditioning] | None:
-        """Pictures of kept prompts, where the LoRAs' layers read more than raw text."""
-        if self._raw(ctx):
-            return None
-        kept, generator = _kept(ctx), ctx.generator("mace/kept")
-        cond = kept[torch.randperm(len(kept), generator=generator)[: self.config.kept_pictures]]
-        return draw(ctx, cond, _seeds(ctx, "mace/kept/seeds", len(cond))), cond
-
-    def inputs(
+    def moments(
         self, ctx: RunContext, pictures: Sequence[Pictures], kept: tuple[torch.Tensor, Conditioning] | None
-    ) -> list[tuple[list[str], list[torch.Tensor], torch.Tensor]]:
-        """Groups of layers that read the same: their paths, what they read for each concept, and for kept prompts."""
+    ) -> list[Read]:
+        """Groups of layers that read the same, and what they read for each concept and for kept prompts."""
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
             own = [rows(ctx.backbone.encode(phrased(ctx, concept)), "tokens") for concept in ctx.concepts]
-            return [(targets, own, _kept_rows(ctx, "tokens"))]
+            own_DD = [tokens_ND.T @ tokens_ND for tokens_ND in own]
+            kept_MD = _kept_rows(ctx, "tokens")
+            return [Read(targets, own_DD, kept_MD.T @ kept_MD)]
         if kept is None:
             return []
         blocks: dict[str, list[str]] = {}
@@ -164,24 +164,21 @@ class Mace(Method):
             blocks.setdefault(target.rpartition(".")[0], []).append(target)
         sets = [*((drawn.x0, drawn.cond) for drawn in pictures), kept]
         first = [block[0] for block in blocks.values()]
-        read = [hidden_rows(ctx, first, x0, cond, f"mace/rows/{i}") for i, (x0, cond) in enumerate(sets)]
-        return [(block, [one[block[0]] for one in read[:-1]], read[-1][block[0]]) for block in blocks.values()]
+        read = [hidden_moments(ctx, first, x0, cond, f"mace/rows/{i}") for i, (x0, cond) in enumerate(sets)]
+        return [Read(block, [one[block[0]] for one in read[:-1]], read[-1][block[0]]) for block in blocks.values()]
 
     def fuse(
-        self,
-        ctx: RunContext,
-        refined: Deltas,
-        loras: Sequence[Deltas],
-        inputs: Sequence[tuple[list[str], list[torch.Tensor], torch.Tensor]],
+        self, ctx: RunContext, refined: Deltas, loras: Sequence[Mapping[str, LowRank]], reads: Sequence[Read]
     ) -> list[Deltas]:
         """Fuse the refinement and every concept's LoRA into one edit; each concept's share of it."""
+        config = self.config
         fused: list[Deltas] = [{} for _ in ctx.concepts]
-        for layers, own, kept in inputs:
-            maps = solve.fusion(own, kept, lamb=self.config.ridge, preserve_scale=self.config.fuse_preserve)
+        for layers, own, kept in reads:
+            maps = fusion(own, kept, ridge=config.ridge, preserve_scale=config.fuse_preserve)
             for i, k_DD in enumerate(maps):
                 for layer in layers:
                     changes = [low for d in (refined, *loras[i : i + 1]) if isinstance(low := d.get(layer), LowRank)]
-                    fused[i][layer] = solve.share(changes, k_DD)
+                    fused[i][layer] = share(changes, k_DD)
         return fused
 
     def _raw(self, ctx: RunContext) -> bool:
@@ -200,7 +197,3 @@ def _kept_rows(ctx: RunContext, reads: str) -> torch.Tensor:
     """The rows of what may not change; of the empty prompt, which guidance starts from, every pad."""
     kept = rows(_kept(ctx), reads)
     return kept if reads == "pooled" else torch.cat([kept, ctx.backbone.encode([""]).tokens[0].double()])
-
-
-def _seeds(ctx: RunContext, name: str, n: int) -> list[int]:
-    return torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()

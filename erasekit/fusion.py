@@ -1,0 +1,81 @@
+"""How LoRAs that were trained one by one become one edit: the closed-form fusion of MACE (arXiv:2403.06135, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from erasekit.backbone import Conditioning
+from erasekit.closedform import ridge_solve
+from erasekit.deltas import LowRank, compress
+from erasekit.method import RunContext
+
+
+@torch.no_grad()
+def input_moments(
+    ctx: RunContext,
+    layers: Iterable[str],
+    x: torch.Tensor,
+    tau: torch.Tensor,
+    cond: Conditioning,
+    tokens: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """What layers read while the denoiser predicts for (x, tau, cond), n of each: {layer: sum of r r^T over its rows r}.
+
+    Args:
+        ctx: the run.
+        layers: paths of linear layers in the denoiser.
+        x: latents (n, ...).
+        tau: their progress (n,).
+        cond: their prompts.
+        tokens: which text tokens count, (n, length), for layers that read text; without it all that a layer reads.
+
+    Returns:
+        Matrices (in, in), float64, on the CPU.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    modules = {layer: ctx.backbone.denoiser.get_submodule(layer) for layer in layers}
+
+    def record(layer: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            read = arguments[0].flatten(0, -2) if tokens is None else arguments[0][tokens[chunk].to(arguments[0].device)]
+            sums[layer] = sums.get(layer, 0) + (read.double().T @ read.double()).cpu()
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(layer)) for layer, module in modules.items()]
+    try:
+        for chunk in torch.arange(len(x)).split(ctx.protocol.batch):
+            ctx.predict(x[chunk], tau[chunk], cond[chunk])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def fusion(
+    moments: Sequence[torch.Tensor], preserve_DD: torch.Tensor, *, ridge: float, preserve_scale: float
+) -> list[torch.Tensor]:
+    """Of each concept the matrix K_i (width, width) that makes W' = W + sum_i Delta_i K_i the best fit, float64.
+
+    W' minimises sum_i sum_x |(W' - W - Delta_i) x|^2 + s sum_p |(W' - W) p|^2 + ridge m |W' - W|^2 with x of the inputs of
+    concept i: its own inputs meet its own change Delta_i, what is kept meets none. K_i = C_i M^-1, where
+    M = sum_i C_i + s C_p + ridge m I.
+
+    Args:
+        moments: C_i = sum of x x^T over the inputs of a layer for concept i.
+        preserve_DD: C_p = sum of p p^T over the inputs that are kept.
+        ridge: relative to m, the mean of the diagonal of the system without it; 0 gives the least-norm solution.
+        preserve_scale: s.
+    """
+    own = [moment.double() for moment in moments]
+    system_DD = torch.stack(own).sum(0) + preserve_scale * preserve_DD.double()
+    size = float(system_DD.diagonal().mean())
+    return [ridge_solve(system_DD, moment_DD, ridge=ridge * size).T for moment_DD in own]
+
+
+def share(changes: Sequence[LowRank], k_DD: torch.Tensor) -> LowRank:
+    """One concept's share Delta_i K_i of the fused change, Delta_i the sum of `changes`, with the least rank."""
+    up, down = (torch.cat([getattr(c, side).to(k_DD) for c in changes], dim) for side, dim in (("up", 1), ("down", 0)))
+    return compress(LowRank(up, down @ k_DD))
