@@ -146,13 +146,13 @@ def test_masks_are_where_the_base_attends(backbone):
     ctx, prompts = context(backbone, ("cat",)), ["a photo of a cat", "cat by the ship"]
     cond, positions = backbone.encode(prompts), token_positions(backbone, prompts, ["cat"])
     x0 = backbone.latents([0, 1], 16)
-    found = masks.attention(ctx, ctx.concepts[0], x0, cond, positions)
+    found = masks.attention(ctx, ctx.concepts[0], x0, cond, positions, None)
     assert found.shape[:2] == (2, 1)
     assert set(found.unique().tolist()) == {0.0, 1.0}
     assert ((found.mean((1, 2, 3)) > 0) & (found.mean((1, 2, 3)) < 1)).all()
     style = ctx.concepts[0].model_copy(update={"kind": "style"})
-    assert masks.attention(ctx, style, x0, cond, positions).min() == 1
-    assert torch.equal(masks.whole(ctx, ctx.concepts[0], x0, cond, positions), torch.ones(2, 1, 1, 1))
+    assert masks.attention(ctx, style, x0, cond, positions, None).min() == 1
+    assert torch.equal(masks.whole(ctx, ctx.concepts[0], x0, cond, positions, None), torch.ones(2, 1, 1, 1))
 
 
 def test_a_mask_counts_only_the_last_token_of_a_phrase(sd, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_mask_counts_only_the_last_token_of_a_phrase(sd, monkeypatch):
     cond, x0 = sd.encode(prompts), sd.latents([0])
     asked = []
     monkeypatch.setattr(masks, "_picture", lambda m, t, own=masks._picture: asked.append(t) or own(m, t))
-    masks.attention(ctx, ctx.concepts[0], x0, cond, token_positions(sd, prompts, ["a cat"]))
+    masks.attention(ctx, ctx.concepts[0], x0, cond, token_positions(sd, prompts, ["a cat"]), None)
     assert all(t.nonzero().tolist() == [[0, 5]] for t in asked)
 
 

@@ -1,13 +1,13 @@
 """Where in its pictures a concept is: components of the slot `masks`.
 
-Each is called with (ctx, concept, x0, cond, positions): finished latents of the base, their prompts, and where the
-concept's phrase stands in those, (n, length). It gives (n, 1, side, side) in [0, 1]. A segmenter can decode the latents with
-`ctx.backbone.decode`.
+Each is called with (ctx, concept, x0, cond, positions, config): finished latents of the base, their prompts, where the
+concept's phrase stands in those, (n, length), and the method's settings. It gives (n, 1, side, side) in [0, 1].
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -22,20 +22,24 @@ TAUS = (0.4, 0.6, 0.8)  # where a picture has taken shape and its prompt still m
 THRESHOLD = 0.4  # of the way from the least to the most attended place
 
 
-def whole(ctx: RunContext, concept: Concept, x0: torch.Tensor, cond: Conditioning, positions: torch.Tensor) -> torch.Tensor:
+def whole(
+    ctx: RunContext, concept: Concept, x0: torch.Tensor, cond: Conditioning, positions: torch.Tensor, config: Any
+) -> torch.Tensor:
     """Everywhere."""
     return torch.ones(len(x0), 1, 1, 1, device=x0.device)
 
 
 @torch.no_grad()
-def attention(ctx: RunContext, concept: Concept, x0: torch.Tensor, cond: Conditioning, positions: torch.Tensor) -> torch.Tensor:
+def attention(
+    ctx: RunContext, concept: Concept, x0: torch.Tensor, cond: Conditioning, positions: torch.Tensor, config: Any
+) -> torch.Tensor:
     """Where the base's attention to the concept is more than `THRESHOLD`; everywhere for a style, as in the paper.
 
     Attention to the last token of each phrase (its noun; in CLIP it sums up the phrase), averaged over heads, layers
     and three points on the way to the picture.
     """
     if concept.kind == "style":
-        return whole(ctx, concept, x0, cond, positions)
+        return whole(ctx, concept, x0, cond, positions, config)
     noun_NT, generator = positions & ~F.pad(positions[:, 1:], (0, 1)), ctx.generator(f"mace/masks/{concept.name}")
     heat = []
     with attention_maps(ctx.backbone.denoiser) as maps:

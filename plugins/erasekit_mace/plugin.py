@@ -19,8 +19,9 @@ def register_methods(register):  # type: ignore[no-untyped-def]
 @hookimpl
 def register_components(register):  # type: ignore[no-untyped-def]
     """Register the choices of MACE's slot."""
-    for name, summary in (
-        ("attention", "the base's own attention to the concept, thresholded; a style has the whole picture"),
-        ("whole", "the whole picture"),
+    for name, target, summary in (
+        ("attention", "masks:attention", "the base's own attention to the concept, thresholded; a style has the whole picture"),
+        ("whole", "masks:whole", "the whole picture"),
+        ("grounded-sam", "segmenter:grounded_sam", "what Grounding DINO finds by the concept's phrases, outlined by SAM"),
     ):
-        register("masks", name, f"erasekit_mace.masks:{name}", summary=summary)
+        register("masks", name, f"erasekit_mace.{target}", summary=summary)
