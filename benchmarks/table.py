@@ -5,8 +5,9 @@
 
 A concept written `cat+dog` is one run that erases both. Everything is measured by `erasekit.run`; a run that is finished
 is not done again, so the script can be stopped and started. A row's memory and seconds are those of the process that did
-it. Intervals are 95 %: the wider one of a bootstrap over runs and of the mean of the runs' own intervals, since runs that
-all agree are no proof that the next one would.
+it. Intervals are 95 %. The pictures of a concept have the same prompts and noise at every seed, so that seeds are no further
+sample of them: concepts are what is resampled, each with the mean of its seeds. The interval is the wider one of that
+bootstrap and of the mean of the concepts' own intervals, since concepts that all agree are no proof that the next one would.
 """
 
 from __future__ import annotations
@@ -46,30 +47,37 @@ def variants(methods: Sequence[str], *, ablations: bool) -> dict[str, tuple[str,
     return rows
 
 
-def interval(metrics: Sequence[Metric]) -> list[float]:
-    """A 95 % interval of the mean of runs: the wider of a bootstrap over them and of MOVER over their own intervals."""
-    values = np.array([m.value for m in metrics])
+def interval(concepts: Sequence[Sequence[Metric]]) -> list[float]:
+    """A 95 % interval of the mean over concepts, each with its runs at several seeds.
+
+    The wider of a bootstrap over concepts and of MOVER over their own intervals, where a concept has the mean value and the
+    mean interval of its runs.
+    """
+    values = np.array([np.mean([m.value for m in runs]) for runs in concepts])
     draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
     low, high = np.percentile(draws.mean(1), (2.5, 97.5))
-    if all(m.ci95 for m in metrics):
-        ends = np.array([m.ci95 for m in metrics])
+    if all(m.ci95 for runs in concepts for m in runs):
+        ends = np.array([np.mean([m.ci95 for m in runs], 0) for runs in concepts])
         below, above = np.sqrt(np.square(ends - values[:, None]).sum(0)) / len(values)
         low, high = min(low, values.mean() - below), max(high, values.mean() + above)
     return [round(float(low), 4), round(float(high), 4)]
 
 
-def summary(results: Sequence[RunResult]) -> dict[str, Any]:
-    """Means over runs of every metric that all of them have, of the time to erase and of the memory."""
+def summary(concepts: Sequence[Sequence[RunResult]]) -> dict[str, Any]:
+    """Of every metric that all runs have the mean over concepts, each with its seeds; the time to erase and the memory."""
+    results = [result for runs in concepts for result in runs]
     names = [name for name in results[0].metrics if all(r.metrics.get(name) for r in results)]
     metrics = {}
     for name in names:
-        known = [m for m in (r.metrics[name] for r in results) if m.value is not None]
-        bases = [m.base for m in known]
+        known = [[m for r in runs if (m := r.metrics[name]).value is not None] for runs in concepts]
+        known = [runs for runs in known if runs]
+        means = [np.mean([m.value for m in runs]) for runs in known]
+        bases = [m.base for runs in known for m in runs]
         metrics[name] = {
-            "mean": round(float(np.mean([m.value for m in known])), 4),
+            "mean": round(float(np.mean(means)), 4),
             "ci95": interval(known),
             "base": round(float(np.mean(bases)), 4) if None not in bases else None,
-            "runs": len(known),
+            "runs": sum(map(len, known)),
             "pictures": sum(r.metrics[name].n for r in results),
         }
     seconds = [r.timings_s["erase"] for r in results]
@@ -81,15 +89,17 @@ def row_of(name: str, args: argparse.Namespace, method: str, overrides: Mapping[
     """One row: every concept and seed, run if it is missing."""
     results, each, sizes = [], [], []
     for concepts in args.concepts:
+        results.append([])
         for seed in args.seeds:
             flags = {"method": method, "backbone": args.backbone, "task": args.task, "concepts": tuple(concepts.split("+"))}
             settings = [*args.set, *(f"method.{key}={value}" for key, value in overrides.items())]
             config = build({**flags, "seed": seed, "limit": args.limit}, overrides=settings)
-            results.append(run(config, out=args.runs))
+            result = run(config, out=args.runs)
+            results[-1].append(result)
             folder = path_of(args.runs, resolve(config, default())) / "erasure"
             sizes.append(sum((folder / file).stat().st_size for file in FILES if (folder / file).exists()) / 1000)
-            values = {k: m.value for k, m in results[-1].metrics.items()}
-            each.append({"concepts": concepts, "seed": seed, "erasure_sha256": results[-1].erasure_sha256, **values})
+            values = {k: m.value for k, m in result.metrics.items()}
+            each.append({"concepts": concepts, "seed": seed, "erasure_sha256": result.erasure_sha256, **values})
             print(name, each[-1], file=sys.stderr, flush=True)
     return summary(results) | {"file_kb": round(float(np.median(sizes)), 1), "runs": each}
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from erasekit.results import Metric
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +28,28 @@ def test_the_gpu_benchmark_runs_at_tiny_size(tmp_path):
         assert [report["vram"][v]["erase_s"] > 0 for v in ("80", "8")] == [True, True]
         assert report["raw"]["trace_ratio"] > 0
         assert report["sampling"]["erasekit_pictures_per_s"] > 0
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shares(*values):
+    return [Metric(value=v, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1)), n=20, evaluator="x@1") for v in values]
+
+
+def test_seeds_that_agree_do_not_narrow_an_interval(table):
+    once = [shares(v) for v in (0.0, 0.1, 0.4)]
+    assert table.interval([runs * 3 for runs in once]) == table.interval(once)
+
+
+def test_an_interval_is_no_narrower_than_the_runs_own_and_covers_the_spread_of_concepts(table):
+    low, high = table.interval([shares(0.5)] * 4)  # all agree: the mean of four independent intervals of 0.1
+    assert (low, high) == pytest.approx((0.45, 0.55), abs=1e-4)
+    low, high = table.interval([shares(v) for v in (0.0, 0.0, 1.0, 1.0)])
+    assert low <= 0.1
+    assert high >= 0.9
