@@ -39,7 +39,10 @@ def table():
 
 
 def shares(*values):
-    return [Metric(value=v, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1)), n=20, evaluator="x@1") for v in values]
+    return [
+        Metric(value=v, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1)), n=20, higher_is_better=False, evaluator="x@1")
+        for v in values
+    ]
 
 
 def test_seeds_that_agree_do_not_narrow_an_interval(table):
