@@ -16,7 +16,7 @@ from erasekit.method import RunContext
 from erasekit.pictures import kept_pictures
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import material, synonyms_of, unrelated_to
-from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig, targets
+from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, find, reword
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
@@ -45,8 +45,9 @@ def context(backbone, names=("cat", "dog"), seed=0, **changes):
     return RunContext(backbone, tuple(task.concept(n).model_copy(update=changes) for n in names), task, seed)
 
 
-def method(**settings):
-    return EraseAnything(EraseAnythingConfig(**SMALL | settings))
+def method(backbone, **settings):
+    family = EraseAnything.defaults.get(backbone.capabilities.family, {})
+    return EraseAnything(EraseAnythingConfig(**family | SMALL | settings))
 
 
 def maps(*shapes, seed=0):
@@ -204,18 +205,19 @@ def test_every_fifth_kept_picture_is_of_the_empty_prompt(backbone):
 # Steps
 
 
-def test_targets_are_keys_and_queries_of_the_text(backbone):
-    names = targets(backbone)
+def test_loras_sit_where_the_class_says(backbone):
+    names = backbone.lora_targets(method(backbone).config.scope)
     if backbone.capabilities.family == "unet":
         assert {name.split(".")[-2] for name in names} == {"attn2"}
-        assert {name.rpartition(".")[2] for name in names} == {"to_k", "to_q"}
+        assert {name.rpartition(".")[2] for name in names} == {"to_k", "to_v"}
+        assert {name.rpartition(".")[2] for name in backbone.lora_targets("qk")} == {"to_k", "to_q"}
     else:
         assert {name.rpartition(".")[2] for name in names} == {"add_k_proj", "add_q_proj"}
 
 
 def test_every_term_trains_the_lora_in_turn_and_no_other(backbone):
     ctx = context(backbone)
-    with method(erase=1.0, attention=1.0, preserve=1.0, contrast=1.0).student(ctx) as (bank, step, parameters):
+    with method(backbone, erase=1.0, attention=1.0, preserve=1.0, contrast=1.0).student(ctx) as (bank, step, parameters):
         generator = ctx.generator("noise")
         with torch.no_grad():  # away from the start, where the student is the teacher
             for p in parameters:
@@ -237,7 +239,7 @@ def test_every_term_trains_the_lora_in_turn_and_no_other(backbone):
 
 def test_a_fresh_student_is_the_teacher(backbone):
     ctx = context(backbone, ("cat",))
-    with method(erase=2.0).student(ctx) as (_, step, _):
+    with method(backbone, erase=2.0).student(ctx) as (_, step, _):
         assert step(1, ctx.generator("x"))["preserve"].item() < 1e-10
         parts = step(0, ctx.generator("x"))
         own, generator = step.materials[0], ctx.generator("x")
@@ -254,7 +256,7 @@ def test_a_fresh_student_is_the_teacher(backbone):
 
 def test_the_teacher_stays_the_base_while_the_student_moves(backbone):
     ctx = context(backbone, ("cat",))
-    with method().student(ctx) as (_, step, parameters):
+    with method(backbone).student(ctx) as (_, step, parameters):
         before = step(1, ctx.generator("x"))["preserve"].item()
         with torch.no_grad():
             for p in parameters:
@@ -264,7 +266,7 @@ def test_the_teacher_stays_the_base_while_the_student_moves(backbone):
 
 def test_the_contrastive_term_falls_under_its_own_gradient(backbone):
     ctx = context(backbone, ("cat",))
-    with method(contrast=1.0, batch=4).student(ctx) as (bank, step, _):
+    with method(backbone, contrast=1.0, batch=4).student(ctx) as (bank, step, _):
         parameters = bank.train_only("cat")
         values, optimizer = [], torch.optim.Adam(parameters, 0.02)
         for _ in range(12):
@@ -280,7 +282,7 @@ def test_the_last_layer_alone_can_be_looked_at(backbone):
     ctx = context(backbone, ("cat",))
     sizes = {}
     for layers in ("all", "last"):
-        with method(layers=layers).student(ctx) as (_, step, _):
+        with method(backbone, layers=layers).student(ctx) as (_, step, _):
             _, seen = step._attend(step.kept_x0[:1], torch.tensor([0.5]), step.kept_cond[:1])
             sizes[layers] = len(seen)
     assert sizes["last"] == 1 < sizes["all"]
@@ -291,14 +293,14 @@ def test_the_last_layer_alone_can_be_looked_at(backbone):
 
 def test_an_erasure_of_two_concepts(backbone, tmp_path):
     before = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
-    erasure = method().erase(context(backbone))
+    erasure = method(backbone).erase(context(backbone))
     after = backbone.denoiser.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(p.requires_grad for p in backbone.denoiser.parameters())
     assert {name: sorted(own) for name, own in erasure.deltas.items()} == {"cat": ["adapter"], "dog": ["adapter"]}
     for own in erasure.deltas.values():
-        assert sorted(own["adapter"]) == sorted(targets(backbone))
+        assert sorted(own["adapter"]) == sorted(backbone.lora_targets(method(backbone).config.scope))
         assert sum(float(to_dense(d).abs().max()) > 0 for d in own["adapter"].values()) > 1
     erasure.save(tmp_path / "erasure")
     loaded = Erasure.load(tmp_path / "erasure", backbone)
@@ -306,7 +308,7 @@ def test_an_erasure_of_two_concepts(backbone, tmp_path):
 
 
 def test_a_seed_decides_every_byte(backbone, tmp_path):
-    hashes = [method().erase(context(backbone, seed=s)).save(tmp_path / str(i)) for i, s in enumerate((0, 0, 1))]
+    hashes = [method(backbone).erase(context(backbone, seed=s)).save(tmp_path / str(i)) for i, s in enumerate((0, 0, 1))]
     assert hashes[0] == hashes[1]
     assert hashes[0] != hashes[2]
 

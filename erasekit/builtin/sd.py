@@ -44,6 +44,7 @@ class StableDiffusion(PipelineBackbone):
     unused: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     scopes: ClassVar[Mapping[str, str]] = {
         "kv": r"\.attn2\.to_[kv]$",
+        "qk": r"\.attn2\.to_[qk]$",
         "cross": r"\.attn2\.",
         "attention": r"\.attn[12]\.",
         "all": r"",

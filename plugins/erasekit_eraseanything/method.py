@@ -1,4 +1,4 @@
-"""EraseAnything: a LoRA on keys and queries, trained on two levels in turns: one erases, the other preserves."""
+"""EraseAnything: a LoRA on attention to text, trained on two levels in turns: one erases, the other preserves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from erasekit.adapters import AdapterBank
 from erasekit.attention import attention_maps
-from erasekit.backbone import Backbone, Conditioning, concatenate
+from erasekit.backbone import Conditioning, concatenate
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.pictures import kept_pictures, noised
@@ -24,6 +24,7 @@ class EraseAnythingConfig(TrainingConfig):
     """Settings of EraseAnything. Steps of the two levels take turns; both count."""
 
     rank: int = Field(8, ge=1, description="rank of each concept's LoRA")
+    scope: str = Field("add_qk", description="linear layers that carry the LoRAs, a scope of the backbone")
     eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept")
     erase: float = Field(1.0, ge=0, description="lower level: weight of the erasing loss")
     attention: float = Field(
@@ -53,13 +54,14 @@ class EraseAnything(Method):
     Unlike the published code, the teacher is the base without LoRAs, latents are as noisy as the denoiser is told, word
     positions are each prompt's own, pictures come from the base, and what is kept is held to the base's prediction.
 
-    The form for Stable Diffusion is erasekit's adaptation: `to_k` and `to_q` of the cross-attentions take the place of
-    `add_k_proj` and `add_q_proj`.
+    The form for Stable Diffusion is erasekit's adaptation: `to_k` and `to_v` of the cross-attentions take the place of
+    `add_k_proj` and `add_q_proj`. Keys and queries (scope `qk`) only move attention, and it has nowhere to go: in CLIP the end
+    of a prompt and every pad carry the concept as well. In FLUX.1 they change the text stream itself.
     """
 
     name = "eraseanything"
     Config = EraseAnythingConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3, "scope": "kv"}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {
             "lr": 1e-3,
@@ -109,18 +111,11 @@ class EraseAnything(Method):
         try:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")
-                bank.add(concept.name, targets(ctx.backbone), config.rank, generator)
+                bank.add(concept.name, ctx.backbone.lora_targets(config.scope), config.rank, generator)
             parameters = [p for name in bank.names for p in bank.train_only(name)]
             yield bank, Step(config, ctx, bank, materials, kept), parameters
         finally:
             bank.remove()
-
-
-def targets(backbone: Backbone) -> list[str]:
-    """The layers that carry LoRAs: keys and queries of the text in FLUX.1, of the cross-attentions in a UNet."""
-    if backbone.capabilities.family == "dit":
-        return backbone.lora_targets("add_qk")
-    return [name for name in backbone.lora_targets("cross") if name.endswith((".to_k", ".to_q"))]
 
 
 class Step:
