@@ -130,11 +130,13 @@ def test_sites_and_scopes_are_found_by_name(backbone):
     assert {modules[s.name].in_features for s in sites} == {tiny.WIDTH}
     by_shape = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and m.in_features == tiny.WIDTH and "attn" in n]
     assert [s.name for s in sites] == by_shape
-    kv, cross, attention, everything = (backbone.lora_targets(s) for s in ("kv", "cross", "attention", "all"))
+    kv, qk, cross, attention, everything = (backbone.lora_targets(s) for s in ("kv", "qk", "cross", "attention", "all"))
     assert set(kv) < set(cross) < set(attention) < set(everything)
+    assert {n for n in qk if n.endswith(".to_k")} == set(kv) & set(qk)
+    assert set(qk) < set(cross) - {n for n in kv if n.endswith(".to_v")}
     assert len(cross) == 2 * len(kv)
     assert len(attention) == 2 * len(cross)
-    with pytest.raises(UsageError, match=r"Unknown scope 'kvs'.*kv, cross, attention, all"):
+    with pytest.raises(UsageError, match=r"Unknown scope 'kvs'.*kv, qk, cross, attention, all"):
         backbone.lora_targets("kvs")
 
 
