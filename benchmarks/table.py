@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import show
 import torch
 
 from erasekit.config import build, resolve
@@ -104,22 +105,6 @@ def row_of(name: str, args: argparse.Namespace, method: str, overrides: Mapping[
     return summary(results) | {"file_kb": round(float(np.median(sizes)), 1), "runs": each}
 
 
-def markdown(table: Mapping[str, Any]) -> str:
-    """The table for a page: means with intervals."""
-    metrics = list(next(iter(table["rows"].values()))["metrics"])
-    lines = [f"| row | {' | '.join(metrics)} | erase, s | file, kB | peak, MB |"]
-    lines.append("|---" * (len(metrics) + 4) + "|")
-    for name, row in table["rows"].items():
-        cells = []
-        for m in row["metrics"].values():
-            digits = 3 if m["mean"] <= 1 and m["ci95"][1] <= 1 else 1
-            cells.append(f"{m['mean']:.{digits}f} ({m['ci95'][0]:.{digits}f} to {m['ci95'][1]:.{digits}f})")
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {row['erase_s']:.0f} | {row['file_kb']:.0f} | {row['peak_memory_mb']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def _flags(args: argparse.Namespace) -> dict[str, list[Any]]:
     """The flags that decide the numbers: not where files lie."""
     values = {k: v for k, v in vars(args).items() if k not in ("runs", "out") and v not in (None, False, [])}
@@ -153,7 +138,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(table, indent=1) + "\n")
-    print(markdown(table))
+    print(show.by_row(table))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import show
+import table
 
 from erasekit.results import Metric
 
@@ -30,14 +31,6 @@ def test_the_gpu_benchmark_runs_at_tiny_size(tmp_path):
         assert report["sampling"]["erasekit_pictures_per_s"] > 0
 
 
-@pytest.fixture(scope="module")
-def table():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def shares(*values):
     return [
         Metric(value=v, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1)), n=20, higher_is_better=False, evaluator="x@1")
@@ -45,14 +38,23 @@ def shares(*values):
     ]
 
 
-def test_seeds_that_agree_do_not_narrow_an_interval(table):
+def test_seeds_that_agree_do_not_narrow_an_interval():
     once = [shares(v) for v in (0.0, 0.1, 0.4)]
     assert table.interval([runs * 3 for runs in once]) == table.interval(once)
 
 
-def test_an_interval_is_no_narrower_than_the_runs_own_and_covers_the_spread_of_concepts(table):
+def test_an_interval_is_no_narrower_than_the_runs_own_and_covers_the_spread_of_concepts():
     low, high = table.interval([shares(0.5)] * 4)  # all agree: the mean of four independent intervals of 0.1
     assert (low, high) == pytest.approx((0.45, 0.55), abs=1e-4)
     low, high = table.interval([shares(v) for v in (0.0, 0.0, 1.0, 1.0)])
     assert low <= 0.1
     assert high >= 0.9
+
+
+def test_a_committed_table_is_printed_with_every_row_and_concept():
+    result = json.loads((ROOT / "benchmarks" / "results" / "methods-sd15-mini.json").read_text())
+    rows = show.by_row(result).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}" for name in (*result["rows"], "unedited")]
+    assert {row.count("|") for row in rows} == {rows[0].count("|")}
+    concepts = show.by_concept(result["rows"]["trace"]).splitlines()
+    assert len(concepts) == 2 + len({run["concepts"] for run in result["rows"]["trace"]["runs"]}) + 2
