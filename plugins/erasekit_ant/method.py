@@ -60,7 +60,10 @@ class Ant(Method):
 
     name = "ant"
     Config = AntConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "add_kv", "early_weight": 0.0}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # A flow model settles what is drawn in its first steps: of fifteen on flux-mini four lie before 0.14.
+        "dit": {"scope": "add_kv", "early_weight": 0.0, "tau0": 0.04}
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {
             "form": "single",
