@@ -17,7 +17,8 @@ FRAME = "a photo of {}"
 def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ...]:
     """Phrases that the text encoder reads nearly as it does a concept, nearest first, at most `most`.
 
-    A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
+    Each word comes as a name ("a sedan", "cars") and counted ("two sedans"), since a count changes how a word is read; so does
+    the concept's own noun. A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
     concept) > (1 + max cos(preserved, concept)) / 2, cosines of the summaries of "a photo of ..." less their mean. A
     concept that preserves nothing has no such scale and gets no words.
     """
@@ -32,7 +33,9 @@ def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ..
     least = (1 + float(cosine[: len(kept)].max())) / 2
     nearness = cosine[len(kept) :].tolist()
     found = sorted((-near, word) for near, word in zip(nearness, words, strict=True) if near > least)
-    return tuple(_phrase(word, like=own) for _, word in found[:most])
+    named = [word for _, word in found[:most]]
+    counted = [f"two {word}" for word in (own.split()[-1], *named)] if named else []
+    return (*(_phrase(word, like=own) for word in named), *counted)
 
 
 def _summaries(backbone: Backbone, phrases: Sequence[str]) -> torch.Tensor:
