@@ -15,12 +15,14 @@ FRAME = "a photo of {}"
 
 
 def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ...]:
-    """Phrases that the text encoder reads nearly as it does a concept, nearest first, at most `most`.
+    """Phrases that the text encoder reads nearly as it does a concept, nearest first, of at most `most` words.
 
     Each word comes as a name ("a sedan", "cars") and counted ("two sedans"), since a count changes how a word is read; so does
-    the concept's own noun. A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
+    the concept's own noun.
+
+    A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
     concept) > (1 + max cos(preserved, concept)) / 2, cosines of the summaries of "a photo of ..." less their mean. A
-    concept that preserves nothing has no such scale and gets no words.
+    concept that preserves nothing has no such scale and gets no words. `most` is of words, not of phrases.
     """
     own, kept = concept.phrases[0], [p for p in concept.preserve if p not in concept.phrases]
     said = {word for phrase in (*concept.phrases, *kept) for word in phrase.lower().split()}
