@@ -12,13 +12,14 @@ from erasekit.concepts import Concept
 
 SHORTLIST = 128  # words of the vocabulary that are encoded
 FRAME = "a photo of {}"
+ARTICLES = ("a", "an")
 
 
 def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ...]:
     """Phrases that the text encoder reads nearly as it does a concept, nearest first, of at most `most` words.
 
     Each word comes as a name ("a sedan", "cars") and counted ("two sedans"), since a count changes how a word is read; so does
-    the concept's own noun.
+    the concept's own noun. Concepts without an article, which nobody counts, get the names alone.
 
     A word counts if it is nearer to the concept than halfway from the nearest phrase that the concept preserves: cos(word,
     concept) > (1 + max cos(preserved, concept)) / 2, cosines of the summaries of "a photo of ..." less their mean. A
@@ -36,7 +37,8 @@ def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ..
     nearness = cosine[len(kept) :].tolist()
     found = sorted((-near, word) for near, word in zip(nearness, words, strict=True) if near > least)
     named = [word for _, word in found[:most]]
-    counted = [f"two {word}" for word in (own.split()[-1], *named)] if named else []
+    countable = named and own.split()[0] in ARTICLES
+    counted = [f"two {word}" for word in (own.split()[-1], *named)] if countable else []
     return (*(_phrase(word, like=own) for word in named), *counted)
 
 
@@ -50,6 +52,6 @@ def _summaries(backbone: Backbone, phrases: Sequence[str]) -> torch.Tensor:
 
 def _phrase(word: str, *, like: str) -> str:
     """A word with an article, if the phrase that it stands for has one and it is no plural."""
-    if like.split()[0] not in ("a", "an") or (word.endswith("s") and not word.endswith("ss")):
+    if like.split()[0] not in ARTICLES or (word.endswith("s") and not word.endswith("ss")):
         return word
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
