@@ -77,6 +77,7 @@ class Plan:
         content = {
             **self.config.model_dump(include={"method", "backbone", "task", "seed", "limit"}),
             "task_version": self.task.version,
+            "method_version": self.method.version,
             "separate": self.separate,
             "erasure": self.erasure_sha256,
             "concepts": [c.model_dump() for c in self.concepts],

@@ -84,6 +84,7 @@ class Method:
 
     Attributes:
         name: the registered name.
+        version: rises when equal settings give another erasure, so that a finished run of before is not taken for it.
         Config: the settings; field descriptions are the documentation.
         defaults: settings that differ per backbone name or family, e.g. {"flux": {...}}.
         presets: named sets of settings.
@@ -93,6 +94,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

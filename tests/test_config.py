@@ -186,6 +186,13 @@ def test_settings_that_name_components_are_looked_up(more):
     assert "Unknown choice for 'divergence' 'clp'. Did you mean 'clip'?" in str(raised.value)
 
 
+def test_another_version_of_a_method_is_another_run(registries, monkeypatch):
+    plan = plan_of(registries, concepts=("cat",))
+    before = plan.hash
+    monkeypatch.setattr(plan.method, "version", plan.method.version + 1)
+    assert plan.hash != before
+
+
 def test_the_hash_is_of_what_decides_the_result(registries):
     plan = plan_of(registries, concepts=("cat",))
     assert len(plan.hash) == 8
