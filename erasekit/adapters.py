@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig
@@ -22,7 +22,7 @@ class AdapterBank:
     """Named LoRA adapters on a backbone's denoiser.
 
     Every adapter has alpha == rank, so a module's delta is `B @ A` as it stands. Names are free text: inside of the
-    denoiser the adapters are called `bank_0`, `bank_1`, ...
+    denoiser the adapters are called `bank_0`, `bank_1`, ... As a context it takes them all off at its end.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -33,6 +33,14 @@ class AdapterBank:
         self._trainable = ""
         self._off = False
         self._denoiser.requires_grad_(False)
+
+    def __enter__(self) -> Self:
+        """The bank itself."""
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        """Take all adapters off."""
+        self.remove()
 
     @property
     def names(self) -> list[str]:

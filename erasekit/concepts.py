@@ -50,10 +50,20 @@ class Concept(BaseModel):
         """Every phrase in every template (`self.templates` if none are given)."""
         return [t.format(p) for p in self.phrases for t in templates or self.templates]
 
+    def find(self, prompt: str) -> str:
+        """The phrase that stands in `prompt` as whole words, the longest one; "" if none does."""
+        longest = sorted(self.phrases, key=len, reverse=True)
+        return next((phrase for phrase in longest if whole_words(phrase).search(prompt)), "")
+
     def neutralise(self, prompt: str) -> str:
         """`prompt` with every phrase replaced by the neutral word; the empty prompt if that is empty."""
         if not self.neutral:
             return ""
         for phrase in sorted(self.phrases, key=len, reverse=True):  # the longest first: "a cat" is in "a cat face"
-            prompt = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", self.neutral, prompt)
+            prompt = whole_words(phrase).sub(lambda found: self.neutral, prompt)
         return prompt
+
+
+def whole_words(phrase: str) -> re.Pattern[str]:
+    """What finds a phrase in a prompt, but not in the midst of a word."""
+    return re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)")

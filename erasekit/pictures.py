@@ -27,6 +27,12 @@ def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Ten
     return torch.cat(finished)
 
 
+def pictures_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """`n` pictures of prompts, used in turn: x0 (n, ...), and the prompt of each; the generator draws their seeds."""
+    chosen = [prompts[i % len(prompts)] for i in range(n)]
+    return draw(ctx, ctx.backbone.encode(chosen), torch.randint(2**31, (n,), generator=generator).tolist()), chosen
+
+
 def kept_pictures(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
     """`n` pictures of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
 
@@ -34,8 +40,8 @@ def kept_pictures(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Con
     """
     preserved, captions = preserve_prompts(ctx)[1:], [p.text for p in ctx.prompts("captions")]
     turns = itertools.cycle([p for pair in itertools.zip_longest(preserved, captions) for p in pair if p is not None] or [""])
-    cond = ctx.backbone.encode(["" if i % 5 == 4 else next(turns) for i in range(n)])
-    return draw(ctx, cond, torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()), cond
+    x0, chosen = pictures_of(ctx, ["" if i % 5 == 4 else next(turns) for i in range(n)], n, ctx.generator(name))
+    return x0, ctx.backbone.encode(chosen)
 
 
 def noised(ctx: RunContext, x0: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

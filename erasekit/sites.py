@@ -51,22 +51,30 @@ def site_embeddings(ctx: RunContext, *, tokens: Tokens = "all", guides: Sequence
     Raises:
         UsageError: no prompt of a concept differs from its neutral prompt.
     """
-    kept, empty = ctx.backbone.encode(preserve_prompts(ctx)), ctx.backbone.encode([""])
-    asked = ctx.prompts("erase")
+    kept, asked = preserve_prompts(ctx), ctx.prompts("erase")
     found: dict[str, SiteEmbeddings] = {}
     for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
         pairs = [_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, guides) for concept in ctx.concepts]
         concepts, goals = zip(*pairs, strict=True)
-        preserve_MD = rows(kept, reads)
-        if reads == "tokens":  # every pad of the empty prompt too: guidance is measured from it
-            preserve_MD = torch.cat([preserve_MD, empty.tokens[0].double()])
-        found[reads] = SiteEmbeddings(concepts, goals, preserve_MD)
+        found[reads] = SiteEmbeddings(concepts, goals, kept_rows(ctx.backbone, kept, reads))
     return found
 
 
 def concept_prompts(concept: Concept, asked: Sequence[Prompt]) -> list[str]:
     """Prompts that ask for one concept: its phrases in its templates, then those of the task's that do."""
     return list(dict.fromkeys([*concept.prompts(), *(p.text for p in asked if p.concept == concept.name)]))
+
+
+def phrased_prompts(ctx: RunContext, concept: Concept) -> list[str]:
+    """Training prompts of one concept that hold one of its phrases as whole words.
+
+    Raises:
+        UsageError: there is none.
+    """
+    prompts = [prompt for prompt in concept_prompts(concept, ctx.prompts("erase")) if concept.find(prompt)]
+    if not prompts:
+        raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
+    return prompts
 
 
 def preserve_prompts(ctx: RunContext) -> list[str]:
@@ -82,6 +90,12 @@ def rows(cond: Conditioning, reads: str) -> torch.Tensor:
         return cond.pooled.double()
     kept = torch.arange(cond.tokens.shape[1], device=cond.lengths.device) <= cond.lengths[:, None]
     return cond.tokens[kept.to(cond.tokens.device)].double()
+
+
+def kept_rows(backbone: Backbone, prompts: Sequence[str], reads: str) -> torch.Tensor:
+    """The rows of prompts that must not change; of the empty prompt, which guidance is measured from, every pad too."""
+    kept = rows(backbone.encode(prompts), reads)
+    return kept if reads == "pooled" else torch.cat([kept, backbone.encode([""]).tokens[0].double()])
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:

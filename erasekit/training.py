@@ -99,13 +99,15 @@ def train_lora(
         name: names the LoRA, its checkpoint and the generators.
         init: draws the weights that it begins with.
     """
-    bank = AdapterBank(ctx.backbone)
-    bank.add(name, layers, rank, init)
-    try:
+    with AdapterBank(ctx.backbone) as bank:
+        bank.add(name, layers, rank, init)
         train(losses, bank.train_only(name), config, ctx=ctx, name=name)
         return {layer: delta for layer, delta in bank.deltas(name).items() if isinstance(delta, LowRank)}
-    finally:
-        bank.remove()
+
+
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean of |prediction - target|^2 over all entries, in float32."""
+    return (prediction.float() - target.float()).square().mean()
 
 
 def _rate(step: int, config: TrainingConfig) -> float:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from erasekit.backbone import Backbone, Conditioning, concatenate
+from erasekit.concepts import Concept
 from erasekit.method import RunContext
+from erasekit.sites import concept_prompts
 from erasekit.tasks import Protocol
 
 # (x, tau, row) -> (what the sampler follows, predictions (b, k, ...) to keep)
@@ -109,6 +111,31 @@ def predict_each(
 def steer(backbone: Backbone, protocol: Protocol, none: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """What the sampler follows; a model with embedded guidance has guided its prediction already."""
     return prediction if backbone.embedded_guidance else none + protocol.guidance * (prediction - none)
+
+
+def negative_guidance(anchor: torch.Tensor, concept: torch.Tensor, empty: torch.Tensor, eta: float) -> torch.Tensor:
+    """A target that leads away from a concept: f(anchor) - eta (f(c) - f(0)), all of them (b, ...).
+
+    ESD (arXiv:2303.07345) has the empty prompt as its anchor; its newer code has the concept, which with an eta of one
+    more is the same. TRACE (section 4.2) and EraseAnything have the neutral prompt as anchor and in the place of the empty
+    one: f(c_u) - eta (f(c) - f(c_u)).
+    """
+    return anchor - eta * (concept - empty)
+
+
+def concept_pool(
+    ctx: RunContext, concept: Concept, n: int, *, name: str, guidance: float | None = None, neutral: bool = False
+) -> Pool:
+    """`n` trajectories of the base under random training prompts of a concept, guided at `guidance` or as the run is.
+
+    `predictions` holds f(0), f(c) and, if `neutral`, those for the neutral prompts. `name` names the generator of
+    prompts and seeds.
+    """
+    generator, prompts = ctx.generator(name), concept_prompts(concept, ctx.prompts("erase"))
+    seeds = torch.randint(2**31, (n,), generator=generator).tolist()
+    drawn = [prompts[row] for row in torch.randint(len(prompts), (n,), generator=generator).tolist()]
+    others = [ctx.backbone.encode([concept.neutralise(p) for p in drawn])] if neutral else []
+    return base_pool(ctx.backbone, with_guidance(ctx, guidance), ctx.backbone.encode(drawn), seeds, others)
 
 
 def with_guidance(ctx: RunContext, guidance: float | None) -> Protocol:

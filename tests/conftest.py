@@ -34,6 +34,41 @@ def tiny_flux_folder(tmp_path_factory) -> Path:
     return tiny_flux.save_pipeline(tmp_path_factory.mktemp("base") / "flux")
 
 
+@pytest.fixture(scope="module")
+def sd(tiny_folder):
+    """The tiny Stable Diffusion, loaded."""
+    from tests import tiny
+
+    return tiny.load(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def flux(tiny_flux_folder):
+    """The tiny FLUX, loaded."""
+    from tests import tiny_flux
+
+    return tiny_flux.load(tiny_flux_folder)
+
+
+@pytest.fixture(scope="module", params=["sd", "flux"])
+def backbone(request):
+    """Each of both families in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module", params=["sd", "flux"])
+def wide(request, tmp_path_factory):
+    """A model with far more dimensions than positions, as real ones have, so that an edit can leave something alone."""
+    from tests import tiny, tiny_flux
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "WIDTH", 256)
+        patch.setattr(tiny_flux, "WIDTH", 256)
+        patch.setattr(tiny_flux, "TOKENS", 256)
+        module = tiny if request.param == "sd" else tiny_flux
+        return module.load(module.save_pipeline(tmp_path_factory.mktemp("wide") / request.param))
+
+
 @pytest.fixture
 def erasekit(tmp_path):
     """Run the command line in a process of its own, in an empty folder."""

@@ -11,15 +11,10 @@ from erasekit.schedule import ddpm_tau, flow_tau
 from erasekit_ant import maths
 from erasekit_ant.method import Ant, AntConfig
 from erasekit_ant.student import MaskedWeights
-from tests import tiny, tiny_flux
+from tests import tiny
 from tests.third_party.tiny_world import Words
 
 SMALL = {"steps": 3, "batch": 2, "rank": 2, "trajectories": 3, "saliency_draws": 2, "fusion_points": 9}
-
-
-@pytest.fixture(scope="module", params=["unet", "dit"])
-def backbone(request, tiny_folder, tiny_flux_folder):
-    return tiny.load(tiny_folder) if request.param == "unet" else tiny_flux.load(tiny_flux_folder)
 
 
 @pytest.fixture

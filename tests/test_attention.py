@@ -16,20 +16,9 @@ from erasekit.attention import attention_maps, token_positions
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.pictures import draw, noised
-from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
 PROMPTS = ["a photo of a cat", "cat by the red ship"]
-
-
-@pytest.fixture(scope="module")
-def sd(tiny_folder):
-    return tiny.load(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def flux(tiny_flux_folder):
-    return tiny_flux.load(tiny_flux_folder)
 
 
 def inputs(backbone):

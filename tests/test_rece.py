@@ -14,7 +14,6 @@ from erasekit_rece import plugin
 from erasekit_rece.method import Rece, ReceConfig, Rounds, robustify
 from erasekit_rece.solve import adversary
 from erasekit_uce.method import Uce, UceConfig
-from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
 D = 10
@@ -22,22 +21,6 @@ D = 10
 
 def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module", params=["sd", "flux"])
-def backbone(request, tiny_folder, tiny_flux_folder):
-    return tiny.load(tiny_folder) if request.param == "sd" else tiny_flux.load(tiny_flux_folder)
-
-
-@pytest.fixture(scope="module", params=["sd", "flux"])
-def wide(request, tmp_path_factory):
-    """A model with far more dimensions than positions, as real ones have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "WIDTH", 256)
-        patch.setattr(tiny_flux, "WIDTH", 256)
-        patch.setattr(tiny_flux, "TOKENS", 256)
-        module = tiny if request.param == "sd" else tiny_flux
-        return module.load(module.save_pipeline(tmp_path_factory.mktemp("wide") / request.param))
 
 
 def context(backbone, names=("cat",), **settings):

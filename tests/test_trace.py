@@ -8,6 +8,7 @@ from erasekit.method import RunContext
 from erasekit.plugins import default
 from erasekit.schedule import ddpm_tau, flow_tau
 from erasekit.tasks import Protocol
+from erasekit.trajectories import negative_guidance
 from erasekit_trace import losses, slots
 from erasekit_trace.divergence import probe
 from erasekit_trace.method import ETAS, Trace, TraceConfig, choose_eta
@@ -93,9 +94,9 @@ def test_the_uce_refinement_holds_preserved_prompts_and_captions():
 
 def test_negative_target_and_weighted_error_by_hand():
     concept, neutral, prediction = doubles(3, 2, 2)
-    target = losses.negative_target(concept, neutral, 0.3)
+    target = negative_guidance(neutral, concept, neutral, 0.3)
     torch.testing.assert_close(target, 1.3 * neutral - 0.3 * concept, rtol=1e-12, atol=1e-12)
-    assert torch.equal(losses.negative_target(concept, neutral, 0.0), neutral)
+    assert torch.equal(negative_guidance(neutral, concept, neutral, 0.0), neutral)
     weight = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
     total = sum(
         weight[i].item() * sum((prediction[i, j, k] - target[i, j, k]).item() ** 2 for j in (0, 1) for k in (0, 1)) / 4

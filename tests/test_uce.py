@@ -11,24 +11,8 @@ from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.sites import preserve_prompts, rows, site_embeddings
 from erasekit_uce.method import Uce, UceConfig
-from tests import tiny, tiny_flux
+from tests import tiny_flux
 from tests.third_party.tiny_world import Words
-
-
-@pytest.fixture(scope="module", params=["sd", "flux"])
-def backbone(request, tiny_folder, tiny_flux_folder):
-    return tiny.load(tiny_folder) if request.param == "sd" else tiny_flux.load(tiny_flux_folder)
-
-
-@pytest.fixture(scope="module", params=["sd", "flux"])
-def wide(request, tmp_path_factory):
-    """A model with far more dimensions than positions, as real ones have, so that an edit can leave something alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "WIDTH", 256)
-        patch.setattr(tiny_flux, "WIDTH", 256)
-        patch.setattr(tiny_flux, "TOKENS", 256)
-        module = tiny if request.param == "sd" else tiny_flux
-        return module.load(module.save_pipeline(tmp_path_factory.mktemp("wide") / request.param))
 
 
 class NoPrompts(Words):

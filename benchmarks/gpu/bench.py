@@ -196,20 +196,17 @@ def raw_passes(backbone: Any, task: Animals, batch: int, repeats: int) -> dict[s
     from erasekit.adapters import AdapterBank
 
     ctx = context(backbone, task)
-    bank = AdapterBank(backbone)
     scope = {"unet": "kv", "dit": "qk_dual"}[backbone.capabilities.family]
-    bank.add("raw", backbone.lora_targets(scope), 4, ctx.generator("raw"))
-    bank.train_only("raw")
     x = backbone.latents(list(range(2 * batch)), task.protocol.size)
     cond, tau = backbone.encode(["a photo of a cat"] * 2 * batch), torch.full((2 * batch,), 0.5)
     times = []
-    try:
+    with AdapterBank(backbone) as bank:
+        bank.add("raw", backbone.lora_targets(scope), 4, ctx.generator("raw"))
+        bank.train_only("raw")
         for _ in range(repeats + 1):
             with Clock() as clock:
                 ctx.predict(x, tau, cond).square().mean().backward()
             times.append(clock.seconds)
-    finally:
-        bank.remove()
     return {"passes_s": round(statistics.median(times[1:]), 4)}
 
 

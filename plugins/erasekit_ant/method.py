@@ -15,9 +15,8 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.fusion import fusion, input_moments, share
 from erasekit.method import Method, RunContext
-from erasekit.sites import concept_prompts
-from erasekit.training import Losses, TrainingConfig, train, train_lora
-from erasekit.trajectories import Pool, base_pool, with_guidance
+from erasekit.training import Losses, TrainingConfig, squared_error, train, train_lora
+from erasekit.trajectories import Pool, concept_pool
 from erasekit_ant import maths
 from erasekit_ant.student import MaskedWeights
 
@@ -108,12 +107,8 @@ class Ant(Method):
         Raises:
             UsageError: none of the sampler's steps is late.
         """
-        config, generator = self.config, ctx.generator(f"ant/pool/{concept.name}")
-        prompts = concept_prompts(concept, ctx.prompts("erase"))
-        seeds = torch.randint(2**31, (config.trajectories,), generator=generator).tolist()
-        rows = torch.randint(len(prompts), (len(seeds),), generator=generator).tolist()
-        cond = ctx.backbone.encode([prompts[row] for row in rows])
-        pool = base_pool(ctx.backbone, with_guidance(ctx, config.guidance), cond, seeds)
+        config, name = self.config, f"ant/pool/{concept.name}"
+        pool = concept_pool(ctx, concept, config.trajectories, name=name, guidance=config.guidance)
         if not maths.late(pool.tau, config.tau0).any():
             raise UsageError(f"None of {ctx.protocol.steps} sampling steps is at tau >= {config.tau0}: lower 'method.tau0'.")
         return pool
@@ -135,8 +130,8 @@ class Ant(Method):
                 concept, empty = predict(torch.cat([points.x] * 2), torch.cat([points.tau] * 2), cond).chunk(2)
                 base_empty, base_concept = points.predictions.unbind(1)
                 wanted = maths.target(base_concept, base_empty, points.tau, tau0=config.tau0, eta=config.eta)
-                out[name] = weight * _error(concept, wanted)
-                out[f"{name}_unconditional"] = weight * config.unconditional_weight * _error(empty, base_empty)
+                out[name] = weight * squared_error(concept, wanted)
+                out[f"{name}_unconditional"] = weight * config.unconditional_weight * squared_error(empty, base_empty)
             return out
 
         return losses
@@ -197,7 +192,3 @@ class Ant(Method):
 def _ends(pool: Pool, tau0: float) -> tuple[torch.Tensor, torch.Tensor]:
     late = maths.late(pool.tau, tau0)
     return late, ~late
-
-
-def _error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (prediction.float() - target.float()).square().mean()

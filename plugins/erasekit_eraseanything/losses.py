@@ -7,11 +7,6 @@ from collections.abc import Sequence
 import torch
 
 
-def negative_target(concept: torch.Tensor, neutral: torch.Tensor, eta: float) -> torch.Tensor:
-    """f(c_n) - eta (f(c) - f(c_n)): ESD's target, from the neutral sentence instead of the empty prompt."""
-    return neutral - eta * (concept - neutral)
-
-
 def columns(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:
     """The attention regulariser: the size over heads of the attention to the concept's tokens, summed over those.
 

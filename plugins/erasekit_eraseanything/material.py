@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from erasekit.attention import token_positions
 from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
-from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.pictures import draw
-from erasekit.sites import concept_prompts
-from erasekit_eraseanything.words import SYNONYMS, UNRELATED, find, reword
+from erasekit.pictures import pictures_of
+from erasekit.sites import phrased_prompts
+from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
+
+if TYPE_CHECKING:
+    from erasekit_eraseanything.method import EraseAnythingConfig
 
 TEMPLATES = 8  # of a concept, for comparing words
 
@@ -54,7 +57,7 @@ class Material:
     others: list[Prompts]
 
 
-def synonyms_of(concept: Concept, given: dict[str, tuple[str, ...]]) -> list[str]:
+def synonyms_of(concept: Concept, given: Mapping[str, Sequence[str]]) -> list[str]:
     """Other words for a concept: its further phrases, and those of the settings or else of our list."""
     listed = given.get(concept.name, SYNONYMS.get(concept.name.lower(), ()))
     return [word for word in dict.fromkeys([*concept.phrases[1:], *listed]) if word != concept.phrases[0]]
@@ -67,46 +70,29 @@ def unrelated_to(concepts: Sequence[Concept], concept: Concept, given: Sequence[
     return next(words for words in lists if words)
 
 
-def material(
-    ctx: RunContext,
-    concept: Concept,
-    *,
-    pictures: int,
-    versions: int,
-    shuffle: float,
-    swap: float,
-    synonyms: dict[str, tuple[str, ...]],
-    unrelated: Sequence[str],
-) -> Material:
+def material(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> Material:
     """Draw the pictures and encode all prompts of one concept.
 
     Raises:
         UsageError: no prompt holds a phrase of the concept.
     """
     encode, generator = ctx.backbone.encode, ctx.generator(f"eraseanything/{concept.name}")
-    prompts = [prompt for prompt in concept_prompts(concept, ctx.prompts("erase")) if find(prompt, concept.phrases)]
-    if not prompts:
-        raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
-    chosen = [prompts[i % len(prompts)] for i in range(pictures)]
-    seeds = torch.randint(2**31, (pictures,), generator=generator).tolist()
-    others = synonyms_of(concept, synonyms)
-    said = []
+    x0, chosen = pictures_of(ctx, phrased_prompts(ctx, concept), config.pictures, generator)
+    synonyms, said = synonyms_of(concept, config.synonyms), []
     for prompt in chosen:
-        said.append(reword(prompt, find(prompt, concept.phrases), others, generator, shuffle=0, swap=0))
-        said += [
-            reword(prompt, find(prompt, concept.phrases), others, generator, shuffle=shuffle, swap=swap)
-            for _ in range(versions - 1)
-        ]
+        for often in (0.0, *[1.0] * (config.versions - 1)):  # the prompt as it is, then rewordings of it
+            chances = {"shuffle": often * config.shuffle, "swap": often * config.swap}
+            said.append(reword(prompt, concept.find(prompt), synonyms, generator, **chances))
     tokens = [token_positions(ctx.backbone, [text], [phrase]) for text, phrase, _ in said]
     compared = [concept.neutral] if concept.neutral else []
-    compared += unrelated_to(ctx.concepts, concept, unrelated)
+    compared += unrelated_to(ctx.concepts, concept, config.unrelated)
     return Material(
-        x0=draw(ctx, encode(chosen), seeds),
+        x0=x0,
         wordings=Prompts(encode([text for text, _, _ in said]), torch.cat(tokens)),
         neutral=encode([frame.replace("{}", concept.neutral) if concept.neutral else "" for _, _, frame in said]),
-        versions=versions,
+        versions=config.versions,
         itself=_in_templates(ctx, concept, concept.phrases[0]),
-        synonyms=[_in_templates(ctx, concept, word) for word in others],
+        synonyms=[_in_templates(ctx, concept, word) for word in synonyms],
         others=[_in_templates(ctx, concept, word) for word in compared],
     )
 

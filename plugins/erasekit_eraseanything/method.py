@@ -15,7 +15,8 @@ from erasekit.backbone import Conditioning, concatenate
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.pictures import kept_pictures, noised
-from erasekit.training import Losses, TrainingConfig, train
+from erasekit.training import Losses, TrainingConfig, squared_error, train
+from erasekit.trajectories import negative_guidance
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import Material, Prompts, material
 
@@ -94,28 +95,14 @@ class EraseAnything(Method):
     def student(self, ctx: RunContext) -> Iterator[tuple[AdapterBank, Step, list[torch.nn.Parameter]]]:
         """The denoiser with a LoRA for each concept, the losses of a step, and what they train; no LoRA is left at the end."""
         config = self.config
-        materials = [
-            material(
-                ctx,
-                concept,
-                pictures=config.pictures,
-                versions=config.versions,
-                shuffle=config.shuffle,
-                swap=config.swap,
-                synonyms=config.synonyms,
-                unrelated=config.unrelated,
-            )
-            for concept in ctx.concepts
-        ]
-        kept, bank = kept_pictures(ctx, config.kept_pictures, "eraseanything/kept"), AdapterBank(ctx.backbone)
-        try:
+        materials = [material(ctx, concept, config) for concept in ctx.concepts]
+        kept = kept_pictures(ctx, config.kept_pictures, "eraseanything/kept")
+        with AdapterBank(ctx.backbone) as bank:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")
                 bank.add(concept.name, ctx.backbone.lora_targets(config.scope), config.rank, generator)
             parameters = [p for name in bank.names for p in bank.train_only(name)]
             yield bank, Step(config, ctx, bank, materials, kept), parameters
-        finally:
-            bank.remove()
 
 
 class Step:
@@ -151,9 +138,9 @@ class Step:
             both = concatenate([said.cond, own.neutral[row]])
             concept, neutral = self.ctx.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
         prediction, maps = self._attend(x, tau, said.cond)
-        error = (prediction - losses.negative_target(concept, neutral, self.config.eta)).float().square().mean()
+        target = negative_guidance(neutral, concept, neutral, self.config.eta)
         return {
-            "erase": self.config.erase * error,
+            "erase": self.config.erase * squared_error(prediction, target),
             "attention": self.config.attention * losses.columns(maps, said.tokens),
         }
 
@@ -163,9 +150,8 @@ class Step:
         x, tau = self._noised(self.kept_x0[picture], generator)
         with torch.no_grad(), self.bank.teacher():
             target = self.ctx.predict(x, tau, self.kept_cond[picture])
-        error = (self.ctx.predict(x, tau, self.kept_cond[picture]) - target).float().square().mean()
         return {
-            "preserve": self.config.preserve * error,
+            "preserve": self.config.preserve * squared_error(self.ctx.predict(x, tau, self.kept_cond[picture]), target),
             "contrast": self.config.contrast * self.contrast(own, generator),
         }
 

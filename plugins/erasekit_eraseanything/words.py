@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
+
+from erasekit.concepts import whole_words
 
 # Other words for common concepts, and words that have nothing to do with most of them.
 SYNONYMS = {
@@ -26,12 +27,6 @@ SYNONYMS = {
 UNRELATED = ("a chair", "a mountain", "a book", "a cup", "a tree", "a guitar", "a cloud", "a bridge")
 
 
-def find(prompt: str, phrases: Sequence[str]) -> str:
-    """The phrase that stands in a prompt as whole words, the longest first; "" if none does."""
-    longest = sorted(phrases, key=len, reverse=True)
-    return next((phrase for phrase in longest if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", prompt)), "")
-
-
 def reword(
     prompt: str, phrase: str, synonyms: Sequence[str], generator: torch.Generator, *, shuffle: float, swap: float
 ) -> tuple[str, str, str]:
@@ -41,7 +36,7 @@ def reword(
         The prompt, the phrase that now stands in it, and the prompt with `{}` in the place of that phrase.
     """
     chance = torch.rand(2, generator=generator)
-    before, after = re.split(rf"(?<!\w){re.escape(phrase)}(?!\w)", prompt, maxsplit=1)
+    before, after = whole_words(phrase).split(prompt, maxsplit=1)
     words = [*before.split(), "{}", *after.split()]
     if chance[0] < shuffle:
         words = [words[i] for i in torch.randperm(len(words), generator=generator)]

@@ -13,10 +13,8 @@ from pydantic import Field
 from erasekit.concepts import Concept
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
-from erasekit.sites import concept_prompts
-from erasekit.training import Losses, TrainingConfig, train
-from erasekit.trajectories import Pool, base_pool, with_guidance
-from erasekit_esd.guidance import negative_guidance
+from erasekit.training import Losses, TrainingConfig, squared_error, train
+from erasekit.trajectories import Pool, concept_pool, negative_guidance
 from erasekit_esd.student import Student, full, lora, modules
 
 # Both say so, though the code calls its eta 2.
@@ -82,15 +80,9 @@ class Esd(Method):
 
     def pool(self, ctx: RunContext, concept: Concept) -> Pool:
         """Trajectories of the base under random training prompts of a concept; `predictions` holds the targets."""
-        config, generator = self.config, ctx.generator(f"esd/pool/{concept.name}")
-        prompts = concept_prompts(concept, ctx.prompts("erase"))
-        seeds = torch.randint(2**31, (config.trajectories,), generator=generator).tolist()
-        rows = torch.randint(len(prompts), (len(seeds),), generator=generator).tolist()
-        drawn = [prompts[row] for row in rows]
-        cond = ctx.backbone.encode(drawn)
-        anchors = [ctx.backbone.encode([concept.neutralise(p) for p in drawn])] if config.anchor == "neutral" else []
-        pool = base_pool(ctx.backbone, with_guidance(ctx, config.guidance), cond, seeds, anchors)
-        none, full, anchor = (pool.predictions[:, k] for k in (0, 1, 2 if anchors else 0))
+        config, name, neutral = self.config, f"esd/pool/{concept.name}", self.config.anchor == "neutral"
+        pool = concept_pool(ctx, concept, config.trajectories, name=name, guidance=config.guidance, neutral=neutral)
+        none, full, anchor = (pool.predictions[:, k] for k in (0, 1, 2 if neutral else 0))
         return replace(pool, predictions=negative_guidance(anchor, full, none, config.eta)[:, None])
 
     def losses(self, student: Student, pools: Sequence[Pool]) -> Any:
@@ -98,7 +90,6 @@ class Esd(Method):
 
         def losses(batch: int, generator: torch.Generator) -> Losses:
             points = pools[batch % len(pools)].sample(self.config.batch, generator)
-            prediction = student.predict(points.x, points.tau, points.cond)
-            return {"erase": (prediction.float() - points.predictions[:, 0].float()).square().mean()}
+            return {"erase": squared_error(student.predict(points.x, points.tau, points.cond), points.predictions[:, 0])}
 
         return losses

@@ -69,9 +69,6 @@ def full(ctx: RunContext, names: Sequence[str]) -> Student:
 @contextmanager
 def lora(ctx: RunContext, names: Sequence[str], *, rank: int) -> Iterator[Student]:
     """A student with a LoRA on some layers; it is taken off at the end."""
-    bank = AdapterBank(ctx.backbone)
-    bank.add("esd", names, rank, ctx.generator("esd/init"))
-    try:
+    with AdapterBank(ctx.backbone) as bank:
+        bank.add("esd", names, rank, ctx.generator("esd/init"))
         yield Student(ctx.predict, bank.train_only("esd"), lambda: bank.deltas("esd"))
-    finally:
-        bank.remove()

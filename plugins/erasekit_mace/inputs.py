@@ -10,26 +10,11 @@ from erasekit.alignment import align
 from erasekit.attention import token_positions
 from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
-from erasekit.errors import UsageError
 from erasekit.fusion import input_moments
 from erasekit.method import RunContext
 from erasekit.pictures import noised
-from erasekit.sites import concept_prompts
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
-
-
-def phrased(ctx: RunContext, concept: Concept) -> list[str]:
-    """Training prompts that hold one of the concept's phrases: its own templates, then the task's.
-
-    Raises:
-        UsageError: there is none.
-    """
-    prompts = concept_prompts(concept, ctx.prompts("erase"))
-    found = token_positions(ctx.backbone, prompts, concept.phrases).any(1).tolist()
-    if not any(found):
-        raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
-    return [prompt for prompt, held in zip(prompts, found, strict=True) if held]
 
 
 def kept(cond: Conditioning) -> torch.Tensor:

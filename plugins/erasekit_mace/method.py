@@ -16,10 +16,10 @@ from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
 from erasekit.method import Method, RunContext
-from erasekit.pictures import draw, kept_pictures, noised
-from erasekit.sites import preserve_prompts, rows, site_deltas, site_weights
+from erasekit.pictures import kept_pictures, noised, pictures_of
+from erasekit.sites import kept_rows, phrased_prompts, preserve_prompts, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train_lora
-from erasekit_mace.inputs import beside, hidden_moments, phrased
+from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression
 
 
@@ -108,9 +108,9 @@ class Mace(Method):
         config = self.config
         shares: dict[str, list[TextEdit]] = {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            pairs = [beside(ctx, concept, phrased(ctx, concept), reads) for concept in ctx.concepts]
+            pairs = [beside(ctx, concept, phrased_prompts(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
-            kept = _kept_rows(ctx, reads)
+            kept = kept_rows(ctx.backbone, _kept(ctx), reads)
             edit = uce(mine, goal, kept, lamb=config.ridge, erase_scale=1.0, preserve_scale=config.refine_preserve)
             shares[reads] = [part.compressed() for part in edit.split([len(own) for own, _ in pairs])]
         return site_deltas(ctx, shares, site_weights(ctx.backbone))
@@ -119,11 +119,9 @@ class Mace(Method):
 
     def pictures(self, ctx: RunContext, concept: Concept) -> Pictures:
         """Pictures of a concept by the base, with the tokens to suppress: its phrase, and in CLIP the prompt's end and pads."""
-        prompts = phrased(ctx, concept)
-        chosen = [prompts[i % len(prompts)] for i in range(self.config.pictures)]
+        prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"mace/pictures/{concept.name}")
+        x0, chosen = pictures_of(ctx, prompts, self.config.pictures, generator)
         cond, tokens = ctx.backbone.encode(chosen), token_positions(ctx.backbone, chosen, concept.phrases)
-        seeds = torch.randint(2**31, (len(chosen),), generator=ctx.generator(f"mace/pictures/{concept.name}"))
-        x0 = draw(ctx, cond, seeds.tolist())
         masks = ctx.component("masks", self.config.masks)(ctx, concept, x0, cond, tokens, self.config)
         if ctx.backbone.capabilities.family == "unet":
             tokens = tokens | (torch.arange(tokens.shape[1]) >= cond.lengths[:, None] - 1).to(tokens.device)
@@ -155,9 +153,9 @@ class Mace(Method):
         """Groups of layers that read the same, and what they read for each concept and for kept prompts."""
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
-            own = [rows(ctx.backbone.encode(phrased(ctx, concept)), "tokens") for concept in ctx.concepts]
+            own = [rows(ctx.backbone.encode(phrased_prompts(ctx, concept)), "tokens") for concept in ctx.concepts]
             own_DD = [tokens_ND.T @ tokens_ND for tokens_ND in own]
-            kept_MD = _kept_rows(ctx, "tokens")
+            kept_MD = kept_rows(ctx.backbone, _kept(ctx), "tokens")
             return [Read(targets, own_DD, kept_MD.T @ kept_MD)]
         if kept is None:
             return []
@@ -189,13 +187,6 @@ class Mace(Method):
         return sites.issuperset(ctx.backbone.lora_targets(self.config.scope))
 
 
-def _kept(ctx: RunContext) -> Conditioning:
+def _kept(ctx: RunContext) -> list[str]:
     """What may not change: the empty prompt, what the concepts ask to keep, the task's preserved prompts and captions."""
-    captions = (p.text for p in ctx.prompts("captions"))
-    return ctx.backbone.encode(list(dict.fromkeys([*preserve_prompts(ctx), *captions])))
-
-
-def _kept_rows(ctx: RunContext, reads: str) -> torch.Tensor:
-    """The rows of what may not change; of the empty prompt, which guidance starts from, every pad."""
-    kept = rows(_kept(ctx), reads)
-    return kept if reads == "pooled" else torch.cat([kept, ctx.backbone.encode([""]).tokens[0].double()])
+    return list(dict.fromkeys([*preserve_prompts(ctx), *(p.text for p in ctx.prompts("captions"))]))

@@ -5,11 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def negative_target(concept: torch.Tensor, neutral: torch.Tensor, eta_neg: float) -> torch.Tensor:
-    """y* = f(c_u) - eta_neg (f(c_w) - f(c_u)): the neutral prediction, pushed away from the concept (section 4.2)."""
-    return neutral - eta_neg * (concept - neutral)
-
-
 def weighted_error(prediction: torch.Tensor, target: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
     """Mean over the batch of weight * |prediction - target|^2 (Thm 3.5's alpha_t and beta_t with an l2 divergence).
 

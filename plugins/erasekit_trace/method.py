@@ -173,16 +173,13 @@ class Trace(Method):
             for concept, pool in zip(ctx.concepts, pools, strict=True)
         ]
         adapters: list[Adapter] = ctx.component("bank", self.config.bank)(ctx.concepts, self.config)
-        bank = AdapterBank(ctx.backbone)
         targets = ctx.backbone.lora_targets(self.config.scope)
-        with merged(ctx.backbone.denoiser, concatenate_deltas(list(refined.values()))):
+        whole = concatenate_deltas(list(refined.values()))
+        with merged(ctx.backbone.denoiser, whole), AdapterBank(ctx.backbone) as bank:
             for adapter in adapters:
                 bank.add(adapter.name, targets, adapter.rank, ctx.generator(f"trace/init/{adapter.name}"))
             parameters = [p for adapter in adapters for p in bank.train_only(adapter.name)]
-            try:
-                yield bank, TraceStep(self.config, ctx, bank, adapters, pools, clean, pairs, divergences), parameters
-            finally:
-                bank.remove()
+            yield bank, TraceStep(self.config, ctx, bank, adapters, pools, clean, pairs, divergences), parameters
 
     def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
         prompts = concept_prompts(concept, ctx.prompts("erase"))

@@ -9,8 +9,7 @@ import torch
 
 from erasekit.backbone import Backbone, Conditioning, concatenate
 from erasekit.tasks import Protocol
-from erasekit.trajectories import Pool, base_pool, follow, predict_each, steer
-from erasekit_trace.losses import negative_target
+from erasekit.trajectories import Pool, base_pool, follow, negative_guidance, predict_each, steer
 
 
 def clean_pool(backbone: Backbone, protocol: Protocol, prompts: Conditioning, seeds: Sequence[int]) -> Pool:
@@ -40,7 +39,7 @@ def target_pool(
     tau0: float = 0.0,
     eta_neg: float = 0.0,
 ) -> Pool:
-    """Semi-target trajectories (section 4.2): under c_w while tau < tau0, then under y*.
+    """Semi-target trajectories (section 4.2): under c_w while tau < tau0, then under y* = f(c_u) - eta_neg (f(c_w) - f(c_u)).
 
     `predictions` holds f(c_w), f(c_u), y*.
     """
@@ -49,7 +48,7 @@ def target_pool(
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), concept[row], neutral[row]]
         none, with_concept, without = predict_each(backbone, protocol, x, tau, conds)
-        target = negative_target(with_concept, without, eta_neg)
+        target = negative_guidance(without, with_concept, without, eta_neg)
         direction = torch.where(_like(tau < tau0 - 1e-6, x), with_concept, target)
         return steer(backbone, protocol, none, direction), torch.stack([with_concept, without, target], 1)
 
