@@ -92,6 +92,13 @@ def rows(cond: Conditioning, reads: str) -> torch.Tensor:
     return cond.tokens[kept.to(cond.tokens.device)].double()
 
 
+def paired(concept: Conditioning, neutral: Conditioning, reads: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows e_w of prompts and what each should act like, float64: pooled embeddings, or tokens as `align` pairs them."""
+    if concept.pooled is not None and neutral.pooled is not None and reads == "pooled":
+        return concept.pooled.double(), neutral.pooled.double()
+    return align(concept, neutral)
+
+
 def kept_rows(backbone: Backbone, prompts: Sequence[str], reads: str) -> torch.Tensor:
     """The rows of prompts that must not change; of the empty prompt, which guidance is measured from, every pad too."""
     kept = rows(backbone.encode(prompts), reads)
@@ -129,10 +136,8 @@ def _pairs(
     mine = encode(prompts)
     for guide in guides or (concept.neutral,):
         goal = encode([concept.model_copy(update={"neutral": guide}).neutralise(p) for p in prompts])
-        if mine.pooled is not None and goal.pooled is not None and reads == "pooled":
-            found.append((mine.pooled.double(), goal.pooled.double()))
-        elif tokens == "all":
-            found.append(align(mine, goal))
+        if tokens == "all" or reads == "pooled":
+            found.append(paired(mine, goal, reads))
         else:
             ends = [_last_token(ctx.backbone, concept, p, int(n)) for p, n in zip(prompts, mine.lengths, strict=True)]
             found += [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from erasekit.alignment import align
 from erasekit.attention import token_positions
 from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
 from erasekit.fusion import input_moments
 from erasekit.method import RunContext
 from erasekit.pictures import noised
+from erasekit.sites import paired
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
 
@@ -28,15 +28,15 @@ def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str
     In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
     """
     cond, neutral = (ctx.backbone.encode(p) for p in (prompts, [concept.neutralise(p) for p in prompts]))
-    if cond.pooled is not None and neutral.pooled is not None and reads == "pooled":
-        return cond.pooled.double(), neutral.pooled.double()
+    if reads == "pooled":
+        return paired(cond, neutral, reads)
     phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
     outside_NL = ~phrase_NL
     if ctx.backbone.capabilities.family == "unet":
         outside_NL &= phrase_NL.cumsum(1) > 0
     pairs = []
     for i, outside_L in enumerate(outside_NL):
-        mine, goal = align(cond[[i]], neutral[[i]])
+        mine, goal = paired(cond[[i]], neutral[[i]], reads)
         rest = outside_L[len(outside_L) - len(mine) :]
         pairs.append((mine[rest], goal[rest]))
     concepts, neutrals = zip(*pairs, strict=True)

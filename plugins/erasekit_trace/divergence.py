@@ -51,7 +51,8 @@ def clip(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
         mine = scorer.image(ctx.backbone.decode(student)) @ text.T
         with torch.no_grad():
             reference = scorer.image(ctx.backbone.decode(goal)) @ text.T
-        return (mine - reference).clamp_min(0).mean()
+        excess: torch.Tensor = (mine - reference).clamp_min(0).mean()
+        return excess
 
     return divergence
 
@@ -65,7 +66,7 @@ def lpips(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        distance = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(ctx.backbone.denoiser.device)
+        distance = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(ctx.backbone.device)
     except Exception as error:
         raise EnvironmentProblem(
             f"The weights of LPIPS cannot be had ({type(error).__name__}). Go online once, or choose 'probe'."

@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 
 from erasekit.adapters import AdapterBank
-from erasekit.alignment import align
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
@@ -22,7 +21,7 @@ from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.near import near_words
-from erasekit.sites import concept_prompts, rows, site_deltas, site_weights
+from erasekit.sites import concept_prompts, paired, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit.trajectories import Pool
 from erasekit_trace import losses
@@ -141,12 +140,10 @@ class Trace(Method):
 
     def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
         """Embeddings of all concepts, one after the other, and how many rows each has."""
-        encode = ctx.backbone.encode
-        pairs = []
+        encode, pairs = ctx.backbone.encode, []
         for concept in ctx.concepts:
             prompts = concept_prompts(concept, ctx.prompts("erase"))
-            cond, neutral = encode(prompts), encode([concept.neutralise(p) for p in prompts])
-            pairs.append(align(cond, neutral) if reads == "tokens" else (cond.pooled.double(), neutral.pooled.double()))
+            pairs.append(paired(encode(prompts), encode([concept.neutralise(p) for p in prompts]), reads))
         preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
         concepts, neutrals = zip(*pairs, strict=True)
         kept, seen = (rows(cond, reads) for cond in (preserve, captions))
