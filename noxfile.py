@@ -18,7 +18,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types, strict on erasekit."""
+    """Types, strict on erasekit and its plugins."""
     session.install("-e", ".[dev]")
     session.run("mypy")
 

@@ -6,16 +6,20 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone, Conditioning
     from erasekit.concepts import Concept
     from erasekit.erasure import Erasure
     from erasekit.tasks import Prompt, Protocol, Split, Task
+
+
+# A setting that takes one name or several.
+OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class MethodConfig(BaseModel):

@@ -9,6 +9,7 @@ from erasekit.plugins import default
 from erasekit.schedule import ddpm_tau, flow_tau
 from erasekit.tasks import Protocol
 from erasekit.trajectories import negative_guidance
+from erasekit_rece.method import robustify
 from erasekit_trace import losses, slots
 from erasekit_trace.divergence import probe
 from erasekit_trace.method import ETAS, Trace, TraceConfig, choose_eta
@@ -340,6 +341,22 @@ def test_an_erasure_of_two_concepts(backbone, context, tmp_path, bank):
         assert mine.keys() == theirs.keys()
         for module in mine:
             torch.testing.assert_close(to_dense(theirs[module]).double(), to_dense(mine[module]).double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bank", ["per-concept", "shared"])
+def test_stages_of_robustify_see_the_adapters_and_change_the_closed_form_alone(context, bank):
+    config = TraceConfig(**SMALL | {"bank": bank, "robustify": "rece"})
+    plain = Trace(config.model_copy(update={"robustify": ()})).erase(context()).deltas
+    adapters = {f"adapter of {name}": own["adapter"] for name, own in plain.items() if "adapter" in own}
+    want = robustify(context(), {**{name: plain[name]["refine"] for name in ("cat", "dog")}, **adapters}, config)
+    found = Trace(config).erase(context()).deltas
+    assert {name: list(own) for name, own in found.items()} == {name: list(own) for name, own in plain.items()}
+    for name, own in plain.items():
+        for part, deltas in own.items():
+            for module, delta in (want[name] if part == "refine" else deltas).items():
+                torch.testing.assert_close(to_dense(found[name][part][module]), to_dense(delta), rtol=1e-6, atol=1e-8)
+    moved = (to_dense(found["cat"]["refine"][module]) - to_dense(plain["cat"]["refine"][module]) for module in want["cat"])
+    assert all(change.abs().max() > 1e-4 for change in moved)
 
 
 def test_a_seed_decides_every_byte(context, tmp_path):

@@ -19,7 +19,7 @@ from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OneOrSeveral, RunContext
 from erasekit.near import near_words
 from erasekit.sites import concept_prompts, paired, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train
@@ -60,14 +60,13 @@ class TraceConfig(TrainingConfig):
     integration: Literal["pairs", "none"] = Field("pairs", description="the loss on prompts that hold two erased concepts")
     integration_every: int = Field(4, ge=1, description="steps between integration losses")
     integration_weight: float = Field(0.1, ge=0, description="weight of the integration loss")
-    divergence: tuple[str, ...] = Field(
-        (), description="divergences on the one-step x0 besides the latent one: probe, clip, lpips"
-    )
+    divergence: OneOrSeveral = Field((), description="further divergences, on the one-step x0: probe, clip, lpips")
     divergence_every: int = Field(4, ge=1, description="steps between them")
     divergence_weight: float = Field(0.05, ge=0, description="their weight")
     batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
     trajectories: int = Field(32, ge=1, description="teacher trajectories per concept")
     clean_trajectories: int = Field(96, ge=1, description="teacher trajectories of clean prompts")
+    robustify: OneOrSeveral = Field((), description="registered stages that harden the text sites at the end, e.g. rece")
 
 
 class Trace(Method):
@@ -98,20 +97,29 @@ class Trace(Method):
         "without separate LoRAs": {"bank": "shared"},
         "without integration loss": {"integration": "none"},
     }
-    slots = ("refine", "window", "bank", "divergence")
+    slots = ("refine", "window", "bank", "divergence", "robustify")
     config: TraceConfig
 
     def erase(self, ctx: RunContext) -> Erasure:
-        """Stage 1 in closed form, stage 2 by training; each concept's parts are kept apart."""
+        """Stage 1 in closed form, stage 2 by training, then what hardens them; each concept's parts are kept apart."""
         ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
         refined = self.refine(ctx)
         adapters = self.finetune(ctx, refined) if self.config.steps else {}
+        refined = self._hardened(ctx, refined, adapters)
         deltas: dict[str, dict[str, Deltas]] = {}
         for name, delta in refined.items():
             deltas.setdefault(name, {})["refine"] = delta
         for name, delta in adapters.items():
             deltas.setdefault(name, {})["adapter"] = delta
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+
+    def _hardened(self, ctx: RunContext, refined: dict[str, Deltas], adapters: Mapping[str, Deltas]) -> dict[str, Deltas]:
+        """The closed-form part of each concept after the stages of `robustify`, which see the adapters too."""
+        trained = {f"adapter of {name}": delta for name, delta in adapters.items()}
+        for name in self.config.robustify:
+            total = ctx.component("robustify", name)(ctx, {**refined, **trained}, self.config)
+            refined = {concept.name: total[concept.name] for concept in ctx.concepts}
+        return refined
 
     def _widened(self, ctx: RunContext, concept: Concept) -> Concept:
         """A concept with the other words for it that the text encoder names; proper names have none."""

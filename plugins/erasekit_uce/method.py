@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from erasekit.closedform import RidgeUnit, uce
 from erasekit.deltas import Deltas
 from erasekit.erasure import Erasure
-from erasekit.method import Method, MethodConfig, RunContext
+from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
 from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
-
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class UceConfig(MethodConfig):
     """Settings of UCE."""
 
     tokens: Tokens = Field("all", description="edited positions: the concept's last token, the suffix from there, or all")
-    guides: Names = Field(
+    guides: OneOrSeveral = Field(
         (),
         description="what the concept becomes instead of its neutral words: '' is the empty prompt (moderation), "
-        "several phrases share it equally (debiasing)",
+        "several phrases share it (debiasing), one that is given twice counts twice",
     )
     ridge: float = Field(1e-3, ge=0, description="lambda, how strongly the weights are held")
     ridge_unit: RidgeUnit = Field(
@@ -32,7 +30,7 @@ class UceConfig(MethodConfig):
     )
     erase_scale: float = Field(1.0, gt=0, description="weight of the erased embeddings")
     preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings")
-    robustify: Names = Field((), description="registered stages that harden the edit, e.g. rece")
+    robustify: OneOrSeveral = Field((), description="registered stages that harden the edit, e.g. rece")
 
 
 class Uce(Method):
