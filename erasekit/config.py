@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from erasekit.tasks import Protocol, Task
 
 
+DEFAULT_TASKS = {"mini": "objects", "natural": "free"}
+
+
 class Options(BaseModel):
     """Settings of the parts of a run that differ from their defaults."""
 
@@ -40,7 +43,11 @@ class RunConfig(BaseModel):
 
     method: str = Field("trace", description="the erasure method")
     backbone: str = Field("sd15-mini", description="the model to erase from")
-    task: str = Field("objects", description="what is measured; the task of that name in the backbone's domain")
+    task: str = Field(
+        "",
+        description="what is measured, the task of that name in the backbone's domain; left out, objects of the mini domain "
+        "or, for natural pictures, free",
+    )
     concepts: tuple[str, ...] = Field(
         (), description="what to erase, together; empty: each of the task's concepts, one run each"
     )
@@ -211,7 +218,8 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
     method = method_entry and method_entry.load()
     backbone = backbone_entry and backbone_entry.load()
-    task = backbone and faults.attempt(_task, config.task, backbone.domain, registries)
+    task_name = config.task or DEFAULT_TASKS[backbone.domain if backbone else "mini"]
+    task = backbone and faults.attempt(_task, task_name, backbone.domain, registries)
 
     options = config.options
     backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
@@ -225,7 +233,7 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
         faults.lines += _unmet(method_entry.name, method, backbone_entry.name, backbone)
     if faults.lines:
         raise UsageError("\n".join(faults.lines))
-    names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": config.task.split("/")[-1]}
+    names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     return Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
@@ -267,7 +275,7 @@ def _choices(method: Any, config: Any) -> list[tuple[str, str]]:
 def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...]:
     texts = config.concepts or task.concepts
     if not texts:
-        faults.lines.append(f"The task '{config.task}' declares no concepts. Name one: --concept cat.")
+        faults.lines.append(f"The task '{task.name}' declares no concepts. Name one: --concept 'a cat'.")
     concepts = [c for c in (faults.attempt(task.concept, text) for text in texts) if c]
     for concept in concepts:
         faults.attempt(reject_unsafe, concept.prompts())

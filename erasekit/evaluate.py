@@ -68,7 +68,7 @@ def evaluate(
     tags = {e.name: e.tag for e in evaluators}
     metrics = {**task.aggregate(usable, concepts), **metrics}
     metrics = {k: m.model_copy(update={"evaluator": tags.get(m.evaluator, m.evaluator)}) for k, m in metrics.items()}
-    return Evaluation(rows, metrics, _counts(rows))
+    return Evaluation(rows, metrics, _counts(rows, judged=bool(evaluators)))
 
 
 def _row(index: int, prompt: Prompt, side: Side, path: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _merge(
     return metrics
 
 
-def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+def _counts(rows: list[dict[str, Any]], *, judged: bool) -> dict[str, int]:
     failed = sum(r["failed"] for r in rows)
     no_face = sum(bool(r.get("no_face")) for r in rows)
-    return {"images": len(rows), "scored": len(rows) - failed, "failed": failed, "no_face": no_face}
+    return {"images": len(rows), "scored": len(rows) - failed if judged else 0, "failed": failed, "no_face": no_face}

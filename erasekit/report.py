@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from erasekit.atomic import replacing
 from erasekit.modelcard import NOT_PROMISED, REMOVABLE, load_lines, templates
 from erasekit.results import Metric, meaning, number, read_result, read_scores
+from erasekit.safety import is_sexual
 from erasekit.sampling import PIL_ERRORS
 from erasekit.tasks import Task
 
@@ -44,14 +45,15 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False) -> Path:
 
     Args:
         directory: the run directory.
-        task: its title, and whether its pictures are blurred.
+        task: its title, and whether its pictures are blurred; those of a run with sexual prompts are, whatever the task.
         reveal: show them all the same.
 
     Raises:
         UsageError: the directory holds no results.
     """
-    blur = task.blurred and not reveal
-    sets = _pairs(read_scores(directory / "scores.parquet"))
+    rows = read_scores(directory / "scores.parquet")
+    blur = not reveal and (task.blurred or is_sexual(row["prompt"] for row in rows))
+    sets = _pairs(rows)
     for name, pairs in sets.items():
         paths = [[_path(directory, row) for row in side] for side in zip(*pairs, strict=True)]
         captions = [pair.base["prompt"] for pair in pairs]

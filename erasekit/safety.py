@@ -19,6 +19,11 @@ _SEXUAL = re.compile(
 _AGE = re.compile(r"\b(\d{1,2})\s*-?\s*(?:years?\s*-?\s*olds?|yrs?\s*-?\s*olds?|yo|y/o)\b|\baged?\s+(\d{1,2})\b")
 
 
+def is_sexual(prompts: Iterable[str]) -> bool:
+    """Whether one of the prompts has a sexual term."""
+    return any(_SEXUAL.search(_plain(prompt)) for prompt in prompts)
+
+
 def reject_unsafe(prompts: Iterable[str]) -> None:
     """Refuse prompts that pair minors with sexual terms; every loader of prompts calls this.
 
@@ -26,7 +31,11 @@ def reject_unsafe(prompts: Iterable[str]) -> None:
         UsageError: says which prompt, by its position.
     """
     for i, prompt in enumerate(prompts):
-        text = unicodedata.normalize("NFKC", prompt).casefold().replace("_", " ")
+        text = _plain(prompt)
         ages = [int(a or b) for a, b in _AGE.findall(text)]
         if _SEXUAL.search(text) and (_MINOR.search(text) or any(age < 18 for age in ages)):
             raise UsageError(f"Prompt {i + 1} pairs minors with sexual terms, which erasekit refuses to draw. Remove it.")
+
+
+def _plain(prompt: str) -> str:
+    return unicodedata.normalize("NFKC", prompt).casefold().replace("_", " ")

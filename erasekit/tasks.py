@@ -69,7 +69,7 @@ class Task:
     concepts: ClassVar[tuple[str, ...]] = ()
     evaluators: ClassVar[tuple[str, ...]] = ()
     protocol: ClassVar[Protocol] = Protocol()
-    blurred: ClassVar[bool] = False  # pictures are blurred in reports unless --reveal
+    blurred: ClassVar[bool] = False  # pictures are blurred in reports unless --reveal; those of sexual prompts always are
 
     def concept(self, text: str) -> Concept:
         """Complete what a user wrote (`cat`, `cat:kitty,kitten`) to a concept of this task.

@@ -16,3 +16,9 @@ def register_backbones(register: Register) -> None:
         "flux", f"{flux}:Flux", aliases=("flux-dev", "flux.1-dev"), summary="FLUX.1-dev, 12 B transformer, 1024 x 1024, gated"
     )
     register("flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps")
+
+
+@hookimpl
+def register_tasks(register: Register) -> None:
+    """The task for any concept."""
+    register("natural/free", "erasekit.builtin.free:Free", summary="any concept in your own words; pictures, no scores")

@@ -17,7 +17,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=F
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where runs are kept.")]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="The erasure method.  [default: trace]", show_default=False)]
 Backbone = Annotated[str | None, typer.Option("--backbone", "-b", help="The model.  [default: sd15-mini]", show_default=False)]
-Task = Annotated[str | None, typer.Option("--task", "-t", help="What is measured.  [default: objects]", show_default=False)]
+Task = Annotated[
+    str | None,
+    typer.Option("--task", "-t", help="What is measured.  [default: objects; free on real models]", show_default=False),
+]
 Concept = Annotated[
     list[str] | None,
     typer.Option("--concept", "-c", metavar="NAME", help="What to erase, e.g. cat or cat:kitty,kitten.", show_default=False),

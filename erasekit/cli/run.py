@@ -131,7 +131,11 @@ def show_results(plan: Plan, out: Path) -> None:
         singles = [(p.concepts[0].name, read_result(path_of(out, p) / "results.json")) for p in plan.singles()]
         rows = [[name, *(number(r.metrics[m].value) for m in result.metrics)] for name, r in singles]
         show(["concept", *result.metrics], rows, title=title)
-    show(*table(result), title="mean over the concepts" if plan.separate else f"{title}, erased: {', '.join(result.concepts)}")
+    heading = "mean over the concepts" if plan.separate else f"{title}, erased: {', '.join(result.concepts)}"
+    if result.metrics:
+        show(*table(result), title=heading)
+    else:
+        typer.echo(f"{heading}. Nothing judged the pictures: look at them.")
     if plan.separate:
         typer.echo(f"\nThe reports are beside {folder}")
         return

@@ -10,7 +10,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.tables import show
-from erasekit.config import parse_overrides, settings_of
+from erasekit.config import DEFAULT_TASKS, parse_overrides, settings_of
 
 MEANING = {
     "to_neutral": "|W'e_w - W e_u|, the concept read as the neutral word was (Thm 3.1)",
@@ -35,7 +35,7 @@ def command(
 
     registries = options.registries(plugin)
     kind = registries.backbones.get(backbone or read_manifest(erasure)["backbone"])
-    found = registries.tasks.get(task or "objects", kind.domain)
+    found = registries.tasks.get(task or DEFAULT_TASKS[kind.domain], kind.domain)
     config = settings_of(kind.Config, parse_overrides(settings or ()).get("backbone", {}), "backbone.")
     loaded = kind.load(config)
     saved = Erasure.load(erasure, loaded)
