@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import record
 from erasekit import closedform
 from erasekit.deltas import to_dense
 
@@ -84,14 +84,11 @@ def main() -> None:
         "per_vector_loop_s": round(loop, 1),
         "relative_difference": error,
         "matrices": len(OUTPUTS),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        **record.machine(),
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        record.write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ bootstrap and of the mean of the concepts' own intervals, since concepts that al
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import show
-import torch
 
+import record
+import show
 from erasekit.config import build, resolve
 from erasekit.plugins import default
 from erasekit.results import Metric, RunResult
@@ -133,11 +131,10 @@ def main() -> None:
             rows[name] = pool.submit(row_of, name, args, method, overrides).result()
     table = {
         "command": f"python benchmarks/table.py {shlex.join(given)}",
-        "machine": {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": record.machine(),
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(table, indent=1) + "\n")
+    record.write(table, args.out)
     print(show.by_row(table))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+import record
 from erasekit.backbone import BackboneConfig, concatenate
 from erasekit.method import RunContext
 from erasekit.training import train
@@ -62,14 +62,11 @@ def main() -> None:
         "step_s": round(statistics.median(whole), 5),
         "passes_s": round(statistics.median(bare), 5),
         "ratio": round(statistics.median(whole) / statistics.median(bare), 4),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+        **record.machine(),
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        record.write(result, args.out)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import show
 import table
-
 from erasekit.results import Metric
 
 ROOT = Path(__file__).parents[1]
