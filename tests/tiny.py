@@ -63,21 +63,26 @@ def _vae(kind: str) -> torch.nn.Module:
     )
 
 
+def text_config(tokens: CLIPTokenizer) -> CLIPTextConfig:
+    """The configuration of a CLIP text encoder of two layers for the tokenizer's words."""
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+
+
 def save_pipeline(folder: Path, *, vae: Literal["kl", "tiny"] = "tiny", seed: int = 0) -> Path:
     """Write a tiny Stable Diffusion folder (16 x 16 pictures, 8 x 8 latents) and return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokens = tokenizer(folder / "tokenizer")
-        ids = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
-        text = CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            **ids,
-        )
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
@@ -90,7 +95,7 @@ def save_pipeline(folder: Path, *, vae: Literal["kl", "tiny"] = "tiny", seed: in
         )
         pipe = StableDiffusionPipeline(
             vae=_vae(vae),
-            text_encoder=CLIPTextModel(text),
+            text_encoder=CLIPTextModel(text_config(tokens)),
             tokenizer=tokens,
             unet=unet,
             scheduler=DDIMScheduler(

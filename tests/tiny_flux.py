@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
 from erasekit.builtin.flux import Flux, FluxConfig
-from tests.tiny import LENGTH, WIDTH, WORDS, tokenizer
+from tests.tiny import WIDTH, WORDS, text_config, tokenizer
 
 POSITIONS = 12
 TOKENS = 24  # width of T5
@@ -57,16 +57,6 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
         torch.manual_seed(seed)
         words = tokenizer(folder / "tokenizer")
         pieces = t5_tokenizer()
-        ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-        clip = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            **ids,
-        )
         t5 = T5Config(
             vocab_size=len(pieces),
             d_model=TOKENS,
@@ -97,7 +87,7 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
                 base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, **dynamic
             ),
             vae=_vae(),
-            text_encoder=CLIPTextModel(clip),
+            text_encoder=CLIPTextModel(text_config(words)),
             tokenizer=words,
             text_encoder_2=T5EncoderModel(t5),
             tokenizer_2=pieces,
