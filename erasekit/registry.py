@@ -169,5 +169,6 @@ class TaskRegistry(Names):
             return self.entry(f"{domain}/{short}").load()
         elsewhere = [e.name for e in self.entries() if e.name == name or e.name.partition("/")[2] == name]
         if elsewhere:
-            raise UsageError(f"The task '{elsewhere[0]}' is not of the backbone's domain '{domain}'. See 'erasekit ls tasks'.")
+            own = f"which has {', '.join(sorted(here))}" if here else "which has none"
+            raise UsageError(f"The task '{elsewhere[0]}' is not of the backbone's domain '{domain}', {own}.")
         raise unknown(f"{domain} task", name, here, "erasekit ls tasks")
