@@ -26,7 +26,8 @@ class SiteEmbeddings:
 
     Attributes:
         concepts: for each concept e_w, (n, width).
-        goals: for each concept what each of its rows should act like, (n, width).
+        goals: for each concept what each of its rows should act like, (n, width). Where guides share a concept, the rows of
+            both are scaled by the root of the guide's share: a least-squares fit then counts each guide as its share.
         preserve_MD: embeddings that must not change.
     """
 
@@ -35,7 +36,13 @@ class SiteEmbeddings:
     preserve_MD: torch.Tensor
 
 
-def site_embeddings(ctx: RunContext, *, tokens: Tokens = "all", guides: Sequence[str] = ()) -> dict[str, SiteEmbeddings]:
+def site_embeddings(
+    ctx: RunContext,
+    *,
+    tokens: Tokens = "all",
+    guides: Sequence[str] = (),
+    shares: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, SiteEmbeddings]:
     """Embeddings of the concepts' training prompts, of what they should become, and of what must not change.
 
     Args:
@@ -43,7 +50,8 @@ def site_embeddings(ctx: RunContext, *, tokens: Tokens = "all", guides: Sequence
         tokens: which positions of a prompt are paired with its neutral prompt's (see `align`): the concept's `last`
             token, the `suffix` from there through the last pad, or `all` that the concept reaches. A pooled embedding
             has no positions and is one row for each prompt.
-        guides: what takes the concept's place instead of its neutral words; several of them each have their turn.
+        guides: what takes the concept's place instead of its neutral words; several of them share it.
+        shares: {concept: the share of each guide}, which sum to one; left out, they are equal.
 
     Returns:
         {"tokens" or "pooled": embeddings}, as the backbone's text sites read them.
@@ -54,7 +62,12 @@ def site_embeddings(ctx: RunContext, *, tokens: Tokens = "all", guides: Sequence
     kept, asked = preserve_prompts(ctx), ctx.prompts("erase")
     found: dict[str, SiteEmbeddings] = {}
     for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-        pairs = [_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, guides) for concept in ctx.concepts]
+        pairs = []
+        for concept in ctx.concepts:
+            turns = guides or (concept.neutral,)
+            weights = (shares or {}).get(concept.name, [1 / len(turns)] * len(turns))
+            weighted = list(zip(turns, weights, strict=True))
+            pairs.append(_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, weighted))
         concepts, goals = zip(*pairs, strict=True)
         found[reads] = SiteEmbeddings(concepts, goals, kept_rows(ctx.backbone, kept, reads))
     return found
@@ -129,18 +142,24 @@ def site_deltas(
 
 
 def _pairs(
-    ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str, tokens: Tokens, guides: Sequence[str]
+    ctx: RunContext,
+    concept: Concept,
+    prompts: Sequence[str],
+    reads: str,
+    tokens: Tokens,
+    guides: Sequence[tuple[str, float]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows e_w of one concept and what each should act like."""
+    """Rows e_w of one concept and what each should act like, for guides with their shares."""
     encode, found = ctx.backbone.encode, []
     mine = encode(prompts)
-    for guide in guides or (concept.neutral,):
+    for guide, share in guides:
         goal = encode([concept.model_copy(update={"neutral": guide}).neutralise(p) for p in prompts])
         if tokens == "all" or reads == "pooled":
-            found.append(paired(mine, goal, reads))
+            aligned = [paired(mine, goal, reads)]
         else:
             ends = [_last_token(ctx.backbone, concept, p, int(n)) for p, n in zip(prompts, mine.lengths, strict=True)]
-            found += [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]
+            aligned = [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]
+        found += [(w_ND * share**0.5, u_ND * share**0.5) for w_ND, u_ND in aligned]
     concepts, goals = (torch.cat(side) for side in zip(*found, strict=True))
     if torch.equal(concepts, goals):
         raise UsageError(f"'{concept.name}' and what it should become encode alike: no prompt of it would change.")

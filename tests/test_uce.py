@@ -1,14 +1,18 @@
 """UCE on the tiny models: the numbers of an erasure, which positions are edited, what stays."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from erasekit.concepts import Concept
-from erasekit.deltas import merged, to_dense
+from erasekit.config import build, resolve
+from erasekit.deltas import concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
+from erasekit.plugins import default
 from erasekit.sites import preserve_prompts, rows, site_embeddings
 from erasekit_uce.method import Uce, UceConfig
 from tests import tiny_flux
@@ -182,6 +186,44 @@ def test_two_guides_give_the_least_squares_compromise(backbone):
         mean = type(one)(one.concepts, ((one.goals[0] + two.goals[0]) / 2,), one.preserve_MD)
         want = loop_solution(mean, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
         np.testing.assert_allclose(total(both, site.name).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
+
+
+def test_a_guide_counts_as_its_share(backbone):
+    """min .25 |W' w - W a|^2 + .75 |W' w - W b|^2 is reached at their weighted mean."""
+    ctx, guides = context(backbone, templates=("{}",)), ("red ship", "thing ship")
+    deltas = Uce(UceConfig(tokens="last", guides=guides, ridge=0.01)).edit(ctx, {"cat": [0.25, 0.75]})["cat"]
+    single = [site_embeddings(ctx, tokens="last", guides=(g,)) for g in guides]
+    for site in backbone.text_sites():
+        one, two = (e[site.reads] for e in single)
+        mean = type(one)(one.concepts, (0.25 * one.goals[0] + 0.75 * two.goals[0],), one.preserve_MD)
+        want = loop_solution(mean, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
+        np.testing.assert_allclose(to_dense(deltas[site.name]).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("guides", [(), ("red",)])
+def test_debiasing_needs_something_to_share(backbone, guides):
+    with pytest.raises(UsageError, match="Debiasing needs two guides or more"):
+        Uce(UceConfig(guides=guides, debias_rounds=1)).erase(context(backbone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mini", ["sd15-mini", "flux-mini"])
+def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
+    """On noise that debiasing has not seen; the mini models draw a ship for one background in twenty, a cat for the others."""
+    plan = resolve(build({"method": "uce", "backbone": mini, "concepts": ("cat",)}), default())
+    concept = Concept(name="background", phrases=("a background",), templates=("a photo of {}", "a picture of {}"))
+    ctx = RunContext(plan.backbone.load(plan.backbone_config), (concept,), NoPrompts(), protocol=plan.protocol)
+    method = Uce(UceConfig(guides=("a cat", "a ship"), debias_rounds=5, debias_pictures=24))
+    shares = method.shares(ctx)["background"]
+    fresh, scorer = replace(ctx, seed=1), default().components.get("scorer", "mini")()
+    assert sum(shares) == pytest.approx(1)
+    assert shares[1] > shares[0]
+    ships = []
+    for weights in ([0.5, 0.5], shares):
+        with merged(ctx.backbone.denoiser, concatenate(list(method.edit(ctx, {"background": weights}).values()))):
+            ships.append(method.seen(fresh, concept, scorer)[1])
+    assert ships[0] < 0.15
+    assert 0.2 < ships[1] < 0.8
 
 
 def test_a_concept_that_is_its_neutral_is_an_error(backbone):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erasekit.hookspecs import Register, hookimpl
+from erasekit.hookspecs import Register, RegisterComponent, hookimpl
 
 
 @hookimpl
@@ -16,6 +16,12 @@ def register_backbones(register: Register) -> None:
         "flux", f"{flux}:Flux", aliases=("flux-dev", "flux.1-dev"), summary="FLUX.1-dev, 12 B transformer, 1024 x 1024, gated"
     )
     register("flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps")
+
+
+@hookimpl
+def register_components(register: RegisterComponent) -> None:
+    """What methods look at natural pictures with."""
+    register("scorer", "natural", "erasekit.builtin.scorer:ClipScorer", summary="CLIP ViT-B/32, differentiable")
 
 
 @hookimpl

@@ -150,7 +150,7 @@ class ClipScorer:
 
     def image(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, 64, 64) in [-1, 1] as (n, width)."""
-        vectors: torch.Tensor = self._image(pictures)
+        vectors: torch.Tensor = self._image.to(pictures.device)(pictures)
         return vectors
 
     @torch.no_grad()

@@ -117,9 +117,8 @@ def _shares(
     e: SiteEmbeddings, read_ND: torch.Tensor, preserve_MD: torch.Tensor, settings: Rounds, *, ridge: float
 ) -> list[TextEdit]:
     """Each concept's share of the UCE edit that sends the rows `read_ND` to the goals and holds those of `preserve_MD`."""
-    scale = 1 / max(1, len(settings.guides))  # a row comes up once for each guide
     goal_ND, unit = torch.cat(e.goals), settings.ridge_unit
-    joint = uce(read_ND, goal_ND, preserve_MD, lamb=ridge, unit=unit, erase_scale=scale, preserve_scale=1.0)
+    joint = uce(read_ND, goal_ND, preserve_MD, lamb=ridge, unit=unit, erase_scale=1.0, preserve_scale=1.0)
     return [share.compressed() for share in joint.split([len(c) for c in e.concepts])]
 
 

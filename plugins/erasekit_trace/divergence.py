@@ -45,7 +45,7 @@ def probe(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
 def clip(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
     """How much more the student's picture is like the concept's name than the target's picture is."""
     scorer = ctx.component("scorer", ctx.backbone.domain)()
-    text = scorer.text([concept.phrases[0]])
+    text = scorer.text([concept.phrases[0]]).to(ctx.backbone.device)
 
     def divergence(student: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         mine = scorer.image(ctx.backbone.decode(student)) @ text.T

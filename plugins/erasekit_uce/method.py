@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from erasekit.closedform import RidgeUnit, uce
-from erasekit.deltas import Deltas
+from erasekit.concepts import Concept
+from erasekit.deltas import Deltas, concatenate, merged
 from erasekit.erasure import Erasure
+from erasekit.errors import UsageError
 from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
-from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
+from erasekit.pictures import pictures_of
+from erasekit.sites import Tokens, phrased_prompts, site_deltas, site_embeddings, site_weights
 
 
 class UceConfig(MethodConfig):
@@ -22,8 +26,10 @@ class UceConfig(MethodConfig):
     guides: OneOrSeveral = Field(
         (),
         description="what the concept becomes instead of its neutral words: '' is the empty prompt (moderation), "
-        "several phrases share it (debiasing), one that is given twice counts twice",
+        "several phrases share it equally, or as often as pictures show them (debiasing)",
     )
+    debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what pictures show")
+    debias_pictures: int = Field(32, ge=1, description="pictures of each concept that a round looks at")
     ridge: float = Field(1e-3, ge=0, description="lambda, how strongly the weights are held")
     ridge_unit: RidgeUnit = Field(
         "relative", description="of the ridge: relative to the mean of the system's diagonal, or absolute as published"
@@ -37,8 +43,9 @@ class Uce(Method):
     """Unified Concept Editing (arXiv:2308.14761), the erasure of all concepts in one solve for each kind of text.
 
     On SD the sites are the K and V of every cross-attention, on FLUX.1 the two entrances. The published code edits one
-    token of each prompt (`tokens` last); its empty guide is the begin token, here it is a pad. Its debiasing chooses the
-    shares of the guides by looking at pictures; here they are equal.
+    token of each prompt (`tokens` last); its empty guide is the begin token, here it is a pad. Debiasing moves the shares of
+    the guides until pictures show each as often; the paper adds attributes to the concept, here guides hold both ("a
+    female doctor").
     """
 
     name = "uce"
@@ -51,24 +58,67 @@ class Uce(Method):
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Solve, then harden."""
-        deltas = self.edit(ctx)
+        deltas = self.edit(ctx, self.shares(ctx))
         for name in self.config.robustify:
             deltas = ctx.component("robustify", name)(ctx, deltas, self.config)
         parts = {name: {"edit": own} for name, own in deltas.items()}
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=parts)
 
-    def edit(self, ctx: RunContext) -> dict[str, Deltas]:
-        """Each concept's share of the joint edit (Eq. 7)."""
-        config, shares = self.config, {}
-        for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides).items():
+    def shares(self, ctx: RunContext) -> dict[str, list[float]]:
+        """What debiasing makes of the guides' shares for each concept: those that came nearest to equal pictures.
+
+        A round draws the concept's prompts with the edit, calls each picture the guide whose prompt it fits best, and
+        multiplies the guide's share by exp(1/guides - how often it was seen), in later rounds by a smaller step.
+
+        Raises:
+            UsageError: there is nothing to share.
+        """
+        guides, rounds = self.config.guides, self.config.debias_rounds
+        if not rounds:
+            return {}
+        if len(guides) < 2:
+            raise UsageError(f"Debiasing needs two guides or more, given {len(guides)}. Set method.guides.")
+        equal = [1 / len(guides)] * len(guides)
+        now = {concept.name: equal for concept in ctx.concepts}
+        best, least = dict(now), dict.fromkeys(now, math.inf)
+        scorer = ctx.component("scorer", ctx.backbone.domain)()  # what it lacks shows now
+        for k in range(rounds):
+            with merged(ctx.backbone.denoiser, concatenate(list(self.edit(ctx, now).values()))):
+                seen = {concept.name: self.seen(ctx, concept, scorer) for concept in ctx.concepts}
+            for name, often in seen.items():
+                off = max(abs(share - equal[0]) for share in often)
+                if off < least[name]:
+                    best[name], least[name] = now[name], off
+                moved = [s * math.exp((equal[0] - o) / (k + 1)) for s, o in zip(now[name], often, strict=True)]
+                now[name] = [share / sum(moved) for share in moved]
+            ctx.log(k + 1, rounds, {f"off/{name}": off for name, off in least.items()})
+        return best
+
+    @torch.no_grad()
+    def seen(self, ctx: RunContext, concept: Concept, scorer: Any) -> list[float]:
+        """How often pictures of a concept's prompts fit the prompt with each guide best."""
+        prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"uce/debias/{concept.name}")
+        x0, chosen = pictures_of(ctx, prompts, self.config.debias_pictures, generator)
+        guided = [concept.model_copy(update={"neutral": guide}) for guide in self.config.guides]
+        fits = []
+        for prompt, latent in zip(chosen, x0, strict=True):
+            texts = scorer.text([other.neutralise(prompt) for other in guided]).to(ctx.backbone.device)
+            fits.append(scorer.image(ctx.backbone.decode(latent[None])) @ texts.T)
+        counts = torch.cat(fits).argmax(1).bincount(minlength=len(guided))
+        return (counts / len(chosen)).tolist()
+
+    def edit(self, ctx: RunContext, shares: Mapping[str, Sequence[float]]) -> dict[str, Deltas]:
+        """Each concept's share of the joint edit (Eq. 7), its guides sharing the concept as they are told to."""
+        config, parts = self.config, {}
+        for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides, shares=shares).items():
             joint = uce(
                 torch.cat(e.concepts),
                 torch.cat(e.goals),
                 e.preserve_MD,
                 lamb=config.ridge,
                 unit=config.ridge_unit,
-                erase_scale=config.erase_scale / max(1, len(config.guides)),  # a row comes up once for each guide
+                erase_scale=config.erase_scale,
                 preserve_scale=config.preserve_scale,
             )
-            shares[reads] = [share.compressed() for share in joint.split([len(c) for c in e.concepts])]
-        return site_deltas(ctx, shares, site_weights(ctx.backbone))
+            parts[reads] = [part.compressed() for part in joint.split([len(c) for c in e.concepts])]
+        return site_deltas(ctx, parts, site_weights(ctx.backbone))
