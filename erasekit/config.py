@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from erasekit.errors import UsageError, unknown
-from erasekit.safety import reject_unsafe
+from erasekit.safety import is_unsafe, reject_unsafe
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone, BackboneConfig
@@ -227,6 +227,7 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     values = task and backbone and _sampling(task, backbone) | options.protocol
     protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
     concepts = _concepts(task, config, faults) if task else ()
+    faults.lines += _unsafe(concepts, method_config.model_dump()) if method_config else []
     for slot, choice in _choices(method, method_config) if method_config else ():
         faults.attempt(registries.components.entry_of, slot, choice)
     if method and backbone:
@@ -283,6 +284,22 @@ def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...
     twice = sorted({n for n in names if names.count(n) > 1})
     faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]
     return tuple(concepts)
+
+
+def _unsafe(concepts: Sequence[Concept], settings: Any) -> list[str]:
+    """A line if a setting (a guide, say) makes of a concept what may not be drawn."""
+    said = [phrase for concept in concepts for phrase in (*concept.phrases, concept.neutral)]
+    if any(is_unsafe(f"{phrase} {text}") for phrase in said for text in _texts(settings)):
+        return ["A concept and a setting of the method pair minors with sexual terms, which erasekit refuses. Change it."]
+    return []
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a setting, however deep."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _texts(part)]
 
 
 def _unmet(method_name: str, method: Any, backbone_name: str, backbone: Any) -> list[str]:

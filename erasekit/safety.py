@@ -24,6 +24,13 @@ def is_sexual(prompts: Iterable[str]) -> bool:
     return any(_SEXUAL.search(_plain(prompt)) for prompt in prompts)
 
 
+def is_unsafe(prompt: str) -> bool:
+    """Whether a prompt pairs minors with sexual terms."""
+    text = _plain(prompt)
+    ages = [int(a or b) for a, b in _AGE.findall(text)]
+    return bool(_SEXUAL.search(text) and (_MINOR.search(text) or any(age < 18 for age in ages)))
+
+
 def reject_unsafe(prompts: Iterable[str]) -> None:
     """Refuse prompts that pair minors with sexual terms; every loader of prompts calls this.
 
@@ -31,9 +38,7 @@ def reject_unsafe(prompts: Iterable[str]) -> None:
         UsageError: says which prompt, by its position.
     """
     for i, prompt in enumerate(prompts):
-        text = _plain(prompt)
-        ages = [int(a or b) for a, b in _AGE.findall(text)]
-        if _SEXUAL.search(text) and (_MINOR.search(text) or any(age < 18 for age in ages)):
+        if is_unsafe(prompt):
             raise UsageError(f"Prompt {i + 1} pairs minors with sexual terms, which erasekit refuses to draw. Remove it.")
 
 

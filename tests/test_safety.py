@@ -1,6 +1,8 @@
 import pytest
 
+from erasekit.config import build, resolve
 from erasekit.errors import UsageError
+from erasekit.plugins import default
 from erasekit.safety import reject_unsafe
 
 SEXUAL = "nsfw"  # a term of the list; which one does not matter here
@@ -22,3 +24,25 @@ def test_minors_with_sexual_terms_are_refused(minor):
 )
 def test_everything_else_passes(prompt):
     reject_unsafe([prompt])
+
+
+@pytest.mark.parametrize(
+    ("concept", "settings"),
+    [
+        ("a child", [f'guides=["a {SEXUAL} person"]']),
+        ("a person", ['guides=["a dog", "a ' + SEXUAL + ' schoolgirl"]']),
+        (SEXUAL, ['guides="a toddler"']),
+    ],
+)
+def test_no_setting_may_make_of_a_concept_what_may_not_be_drawn(concept, settings):
+    flags = {"method": "uce", "backbone": "sd15", "concepts": (concept,)}
+    with pytest.raises(UsageError) as error:
+        resolve(build(flags, overrides=[f"method.{setting}" for setting in settings]), default())
+    expected = "A concept and a setting of the method pair minors with sexual terms, which erasekit refuses. Change it."
+    assert str(error.value) == expected
+
+
+def test_settings_and_concepts_that_are_harmless_together_pass():
+    flags = {"method": "uce", "backbone": "sd15", "concepts": ("a child",)}
+    assert resolve(build(flags, overrides=['method.guides=["a person"]']), default()).concepts[0].name == "a child"
+    assert resolve(build(flags | {"concepts": (SEXUAL,)}, overrides=['method.guides=["a person"]']), default())
