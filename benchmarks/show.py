@@ -43,7 +43,7 @@ def by_row(table: Mapping[str, Any]) -> str:
         left: dict[str, list[float]] = {}
         for one in row["runs"]:
             left.setdefault(one["concepts"], []).append(one["acc_e"])
-        erased = f"{sum(bool(np.mean(values) <= ERASED) for values in left.values())} of {len(left)}"
+        erased = f"{sum(round(float(np.mean(values)), 9) <= ERASED for values in left.values())} of {len(left)}"
         cells.append(
             [
                 name,

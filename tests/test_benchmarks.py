@@ -58,3 +58,11 @@ def test_a_committed_table_is_printed_with_every_row_and_concept():
     assert {row.count("|") for row in rows} == {rows[0].count("|")}
     concepts = show.by_concept(result["rows"]["trace"]).splitlines()
     assert len(concepts) == 2 + len({run["concepts"] for run in result["rows"]["trace"]["runs"]}) + 2
+
+
+def test_a_share_of_exactly_the_limit_counts_as_erased_however_many_seeds():
+    """The mean of three times 0.2 is a little more than 0.2 in floating point."""
+    metric = {"mean": 0.2, "ci95": [0.1, 0.3], "base": 1.0}
+    runs = [{"concepts": "cat", "acc_e": 0.2}] * 3 + [{"concepts": "dog", "acc_e": 0.25}] * 3
+    row = {"metrics": {"acc_e": metric}, "runs": runs, "erase_s": 1.0, "file_kb": 1.0, "peak_memory_mb": 1.0}
+    assert "| 1 of 2 |" in show.by_row({"rows": {"sld": row}})
