@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -72,5 +73,6 @@ def _keep_traceback() -> str:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """The console script. Without torchvision, transformers would begin every command with two remarks about it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main())
