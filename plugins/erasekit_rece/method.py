@@ -46,6 +46,7 @@ class Rece(Method):
     """
 
     name = "rece"
+    version = 2  # several guides: what is held counts each as its share
     Config = ReceConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {

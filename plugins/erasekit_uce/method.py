@@ -100,10 +100,9 @@ class Uce(Method):
         prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"uce/debias/{concept.name}")
         x0, chosen = pictures_of(ctx, prompts, self.config.debias_pictures, generator)
         guided = [concept.model_copy(update={"neutral": guide}) for guide in self.config.guides]
-        fits = []
-        for prompt, latent in zip(chosen, x0, strict=True):
-            texts = scorer.text([other.neutralise(prompt) for other in guided]).to(ctx.backbone.device)
-            fits.append(scorer.image(ctx.backbone.decode(latent[None])) @ texts.T)
+        texts = {p: scorer.text([g.neutralise(p) for g in guided]).to(ctx.backbone.device) for p in dict.fromkeys(chosen)}
+        pairs = zip(chosen, x0, strict=True)
+        fits = [scorer.image(ctx.backbone.decode(latent[None])) @ texts[prompt].T for prompt, latent in pairs]
         counts = torch.cat(fits).argmax(1).bincount(minlength=len(guided))
         return (counts / len(chosen)).tolist()
 
