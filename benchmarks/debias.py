@@ -1,0 +1,72 @@
+"""UCE's debiasing on the mini models: how often each of two guides is drawn, unedited, at equal shares and debiased.
+
+    python benchmarks/debias.py --out benchmarks/results/debias.json
+
+"a background" is to become "a cat" as often as "a ship". The pictures counted have the prompts of the rounds and other noise,
+and the CLIP that the rounds ask says what they show: another judge may see other shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import record
+from erasekit.concepts import Concept
+from erasekit.config import build, resolve
+from erasekit.deltas import concatenate, merged
+from erasekit.method import RunContext
+from erasekit.plugins import default
+from erasekit.tasks import Prompt
+from erasekit_mini.tasks import Objects
+from erasekit_uce.method import Uce, UceConfig
+
+GUIDES = ("a cat", "a ship")
+CONCEPT = Concept(name="background", phrases=("a background",), templates=("a photo of {}", "a picture of {}", "{}"))
+
+
+class NoPrompts(Objects):
+    """No prompts but the concept's own."""
+
+    def prompts(self, *_: Any, **__: Any) -> list[Prompt]:
+        """None."""
+        return []
+
+
+def measure(backbone: str, rounds: int, looked_at: int, counted: int) -> dict[str, Any]:
+    """The shares of both guides after debiasing, and what is drawn with and without."""
+    plan = resolve(build({"method": "uce", "backbone": backbone, "task": "objects", "concepts": ("cat",)}), default())
+    loaded = plan.backbone.load(plan.backbone_config)
+    ctx = RunContext(loaded, (CONCEPT,), NoPrompts(), protocol=plan.protocol)
+    shares = Uce(UceConfig(guides=GUIDES, debias_rounds=rounds, debias_pictures=looked_at)).shares(ctx)
+    judge = Uce(UceConfig(guides=GUIDES, debias_pictures=counted))
+    scorer = default().components.get("scorer", loaded.domain)()
+    seen: dict[str, Any] = {"unedited": judge.seen(replace(ctx, seed=1), CONCEPT, scorer)}
+    for name, weights in (("equal shares", {}), ("debiased", shares)):
+        with merged(loaded.denoiser, concatenate(list(judge.edit(ctx, weights).values()))):
+            seen[name] = judge.seen(replace(ctx, seed=1), CONCEPT, scorer)
+    return {"shares": shares[CONCEPT.name], "drawn": seen}
+
+
+def main() -> None:
+    """Measure both mini models and print the shares as JSON."""
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--rounds", type=int, default=6)
+    args.add_argument("--pictures", type=int, default=48, help="in each round")
+    args.add_argument("--counted", type=int, default=96, help="pictures that are counted at the end")
+    args.add_argument("--out", type=Path)
+    args = args.parse_args()
+    result = {"command": shlex.join(["python", "benchmarks/debias.py", *sys.argv[1:]]), "guides": GUIDES, **record.machine()}
+    result |= {name: measure(name, args.rounds, args.pictures, args.counted) for name in ("sd15-mini", "flux-mini")}
+    print(json.dumps(result, indent=1))
+    if args.out:
+        record.write(result, args.out)
+
+
+if __name__ == "__main__":
+    main()
