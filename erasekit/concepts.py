@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from erasekit.errors import UsageError
 
 Kind = Literal["object", "identity", "style", "nsfw", "free"]
+EMPTY_PROMPT = "<empty>"  # as a neutral word: the whole prompt becomes the empty one
 
 
 class Concept(BaseModel):
@@ -19,7 +20,9 @@ class Concept(BaseModel):
         name: what the concept is called in files and tables.
         kind: decides defaults; `free` where nothing is known.
         phrases: the wordings by which it is erased, with their article ("a cat"); the first one is its own name.
-        neutral: what it becomes; "" is the empty prompt.
+        neutral: the words that take the place of its own in a prompt; "" drops them, and `EMPTY_PROMPT` makes the whole prompt
+            the empty one, which guidance is measured from. The empty prompt is no absence: a model that often drew the concept
+            in training draws it unasked too.
         templates: sentences with one `{}` that the phrases are put into.
         preserve: phrases of what must not change with it.
     """
@@ -55,13 +58,20 @@ class Concept(BaseModel):
         longest = sorted(self.phrases, key=len, reverse=True)
         return next((phrase for phrase in longest if whole_words(phrase).search(prompt)), "")
 
-    def neutralise(self, prompt: str) -> str:
-        """`prompt` with every phrase replaced by the neutral word; the empty prompt if that is empty."""
-        if not self.neutral:
-            return ""
+    def replaced(self, prompt: str) -> str:
+        """`prompt` with every phrase replaced by the neutral words, as it is if none stands in it."""
         for phrase in sorted(self.phrases, key=len, reverse=True):  # the longest first: "a cat" is in "a cat face"
             prompt = whole_words(phrase).sub(lambda found: self.neutral, prompt)
-        return prompt
+        return prompt if self.neutral else " ".join(prompt.split())
+
+    def neutralise(self, prompt: str) -> str:
+        """What takes the place of a prompt that asks for the concept, in its own words or in others.
+
+        Its phrases are replaced; a prompt that holds none of them, and so only evokes the concept, becomes the neutral words.
+        """
+        if self.neutral == EMPTY_PROMPT:
+            return ""
+        return self.replaced(prompt) if self.find(prompt) else self.neutral
 
 
 def whole_words(phrase: str) -> re.Pattern[str]:

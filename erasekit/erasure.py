@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import nn
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, Dense, LowRank, compress, concatenate
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
+from erasekit.remains import Remains
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone
@@ -52,6 +53,9 @@ class Erasure:
         deltas: {concept: {part: deltas}}. A part is what can be loaded on its own, e.g. "refine" and "adapter"; an
             adapter that several concepts share stands under a name of its own.
         guidance: what steers sampling in place of changed weights; then there are no deltas.
+        figures: the method's own numbers, e.g. the damping that it chose.
+        remains: what it leaves of its concepts and moves of the rest, by predictions; None if that was not measured.
+        warnings: what a user has to know, one line each.
     """
 
     method: str
@@ -62,6 +66,9 @@ class Erasure:
     base: Mapping[str, Any]
     deltas: Mapping[str, Mapping[str, Deltas]]
     guidance: Guidance | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    remains: Remains | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["weights", "guidance"]:
@@ -77,6 +84,7 @@ class Erasure:
         config: Mapping[str, Any],
         deltas: Mapping[str, Mapping[str, Deltas]] | None = None,
         guidance: Guidance | None = None,
+        figures: Mapping[str, Any] | None = None,
     ) -> Erasure:
         """The erasure of `ctx.concepts` from `ctx.backbone`, by deltas of its weights or by guidance."""
         backbone, deltas = ctx.backbone, deltas or {}
@@ -96,6 +104,7 @@ class Erasure:
             },
             deltas=deltas,
             guidance=guidance,
+            figures=figures or {},
         )
 
     def total(self) -> Deltas:
@@ -157,6 +166,9 @@ class Erasure:
             base=manifest["base"],
             deltas=deltas,
             guidance=guidance,
+            figures=manifest.get("figures", {}),
+            remains=None if manifest.get("residual") is None else Remains(**{k: manifest[k] for k in ("residual", "drift")}),
+            warnings=tuple(manifest.get("warnings", ())),
         )
 
     def _write_tensors(self, folder: Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
@@ -185,6 +197,9 @@ class Erasure:
             "config": config,
             "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8],
             "concepts": [c.model_dump(mode="json") for c in self.concepts],
+            **({"residual": None, "drift": None} if self.remains is None else self.remains.model_dump()),
+            "figures": dict(self.figures),
+            "warnings": list(self.warnings),
             "parts": parts,
             "files": files,
             "erasure_sha256": digest(files),

@@ -47,6 +47,8 @@ class RunContext:
         log: called with (step, total, {name: value}) once per training step.
         component: looks up what is registered for a slot, e.g. component("refine", "whitened").
         protocol: how pictures will be drawn, so that a method can train on what sampling meets; the task's, if left out.
+        shared: what is drawn once in a run and used by several of its parts.
+        warnings: what the erasure has to tell its users, one line each; see `warn`.
     """
 
     backbone: Backbone
@@ -57,6 +59,8 @@ class RunContext:
     log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
     component: Callable[[str, str], Any] = field(default=_registered)
     protocol: Protocol = None  # type: ignore[assignment]  # the task's, see below
+    shared: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Take the task's protocol if none is given."""
@@ -66,6 +70,10 @@ class RunContext:
     def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The backbone's prediction at the guidance scale that sampling will use, where the model is told one."""
         return self.backbone.predict(x, tau, cond, guidance=self.protocol.guidance)
+
+    def warn(self, line: str) -> None:
+        """Tell the user of the erasure something: it is printed, and stands in erasure.json, results, report and card."""
+        self.warnings.append(line)
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator of its own for each named use: adding a use never shifts another one's numbers."""

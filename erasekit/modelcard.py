@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from erasekit.remains import Remains
 from erasekit.results import RunResult, meaning, number
 
 REMOVABLE = (
@@ -73,12 +74,20 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
             result=result,
             load=load_lines(record, "."),
             limits=NOT_PROMISED,
+            remains=remains_line(record),
             removable=REMOVABLE if record.get("kind") == "guidance" else "",
             meaning=meaning,
             number=number,
             cell=_cell,
         )
     )
+
+
+def remains_line(record: Mapping[str, Any]) -> str:
+    """What an erasure leaves of its concepts and moves of the rest, in one line; `record` is the content of erasure.json."""
+    if record.get("residual") is None:
+        return "residual: not measured"
+    return Remains(residual=record["residual"], drift=record["drift"]).line()
 
 
 def _cell(text: str) -> str:

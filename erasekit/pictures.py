@@ -9,7 +9,7 @@ import torch
 
 from erasekit.backbone import Conditioning, guided
 from erasekit.method import RunContext
-from erasekit.sites import preserve_prompts
+from erasekit.prompts import preserve_prompts
 
 
 @torch.no_grad()

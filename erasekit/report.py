@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from erasekit.atomic import replacing
-from erasekit.modelcard import NOT_PROMISED, REMOVABLE, load_lines, templates
+from erasekit.modelcard import NOT_PROMISED, REMOVABLE, load_lines, remains_line, templates
 from erasekit.results import Metric, meaning, number, read_result, read_scores
 from erasekit.safety import is_sexual
 from erasekit.sampling import PIL_ERRORS
@@ -79,6 +79,7 @@ def _content(directory: Path) -> dict[str, Any]:
         "load": load_lines(record) if record else "",
         "removable": REMOVABLE if record.get("kind") == "guidance" else "",
         "limits": NOT_PROMISED,
+        "remains": remains_line(record) if record else "",
     }
 
 

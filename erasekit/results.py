@@ -77,6 +77,7 @@ class RunResult(BaseModel):
     timings_s: dict[str, float]
     peak_memory_mb: float
     erasure_sha256: str
+    warnings: tuple[str, ...] = ()
 
     @field_validator("protocol")
     @classmethod

@@ -40,6 +40,7 @@ from erasekit.rundir import RunDirectory, open_run, write_json
 from erasekit.safety import reject_unsafe
 from erasekit.sampling import base_key, sample
 from erasekit.tasks import Prompt
+from erasekit.validation import remains_of
 
 SETS = ("erase", "synonyms", "preserve", "clean", "pairs")
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
@@ -253,7 +254,16 @@ def compute(
         log=log,
         component=registries.components.get,
     )
-    return plan.method(plan.method_config).erase(ctx)
+    erasure = plan.method(plan.method_config).erase(ctx)
+    remains = remains_of(ctx, erasure) if _predicts(plan, backbone) else None
+    left = remains.warnings() if remains else []
+    return replace(erasure, remains=remains, warnings=(*ctx.warnings, *left))
+
+
+def _predicts(plan: Plan, backbone: Backbone) -> bool:
+    """Whether the erasure is measured by predictions: not a closed form of a large model on a CPU, which would take hours."""
+    slow = backbone.device.type == "cpu" and plan.backbone.weights_gb(plan.backbone_config) > 1
+    return not slow or getattr(plan.method_config, "steps", 0) > 0
 
 
 def write_certificate(plan: Plan, backbone: Backbone, directory: RunDirectory) -> None:
@@ -308,6 +318,7 @@ def record(
         timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in TIMED},
         peak_memory_mb=round(peak_memory_mb(), 1),
         erasure_sha256=sha256,
+        warnings=tuple(read_manifest(directory.path / "erasure").get("warnings", ())),
     )
     write_scores(evaluation.rows, directory.path / "scores.parquet")
     write_result(result, directory.path / "results.json")

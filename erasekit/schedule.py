@@ -6,6 +6,7 @@ falls while the picture appears; a flow's sigma does too), so the two maps live 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,15 @@ class Schedule:
     def __len__(self) -> int:
         """The number of steps."""
         return len(self.tau)
+
+    def progress(self, share: float) -> float:
+        """Progress after a share of the steps, e.g. 0.15 of 28: that of the first step with no smaller share before it.
+
+        For DDPM timesteps it is the share itself. A flow's sampler shifts its steps towards noise, the more the larger the
+        image: there the same share of the steps is over at less progress.
+        """
+        k = math.ceil(share * len(self) - 1e-6)
+        return float(self.tau[k]) if k < len(self) else 1.0
 
     def first_late(self, tau0: float) -> int:
         """The index of the first step with tau >= tau0 (`len(self)` if there is none)."""

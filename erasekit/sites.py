@@ -15,7 +15,7 @@ from erasekit.concepts import Concept
 from erasekit.deltas import Deltas
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.tasks import Prompt
+from erasekit.prompts import concept_pairs, preserve_prompts
 
 Tokens = Literal["last", "suffix", "all"]
 
@@ -67,34 +67,10 @@ def site_embeddings(
             turns = guides or (concept.neutral,)
             weights = (shares or {}).get(concept.name, [1 / len(turns)] * len(turns))
             weighted = list(zip(turns, weights, strict=True))
-            pairs.append(_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, weighted))
+            pairs.append(_pairs(ctx, concept, concept_pairs(concept, asked), reads, tokens, weighted))
         concepts, goals = zip(*pairs, strict=True)
         found[reads] = SiteEmbeddings(concepts, goals, kept_rows(ctx.backbone, kept, reads))
     return found
-
-
-def concept_prompts(concept: Concept, asked: Sequence[Prompt]) -> list[str]:
-    """Prompts that ask for one concept: its phrases in its templates, then those of the task's that do."""
-    return list(dict.fromkeys([*concept.prompts(), *(p.text for p in asked if p.concept == concept.name)]))
-
-
-def phrased_prompts(ctx: RunContext, concept: Concept) -> list[str]:
-    """Training prompts of one concept that hold one of its phrases as whole words.
-
-    Raises:
-        UsageError: there is none.
-    """
-    prompts = [prompt for prompt in concept_prompts(concept, ctx.prompts("erase")) if concept.find(prompt)]
-    if not prompts:
-        raise UsageError(f"No prompt of '{concept.name}' holds its phrases ({', '.join(concept.phrases)}) as whole words.")
-    return prompts
-
-
-def preserve_prompts(ctx: RunContext) -> list[str]:
-    """The empty prompt, what the concepts ask to keep (in their templates), and the task's preserved prompts."""
-    erased = {phrase for concept in ctx.concepts for phrase in concept.phrases}
-    kept = [t.format(p) for c in ctx.concepts for p in c.preserve if p not in erased for t in c.templates]
-    return list(dict.fromkeys(["", *kept, *(p.text for p in ctx.prompts("preserve"))]))
 
 
 def rows(cond: Conditioning, reads: str) -> torch.Tensor:
@@ -144,16 +120,18 @@ def site_deltas(
 def _pairs(
     ctx: RunContext,
     concept: Concept,
-    prompts: Sequence[str],
+    turned: Sequence[tuple[str, str]],
     reads: str,
     tokens: Tokens,
     guides: Sequence[tuple[str, float]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows e_w of one concept and what each should act like, for guides with their shares."""
     encode, found = ctx.backbone.encode, []
+    prompts = [prompt for prompt, _ in turned]
     mine = encode(prompts)
     for guide, share in guides:
-        goal = encode([concept.model_copy(update={"neutral": guide}).neutralise(p) for p in prompts])
+        guided = concept.model_copy(update={"neutral": guide})
+        goal = encode([neutral if guide == concept.neutral else guided.neutralise(p) for p, neutral in turned])
         if tokens == "all" or reads == "pooled":
             aligned = [paired(mine, goal, reads)]
         else:

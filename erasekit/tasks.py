@@ -23,6 +23,8 @@ class Prompt(NamedTuple):
         label: what the picture should show (an evaluator's label); "" if nothing is checked.
         set: which prompt set it belongs to: erase, synonyms, preserve, clean or pairs.
         concept: the erased concept that this prompt asks for, "" if none.
+        neutral: the same prompt without the concept, where the task knows it better than by replacing the concept's phrases
+            (a prompt in other words, say); never needed for measuring.
     """
 
     text: str
@@ -30,6 +32,7 @@ class Prompt(NamedTuple):
     label: str = ""
     set: str = ""
     concept: str = ""
+    neutral: str = ""
 
 
 class Protocol(BaseModel):

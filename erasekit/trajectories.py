@@ -10,7 +10,7 @@ import torch
 from erasekit.backbone import Backbone, Conditioning, concatenate
 from erasekit.concepts import Concept
 from erasekit.method import RunContext
-from erasekit.sites import concept_prompts
+from erasekit.prompts import concept_pairs
 from erasekit.tasks import Protocol
 
 # (x, tau, row) -> (what the sampler follows, predictions (b, k, ...) to keep)
@@ -131,11 +131,11 @@ def concept_pool(
     `predictions` holds f(0), f(c) and, if `neutral`, those for the neutral prompts. `name` names the generator of
     prompts and seeds.
     """
-    generator, prompts = ctx.generator(name), concept_prompts(concept, ctx.prompts("erase"))
+    generator, pairs = ctx.generator(name), concept_pairs(concept, ctx.prompts("erase"))
     seeds = torch.randint(2**31, (n,), generator=generator).tolist()
-    drawn = [prompts[row] for row in torch.randint(len(prompts), (n,), generator=generator).tolist()]
-    others = [ctx.backbone.encode([concept.neutralise(p) for p in drawn])] if neutral else []
-    return base_pool(ctx.backbone, with_guidance(ctx, guidance), ctx.backbone.encode(drawn), seeds, others)
+    drawn = [pairs[row] for row in torch.randint(len(pairs), (n,), generator=generator).tolist()]
+    cond, goal = (ctx.backbone.encode(list(side)) for side in zip(*drawn, strict=True))
+    return base_pool(ctx.backbone, with_guidance(ctx, guidance), cond, seeds, [goal] if neutral else [])
 
 
 def with_guidance(ctx: RunContext, guidance: float | None) -> Protocol:

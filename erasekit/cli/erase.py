@@ -10,6 +10,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.progress import listener
+from erasekit.cli.tables import tell
 from erasekit.config import build, resolve
 from erasekit.errors import UsageError
 from erasekit.events import StageStarted, StepEnd
@@ -49,5 +50,7 @@ def command(
         erasure = compute(plan, loaded, registries, log=lambda step, total, values: told(StepEnd(step, total, values)))
     sha256 = erasure.save(out)
     (out / "README.md").write_text(model_card(read_manifest(out)), encoding="utf-8")
-    summary = {"erasure": str(out), "concepts": [c.name for c in plan.concepts], "sha256": sha256}
+    remains = erasure.remains.model_dump() if erasure.remains else {"residual": None, "drift": None}
+    summary = {"erasure": str(out), "concepts": [c.name for c in plan.concepts], "sha256": sha256} | remains
+    tell(erasure)
     typer.echo(json.dumps(summary, indent=1) if as_json else f"{out}  {', '.join(summary['concepts'])}  {sha256[:8]}")

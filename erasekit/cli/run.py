@@ -12,7 +12,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.progress import listener
-from erasekit.cli.tables import show
+from erasekit.cli.tables import show, tell
 from erasekit.config import Plan, RunConfig, build, resolve
 from erasekit.errors import UsageError
 from erasekit.rundir import path_of
@@ -120,7 +120,7 @@ def _pictures(plan: Plan) -> int:
 
 def show_results(plan: Plan, out: Path) -> None:
     """Print the numbers of a finished plan, where its report is, and how to load its erasure in diffusers."""
-    from erasekit.erasure import read_manifest
+    from erasekit.erasure import Erasure, read_manifest
     from erasekit.modelcard import load_lines
     from erasekit.results import number, read_result, table
 
@@ -139,5 +139,6 @@ def show_results(plan: Plan, out: Path) -> None:
     if plan.separate:
         typer.echo(f"\nThe reports are beside {folder}")
         return
+    tell(Erasure.load(folder / "erasure"))
     lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"))
     typer.echo(f"\nReport: {folder / 'report.html'}\n\n{lines}", nl=False)

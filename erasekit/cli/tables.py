@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from erasekit.erasure import Erasure
+
 WIDTH_OF_A_FILE = 200
+
+
+def tell(erasure: Erasure) -> None:
+    """Print to stderr what an erasure leaves, and its warnings."""
+    typer.echo(erasure.remains.line() if erasure.remains else "residual: not measured", err=True)
+    for line in erasure.warnings:
+        typer.secho(f"Warning: {line}", err=True, fg="yellow")
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:

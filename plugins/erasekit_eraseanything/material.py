@@ -13,7 +13,7 @@ from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
 from erasekit.method import RunContext
 from erasekit.pictures import pictures_of
-from erasekit.sites import phrased_prompts
+from erasekit.prompts import phrased_prompts
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
 
 if TYPE_CHECKING:

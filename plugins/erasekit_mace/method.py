@@ -17,7 +17,8 @@ from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
 from erasekit.method import Method, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
-from erasekit.sites import kept_rows, phrased_prompts, preserve_prompts, rows, site_deltas, site_weights
+from erasekit.prompts import phrased_prompts, preserve_prompts
+from erasekit.sites import kept_rows, rows, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train_lora
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression

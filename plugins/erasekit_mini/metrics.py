@@ -49,6 +49,11 @@ def shares(rows: Rows, erased: Sequence[str], *, mean: str, general: bool = Fals
     return found | {mean: harmonic(good)}
 
 
+def left(rows: Rows, label: str) -> Metric:
+    """The share of images of `erase` prompts that show one label."""
+    return _share([shown(rows, "erased", "erase", label)], [shown(rows, "base", "erase", label)], higher_is_better=False)
+
+
 def harmonic(shares: Sequence[Metric]) -> Metric:
     """The harmonic mean of shares that should be high, None if one is missing.
 

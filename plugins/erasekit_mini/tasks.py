@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from erasekit.concepts import Concept, Kind
 from erasekit.errors import unknown
@@ -81,26 +81,33 @@ class MiniTask(Task):
         n = self.sizes[split].get(which, 0)
         erased = [c.name for c in concepts]
         if which == "erase":
-            prompts = self._of_each(which, split, erased, [self.erase_rows(name, split, n)[:limit] for name in erased])
+            prompts = self._of_each(
+                which, split, erased, [self.erase_rows(name, split, n)[:limit] for name in erased], concepts
+            )
         elif which == "synonyms":
-            prompts = self._of_each(which, split, erased, [self.synonym_rows(name, split, n)[:limit] for name in erased])
+            prompts = self._of_each(
+                which, split, erased, [self.synonym_rows(name, split, n)[:limit] for name in erased], concepts
+            )
         elif which == "preserve":
             kept = self.preserve_rows(erased, split, n)
             prompts = self._of_each(which, split, [rows[0].label for rows in kept], kept)[:limit]
         elif which == "pairs":
             prompts = self._numbered(which, split, enumerate(self.pair_rows(erased, split, n)))[:limit]
         elif which == "clean":
-            rows = self._without(erased, enumerate(words.clean_prompts(split, 10_000)))
-            prompts = self._numbered(which, split, rows)[:n][:limit]
+            clean = self._without(erased, enumerate(words.clean_prompts(split, 10_000)))
+            prompts = self._numbered(which, split, clean)[:n][:limit]
         elif which == "captions":
-            rows = self._without(erased, enumerate(self._captions() if split == "train" else []))
-            prompts = self._numbered(which, split, rows)[:n][:limit]
+            captions = self._without(erased, enumerate(self._captions() if split == "train" else []))
+            prompts = self._numbered(which, split, captions)[:n][:limit]
         else:
             raise unknown("prompt set", which, OFFSETS, "erasekit ls tasks")
         return prompts
 
-    def _of_each(self, which: str, split: Split, names: Sequence[str], rows: Sequence[Sequence[Row]]) -> list[Prompt]:
+    def _of_each(
+        self, which: str, split: Split, names: Sequence[str], rows: Sequence[Sequence[Row]], concepts: Sequence[Concept] = ()
+    ) -> list[Prompt]:
         """Prompts of several names in turns; the seed of each depends on its name and number alone."""
+        neutral = {c.name: c.neutral for c in concepts}
         everything = list(dict.fromkeys((*self.concepts, *words.OBJECTS, *words.IDENTITIES)))
         turns: list[tuple[int, Prompt]] = []
         for name, of_name in zip(names, rows, strict=True):
@@ -108,7 +115,8 @@ class MiniTask(Task):
             concept = "" if which == "preserve" else name
             for k, row in enumerate(of_name):
                 seed = words.seed_of(split, first + k)
-                turns.append((k, Prompt(row.prompt, seed, row.label, which, concept)))
+                without = " ".join(row.without.format(neutral.get(name, "")).split())
+                turns.append((k, Prompt(row.prompt, seed, row.label, which, concept, "" if split == "evaluation" else without)))
         return [prompt for _, prompt in sorted(turns, key=lambda turn: turn[0])]
 
     def _numbered(self, which: str, split: Split, rows: Iterable[tuple[int, Row]]) -> list[Prompt]:
@@ -145,6 +153,7 @@ class Objects(MiniTask):
 
     name = "objects"
     title = "Objects of the mini world"
+    version = 2
     kind = "object"
     concepts = tuple(words.OBJECTS)
 
@@ -244,12 +253,17 @@ class Hazards(MiniTask):
     name = "i2p"
     title = "I2P of the mini world: a stand-in, hazards (knife, bomb, gun) take the place of explicit content"
     kind = "nsfw"
+    version = 2
     concepts = ("hazard",)
     blurred = True
+    sizes: ClassVar[Mapping[Split, Mapping[str, int]]] = {
+        **MiniTask.sizes,
+        "evaluation": {**MiniTask.sizes["evaluation"], "erase": 150},  # fifty of each kind
+    }
 
     def erase_rows(self, name: str, split: Split, n: int) -> list[Row]:
-        """Prompts that name a weapon, and prompts that only evoke one, in turns."""
-        kinds: list[list[Row]] = [words.hazard_prompts(kind, split, n) for kind in ("explicit", "implicit", "adjective")]
+        """Prompts that name a weapon, and prompts that only evoke one, in turns; evaluation evokes by words of its own."""
+        kinds: list[list[Row]] = [words.hazard_prompts(kind, split, n) for kind in get_args(words.HazardKind)]
         return [row for turn in zip(*kinds, strict=False) for row in turn][:n]
 
     def preserve_rows(self, erased: Sequence[str], split: Split, n: int) -> list[list[Row]]:
@@ -262,19 +276,31 @@ class Hazards(MiniTask):
         return (*named, "weapon", "weapons", *words.HAZARD_IMPLICIT, *words.HAZARD_ADJECTIVES)
 
     def complete(self, name: str, phrases: tuple[str, ...]) -> Concept:
-        """Erased by the weapons' names, what only evokes them is left to generalise; towards the empty prompt."""
+        """Erased by the weapons' names, and by half of what evokes them; towards an empty background, as objects are.
+
+        The empty prompt would not do: a fifth of the training images hold a hazard, so the model draws one unasked.
+        """
         named = tuple(words.article(h) for h in words.HAZARDS)
         preserve = tuple(words.article(o) for o in words.OBJECTS)
         return Concept(
             name=name,
             kind=self.kind,
             phrases=("a weapon", *named, *phrases),
+            neutral="a background",
             templates=words.FRAMES["train"],
             preserve=preserve,
         )
 
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`unsafe_images` (their share), `unsafe_detections` (their number), `acc_s`, `h_n`."""
+        """`unsafe_images` (their share, also by how they are asked for), `unsafe_detections` (number), `acc_s`, `h_n`."""
         shares = metrics.shares(rows, [c.name for c in concepts], mean="h_n")
         unsafe = shares.pop("acc_e")
-        return {"unsafe_images": unsafe, "unsafe_detections": metrics.total(unsafe)} | shares
+        kinds = {f"unsafe_images[{kind}]": metrics.left(_of_kind(rows, kind), "hazard") for kind in get_args(words.HazardKind)}
+        return {"unsafe_images": unsafe, "unsafe_detections": metrics.total(unsafe)} | kinds | shares
+
+
+def _of_kind(rows: metrics.Rows, kind: str) -> metrics.Rows:
+    """The rows of hazard prompts of one kind."""
+    return {
+        side: [r for r in of if r["set"] == "erase" and words.hazard_kind(r["prompt"]) == kind] for side, of in rows.items()
+    }

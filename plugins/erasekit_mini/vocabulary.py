@@ -8,9 +8,11 @@ a number is measured on was never a training caption, nor one that a method was 
 from __future__ import annotations
 
 import random
+import re
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation", "evaluation"]
+HazardKind = Literal["explicit", "implicit", "adjective"]
 
 # The ten CIFAR-10 classes: the first word is the name of the class, the others its synonyms.
 OBJECTS: dict[str, tuple[str, ...]] = {
@@ -129,10 +131,18 @@ HELD_OUT_PAIRS: dict[Split, tuple[tuple[str, str], ...]] = {
 
 
 class Row(NamedTuple):
-    """One prompt of an evaluation or validation set: `label` is what the picture has to show."""
+    """One prompt.
+
+    Attributes:
+        prompt: its text.
+        label: what the image has to show.
+        without: the same text with the words that ask for it left open as `{}`, or replaced by what they describe; "" where
+            that is not said.
+    """
 
     prompt: str
     label: str
+    without: str = ""
 
 
 def article(word: str) -> str:
@@ -164,12 +174,27 @@ def object_prompts(name: str, split: Split, n: int) -> list[Row]:
     return [Row(p, name) for p in vary(article(name), FRAMES[split], n)]
 
 
+def told(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
+    """Every other word, from the first for training and validation and from the second for evaluation.
+
+    Methods choose settings with the first half, so what is measured on the second half was told to nobody.
+    """
+    return words[1::2] if split == "evaluation" else words[::2]
+
+
 def synonym_prompts(name: str, split: Split, n: int) -> list[Row]:
     """`n` prompts that name an object by a synonym or in the plural (generality, the paper's Acc_g)."""
-    phrases = [article(word) for word in OBJECTS[name][1:]]
-    phrases += [f"two {plural(word)}" for word in OBJECTS[name]]
-    per_phrase = [vary(p, FRAMES[split], -(-n // len(phrases))) for p in phrases]
-    return [Row(p, name) for k in range(len(per_phrase[0])) for p in (w[k] for w in per_phrase)][:n]
+    words = told(OBJECTS[name][1:], split)
+    counted = (*words, name) if split == "evaluation" else words
+    return _in_turns(
+        [(article(word), "{}") for word in words] + [(f"two {plural(word)}", "{}") for word in counted], name, split, n
+    )
+
+
+def _in_turns(phrases: list[tuple[str, str]], label: str, split: Split, n: int) -> list[Row]:
+    """`n` wordings of phrases, each with what stands in its place in `Row.without`, the phrases taking turns."""
+    each = [[Row(p, label, p.replace(phrase, gap)) for p in vary(phrase, FRAMES[split], n)] for phrase, gap in phrases]
+    return [row for turn in zip(*each, strict=False) for row in turn][:n]
 
 
 def identity_prompts(name: str, split: Split, n: int) -> list[Row]:
@@ -199,17 +224,25 @@ def style_prompts(artist: str, split: Split, n: int) -> list[tuple[str, str, str
     return rows[:n]
 
 
-def hazard_prompts(kind: Literal["explicit", "implicit", "adjective"], split: Split, n: int) -> list[Row]:
+def hazard_prompts(kind: HazardKind, split: Split, n: int) -> list[Row]:
     """`n` prompts that name a hazard, evoke one, or attach one to an object by an adjective."""
-    phrases: list[str]
     if kind == "explicit":
-        phrases = [article(h) for h in HAZARDS] + ["a weapon"]
+        phrases = [(article(h), "{}") for h in HAZARDS] + [("a weapon", "{}")]
     elif kind == "implicit":
-        phrases = list(HAZARD_IMPLICIT)
+        phrases = [(words, "{}") for words in told(HAZARD_IMPLICIT, split)]
     else:
-        phrases = [f"a {HAZARD_ADJECTIVES[i % 4]} {o}" for i, o in enumerate(OBJECTS)]
-    per_phrase = [vary(p, FRAMES[split], -(-n // len(phrases))) for p in phrases]
-    return [Row(p, "hazard") for k in range(len(per_phrase[0])) for p in (w[k] for w in per_phrase)][:n]
+        adjectives = told(HAZARD_ADJECTIVES, split)
+        # "a airplane": with its own article the two prompts would differ in more than the adjective.
+        phrases = [(f"a {adjectives[i % len(adjectives)]} {o}", f"a {o}") for i, o in enumerate(OBJECTS)]
+    return _in_turns(phrases, "hazard", split, n)
+
+
+def hazard_kind(prompt: str) -> HazardKind:
+    """How a hazard prompt asks for one."""
+    words = set(re.findall(r"\w+", prompt))
+    if words & set(HAZARD_ADJECTIVES) and not any(phrase in prompt for phrase in HAZARD_IMPLICIT):
+        return "adjective"
+    return "explicit" if words & {*HAZARDS, "weapon"} else "implicit"
 
 
 def pair_prompts(split: Split, n: int, among: tuple[str, ...] = tuple(OBJECTS)) -> list[tuple[str, str, str]]:

@@ -3,70 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from erasekit.adapters import AdapterBank
-from erasekit.backbone import Conditioning, concatenate
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, merged, scale
-from erasekit.deltas import concatenate as concatenate_deltas
+from erasekit.deltas import Deltas, concatenate, merged, scale
 from erasekit.erasure import Erasure
-from erasekit.method import Method, OneOrSeveral, RunContext
+from erasekit.method import Method, RunContext
 from erasekit.near import near_words
-from erasekit.sites import concept_prompts, paired, rows, site_deltas, site_weights
-from erasekit.training import Losses, TrainingConfig, train
+from erasekit.prompts import concept_pairs, neutral_of
+from erasekit.sites import paired, rows, site_deltas, site_weights
+from erasekit.tasks import Prompt
+from erasekit.training import train
 from erasekit.trajectories import Pool
-from erasekit_trace import losses
+from erasekit_trace.config import TraceConfig
+from erasekit_trace.eta import choose_eta
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
 from erasekit_trace.slots import Adapter, Embeddings
-
-ETAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0)
-
-
-class TraceConfig(TrainingConfig):
-    """Settings of TRACE. Each slot names a registered component."""
-
-    steps: int = Field(120, ge=0, description="training steps; 0 leaves stage 2 out")
-    refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
-    eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
-    near_words: int = Field(
-        0, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
-    )
-    ridge: float = Field(0.3, ge=0, description="ridge of the closed form, relative to the size of its system")
-    preserve_scale: float = Field(
-        10.0, ge=0, description="weight of the preserved prompts: against captions in whitened, against the concept's in uce"
-    )
-    caption_scale: float = Field(0.01, ge=0, description="uce: weight of captions of all kinds against the concept's prompts")
-    fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
-    window: str = Field(
-        "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
-    )
-    tau0: float = Field(0.15, ge=0, le=1, description="where the window begins, 0 is noise and 1 the picture")
-    early_anchor: bool = Field(False, description="before tau0, hold the concept prompts at the teacher (ANT); undoes stage 1")
-    bank: str = Field("per-concept", description="LoRAs: per-concept, shared or a registered one")
-    rank: int = Field(4, ge=1, description="rank of each LoRA")
-    scope: str = Field("kv", description="linear layers that carry a LoRA, a scope of the backbone")
-    eta_neg: float = Field(0.0, ge=0, description="how far the target is pushed away from the concept")
-    preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
-    preserve_early: float = Field(1.0, ge=0, description="how much more drift costs in the early steps")
-    integration: Literal["pairs", "none"] = Field("pairs", description="the loss on prompts that hold two erased concepts")
-    integration_every: int = Field(4, ge=1, description="steps between integration losses")
-    integration_weight: float = Field(0.1, ge=0, description="weight of the integration loss")
-    divergence: OneOrSeveral = Field((), description="further divergences, on the one-step x0: probe, clip, lpips")
-    divergence_every: int = Field(4, ge=1, description="steps between them")
-    divergence_weight: float = Field(0.05, ge=0, description="their weight")
-    batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
-    trajectories: int = Field(32, ge=1, description="teacher trajectories per concept")
-    clean_trajectories: int = Field(96, ge=1, description="teacher trajectories of clean prompts")
-    robustify: OneOrSeveral = Field((), description="registered stages that harden the text sites at the end, e.g. rece")
+from erasekit_trace.step import TraceStep
 
 
 class Trace(Method):
@@ -143,15 +103,15 @@ class Trace(Method):
         refined = site_deltas(ctx, shares, site_weights(ctx.backbone))
         eta = self.config.eta
         if eta is None:
-            eta = choose_eta(ctx, concatenate_deltas(list(refined.values())))
+            eta = choose_eta(ctx, concatenate(list(refined.values())))
         return {name: scale(delta, eta) for name, delta in refined.items()}
 
     def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
         """Embeddings of all concepts, one after the other, and how many rows each has."""
         encode, pairs = ctx.backbone.encode, []
         for concept in ctx.concepts:
-            prompts = concept_prompts(concept, ctx.prompts("erase"))
-            pairs.append(paired(encode(prompts), encode([concept.neutralise(p) for p in prompts]), reads))
+            said, neutral = zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True)
+            pairs.append(paired(encode(said), encode(neutral), reads))
         preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
         concepts, neutrals = zip(*pairs, strict=True)
         kept, seen = (rows(cond, reads) for cond in (preserve, captions))
@@ -161,8 +121,9 @@ class Trace(Method):
 
     def finetune(self, ctx: RunContext, refined: Mapping[str, Deltas]) -> dict[str, Deltas]:
         """Train the bank of LoRAs on top of the refined weights, against the untouched teacher."""
+        together = self.config.model_copy(update={"steps": self.config.steps * len(ctx.concepts)})
         with self.student(ctx, refined) as (bank, step, parameters):
-            train(step, parameters, self.config, ctx=ctx, name="trace")
+            train(step, parameters, together, ctx=ctx, name="trace")
             return {name: bank.deltas(name) for name in bank.names}
 
     @contextmanager
@@ -179,21 +140,26 @@ class Trace(Method):
         ]
         adapters: list[Adapter] = ctx.component("bank", self.config.bank)(ctx.concepts, self.config)
         targets = ctx.backbone.lora_targets(self.config.scope)
-        whole = concatenate_deltas(list(refined.values()))
+        whole = concatenate(list(refined.values()))
         with merged(ctx.backbone.denoiser, whole), AdapterBank(ctx.backbone) as bank:
             for adapter in adapters:
                 bank.add(adapter.name, targets, adapter.rank, ctx.generator(f"trace/init/{adapter.name}"))
             parameters = [p for adapter in adapters for p in bank.train_only(adapter.name)]
-            yield bank, TraceStep(self.config, ctx, bank, adapters, pools, clean, pairs, divergences), parameters
+            yield bank, TraceStep(self._window(ctx), ctx, bank, adapters, pools, clean, pairs, divergences), parameters
+
+    def _window(self, ctx: RunContext) -> TraceConfig:
+        """The settings with tau0 as progress: the schedule says where so large a share of its steps is over."""
+        schedule = ctx.backbone.schedule(ctx.protocol.steps, ctx.protocol.size)
+        return self.config.model_copy(update={"tau0": schedule.progress(self.config.tau0)})
 
     def _concept_pool(self, ctx: RunContext, concept: Concept) -> Pool:
-        prompts = concept_prompts(concept, ctx.prompts("erase"))
-        encode = ctx.backbone.encode
-        seeds = _seeds(ctx, f"trace/concept/{concept.name}", self.config.trajectories)
-        neutral = encode([concept.neutralise(p) for p in prompts])
-        tau0 = {"full": 0.0, "early": 0.0}.get(self.config.window, self.config.tau0)
+        """Semi-target trajectories of one concept; many concepts get fewer each, so that memory stays the same."""
+        prompts, neutral = (list(side) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
+        n = max(4, min(self.config.trajectories, 4 * self.config.trajectories // len(ctx.concepts)))
+        seeds, encode = _seeds(ctx, f"trace/concept/{concept.name}", n), ctx.backbone.encode
+        tau0 = {"full": 0.0, "early": 0.0}.get(self.config.window, self._window(ctx).tau0)
         turn = {"tau0": tau0, "eta_neg": self.config.eta_neg}
-        return target_pool(ctx.backbone, ctx.protocol, encode(prompts), neutral, seeds, **turn)
+        return target_pool(ctx.backbone, ctx.protocol, encode(prompts), encode(neutral), seeds, **turn)
 
     def _clean_pool(self, ctx: RunContext) -> Pool:
         n = self.config.clean_trajectories
@@ -202,138 +168,23 @@ class Trace(Method):
         return clean_pool(ctx.backbone, ctx.protocol, ctx.backbone.encode(texts), _seeds(ctx, "trace/clean", n))
 
     def _pair_pools(self, ctx: RunContext) -> dict[tuple[int, int], Pool]:
-        """For every two concepts, trajectories of prompts that hold both."""
+        """Trajectories of prompts that hold two concepts: each concept with the next one, in a ring."""
         pools, encode = {}, ctx.backbone.encode
-        for i, j in itertools.combinations(range(len(ctx.concepts)), 2):
+        n = max(2, min(self.config.trajectories // 8, self.config.trajectories // (2 * len(ctx.concepts))))
+        for i, j in _ring(len(ctx.concepts)):
             a, b = ctx.concepts[i], ctx.concepts[j]
             phrases = [(t, a.phrases[0], b.phrases[0]) for t in a.templates]
             both = [t.format(f"{p} and {q}") for t, p, q in phrases]
-            neutral = [_neutralised(ctx, text) for text in both]
+            neutral = [neutral_of(Prompt(text, 0, concept=f"{a.name}+{b.name}"), ctx.concepts) for text in both]
             prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
-            seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", max(2, self.config.trajectories // 8))
+            seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", n)
             pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, encode(neutral), seeds)
         return pools
 
 
-class TraceStep:
-    """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained."""
-
-    def __init__(
-        self,
-        config: TraceConfig,
-        ctx: RunContext,
-        bank: AdapterBank,
-        adapters: Sequence[Adapter],
-        pools: Sequence[Pool],
-        clean: Pool,
-        pairs: Mapping[tuple[int, int], Pool],
-        divergences: Sequence[Sequence[Any]],
-    ) -> None:
-        """Keep what a step draws from; `divergences` holds those of each concept."""
-        self.config, self.bank, self.clean, self.pairs = config, bank, clean, pairs
-        self.predict, self.to_x0 = ctx.predict, ctx.backbone.to_x0
-        self.pools, self.divergences = pools, divergences
-        self.owner = {i: adapter.name for adapter in adapters for i in adapter.concepts}
-        window = ctx.component("window", config.window)(config)
-        anchor = (lambda tau: torch.ones_like(tau)) if config.early_anchor else window
-        self.weights = [anchor(pool.tau) for pool in pools]
-        self.window = window
-
-    def __call__(self, batch: int, generator: torch.Generator) -> Losses:
-        """The named losses of batch number `batch`."""
-        config, turn = self.config, batch % len(self.pools)
-        self.bank.train_only(self.owner[turn])
-        erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
-        keep = self.clean.sample(config.batch, generator)
-        cond = [erase.cond, keep.cond]
-        prediction, kept = self._student([erase.x, keep.x], [erase.tau, keep.tau], cond)
-        target, weight = erase.predictions[:, 2], self.window(erase.tau)
-        if config.early_anchor:
-            before = (erase.tau < config.tau0 - 1e-6).to(target.device).view(-1, *[1] * (target.dim() - 1))
-            target, weight = torch.where(before, erase.predictions[:, 0], target), torch.ones_like(weight)
-        out = {
-            "erase": losses.weighted_error(prediction, target, weight),
-            "preserve": config.preserve
-            * losses.weighted_error(kept, keep.predictions[:, 0], losses.preserve_weight(keep.tau, config.preserve_early)),
-        }
-        round_ = batch // len(self.pools)
-        if self.divergences[turn] and round_ % config.divergence_every == 0:
-            x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
-            for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
-                out[name] = config.divergence_weight * divergence(x0, goal)
-        if self.pairs and round_ % config.integration_every == 0:
-            out["integration"] = config.integration_weight * self._integration(turn, generator)
-        return out
-
-    def _student(
-        self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]
-    ) -> tuple[torch.Tensor, ...]:
-        """Predictions for several batches of equal size in one pass."""
-        return self.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
-
-    def _integration(self, turn: int, generator: torch.Generator) -> torch.Tensor:
-        mine = [pair for pair in self.pairs if turn in pair]
-        pool = self.pairs[mine[int(torch.randint(len(mine), (1,), generator=generator))]]
-        n, third = max(2, self.config.batch // 2), len(pool.cond) // 3
-        index = torch.randint(len(pool), (n,), generator=generator)
-        x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
-        one, two, neutral = pool.predictions[index].unbind(1)
-        both = self.predict(x, tau, pool.cond[row])
-        with torch.no_grad():
-            alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])
-        joint = torch.stack([losses.presence(both, c, neutral) for c in (one, two)])
-        single = torch.stack([losses.presence(y, c, neutral) for y, c in zip(alone, (one, two), strict=True)])
-        return losses.integration(joint, single)
-
-
-@torch.no_grad()
-def choose_eta(ctx: RunContext, refined: Deltas) -> float:
-    """The damping with the least residual concept plus drift, on validation prompts (section 4.1).
-
-    All are relative errors of predictions along the teacher's trajectories. Residual of a concept prompt: how far f'(c_w)
-    still is from f(c_u), in units of |f(c_w) - f(c_u)|. Residual of a synonym, which has no neutral prompt of its own: how
-    much of f(c_s) - f(neutral) is left along that direction. Drift: how far f'(q) has moved for preserved q, in units of
-    |f(q) - f(0)|. Guidance multiplies each by its scale; what is as large as the concept itself counts as 1.
-    """
-    encode = ctx.backbone.encode
-    protocol = ctx.protocol.model_copy(update={"steps": max(4, ctx.protocol.steps // 3)})
-    erase, synonyms = (ctx.prompts(which, "validation")[:24] for which in ("erase", "synonyms"))
-    keep = [p.text for p in ctx.prompts("preserve", "validation")][:24]
-    neutral_of = {concept.name: concept.neutral for concept in ctx.concepts}
-    neutral = [_neutralised(ctx, p.text) for p in erase] + [neutral_of[p.concept] for p in synonyms]
-    prompts, empty = [*erase, *synonyms], encode([""])
-    concept = encode([p.text for p in prompts])
-    pool = target_pool(ctx.backbone, protocol, concept, encode(neutral), [p.seed for p in prompts])
-    kept = clean_pool(ctx.backbone, protocol, encode(keep), _seeds(ctx, "trace/eta", len(keep)))
-    with_concept, without = pool.predictions[:, 0], pool.predictions[:, 1]
-    named = pool.row < len(erase)
-    span = (with_concept - without)[named].square().mean()
-    nothing = ctx.predict(kept.x, kept.tau, empty.repeat(len(kept)))
-    reach = (kept.predictions[:, 0] - nothing).square().mean()
-    gain = max(1.0, protocol.guidance) ** 2
-
-    def error(change: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-        return (gain * change.flatten(1).square().mean(1) / unit).clamp(max=1).mean()
-
-    best, choice = math.inf, 1.0
-    for eta in ETAS:
-        with merged(ctx.backbone.denoiser, scale(refined, eta)):
-            left = ctx.predict(pool.x, pool.tau, pool.cond[pool.row])
-            moved = ctx.predict(kept.x, kept.tau, kept.cond[kept.row])
-        cost = error((left - without)[named], span) + error(moved - kept.predictions[:, 0], reach)
-        if synonyms:
-            remains = losses.presence(left, with_concept, without)[~named]
-            cost = cost + (gain * remains.square()).clamp(max=1).mean()
-        if cost < best - 1e-6:
-            best, choice = cost.item(), eta
-    return choice
-
-
-def _neutralised(ctx: RunContext, prompt: str) -> str:
-    """The prompt with the neutral words of all concepts."""
-    for concept in ctx.concepts:
-        prompt = concept.neutralise(prompt)
-    return prompt
+def _ring(n: int) -> list[tuple[int, int]]:
+    """Each of `n` with the next one, and the last with the first: all pairs of up to three, and never more than `n`."""
+    return sorted({(min(i, j), max(i, j)) for i, j in ((i, (i + 1) % n) for i in range(n)) if i != j})
 
 
 def _seeds(ctx: RunContext, name: str, n: int) -> list[int]:

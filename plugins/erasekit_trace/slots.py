@@ -13,7 +13,7 @@ from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
 
 if TYPE_CHECKING:
-    from erasekit_trace.method import TraceConfig
+    from erasekit_trace.config import TraceConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
 from erasekit.pictures import pictures_of
-from erasekit.sites import Tokens, phrased_prompts, site_deltas, site_embeddings, site_weights
+from erasekit.prompts import phrased_prompts
+from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 
 
 class UceConfig(MethodConfig):

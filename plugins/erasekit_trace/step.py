@@ -1,0 +1,88 @@
+"""One training step of TRACE's second stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from erasekit.adapters import AdapterBank
+from erasekit.backbone import Conditioning, concatenate
+from erasekit.method import RunContext
+from erasekit.training import Losses
+from erasekit.trajectories import Pool
+from erasekit_trace import losses
+from erasekit_trace.config import TraceConfig
+from erasekit_trace.slots import Adapter
+
+
+class TraceStep:
+    """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained."""
+
+    def __init__(
+        self,
+        config: TraceConfig,
+        ctx: RunContext,
+        bank: AdapterBank,
+        adapters: Sequence[Adapter],
+        pools: Sequence[Pool],
+        clean: Pool,
+        pairs: Mapping[tuple[int, int], Pool],
+        divergences: Sequence[Sequence[Any]],
+    ) -> None:
+        """Keep what a step draws from; `divergences` holds those of each concept."""
+        self.config, self.bank, self.clean, self.pairs = config, bank, clean, pairs
+        self.predict, self.to_x0 = ctx.predict, ctx.backbone.to_x0
+        self.pools, self.divergences = pools, divergences
+        self.owner = {i: adapter.name for adapter in adapters for i in adapter.concepts}
+        window = ctx.component("window", config.window)(config)
+        anchor = (lambda tau: torch.ones_like(tau)) if config.early_anchor else window
+        self.weights = [anchor(pool.tau) for pool in pools]
+        self.window = window
+
+    def __call__(self, batch: int, generator: torch.Generator) -> Losses:
+        """The named losses of batch number `batch`."""
+        config, turn = self.config, batch % len(self.pools)
+        self.bank.train_only(self.owner[turn])
+        erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
+        keep = self.clean.sample(config.batch, generator)
+        cond = [erase.cond, keep.cond]
+        prediction, kept = self._student([erase.x, keep.x], [erase.tau, keep.tau], cond)
+        target, weight = erase.predictions[:, 2], self.window(erase.tau)
+        if config.early_anchor:
+            before = (erase.tau < config.tau0 - 1e-6).to(target.device).view(-1, *[1] * (target.dim() - 1))
+            target, weight = torch.where(before, erase.predictions[:, 0], target), torch.ones_like(weight)
+        out = {
+            "erase": losses.weighted_error(prediction, target, weight),
+            "preserve": config.preserve
+            * losses.weighted_error(kept, keep.predictions[:, 0], losses.preserve_weight(keep.tau, config.preserve_early)),
+        }
+        round_ = batch // len(self.pools)
+        if self.divergences[turn] and round_ % config.divergence_every == 0:
+            x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
+            for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
+                out[name] = config.divergence_weight * divergence(x0, goal)
+        if self.pairs and round_ % config.integration_every == 0:
+            out["integration"] = config.integration_weight * self._integration(turn, generator)
+        return out
+
+    def _student(
+        self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]
+    ) -> tuple[torch.Tensor, ...]:
+        """Predictions for several batches of equal size in one pass."""
+        return self.predict(torch.cat(list(x)), torch.cat(list(tau)), concatenate(cond)).chunk(len(x))
+
+    def _integration(self, turn: int, generator: torch.Generator) -> torch.Tensor:
+        mine = [pair for pair in self.pairs if turn in pair]
+        pool = self.pairs[mine[int(torch.randint(len(mine), (1,), generator=generator))]]
+        n, third = max(2, self.config.batch // 2), len(pool.cond) // 3
+        index = torch.randint(len(pool), (n,), generator=generator)
+        x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
+        one, two, neutral = pool.predictions[index].unbind(1)
+        both = self.predict(x, tau, pool.cond[row])
+        with torch.no_grad():
+            alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])
+        joint = torch.stack([losses.presence(both, c, neutral) for c in (one, two)])
+        single = torch.stack([losses.presence(y, c, neutral) for y, c in zip(alone, (one, two), strict=True)])
+        return losses.integration(joint, single)
