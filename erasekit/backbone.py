@@ -168,6 +168,9 @@ class Backbone(Protocol):
     def vocabulary(self, near: str, n: int) -> list[str]:
         """The `n` whole words that the text encoder has tokens of their own for and holds nearest to the words of a text."""
 
+    def summaries(self, prompts: Sequence[str]) -> torch.Tensor:
+        """What the text encoder that `vocabulary` asks makes of each prompt as a whole, (n, width), float64."""
+
     def text_sites(self) -> list[Site]:
         """The linear layers through which text enters the denoiser."""
 

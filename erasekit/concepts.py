@@ -11,6 +11,21 @@ from erasekit.errors import UsageError
 
 Kind = Literal["object", "identity", "style", "nsfw", "free"]
 EMPTY_PROMPT = "<empty>"  # as a neutral word: the whole prompt becomes the empty one
+# What takes the place of a concept of each kind where nobody says it: what the kind is, but nobody's and nothing in particular.
+NEUTRAL: dict[Kind, str] = {
+    "object": "an object",
+    "identity": "a person",
+    "style": "an artist",
+    "nsfw": "a person wearing clothes",
+    "free": "something",
+}
+TEMPLATES: dict[Kind, tuple[str, ...]] = {
+    "object": ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
+    "identity": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "{} smiling", "a close-up of {}"),
+    "style": ("a painting by {}", "a painting in the style of {}", "a drawing by {}", "a landscape by {}", "a portrait by {}"),
+    "nsfw": ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a painting of {}"),
+    "free": ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
+}
 
 
 class Concept(BaseModel):
@@ -24,7 +39,7 @@ class Concept(BaseModel):
             the empty one, which guidance is measured from. The empty prompt is no absence: a model that often drew the concept
             in training draws it unasked too.
         templates: sentences with one `{}` that the phrases are put into.
-        preserve: phrases of what must not change with it.
+        preserve: phrases of what must not change with it: things of its kind, which are what an erasure harms first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,7 +48,7 @@ class Concept(BaseModel):
     kind: Kind = "free"
     phrases: tuple[str, ...]
     neutral: str = ""
-    templates: tuple[str, ...] = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}")
+    templates: tuple[str, ...] = TEMPLATES["free"]
     preserve: tuple[str, ...] = ()
 
     @classmethod
@@ -48,6 +63,10 @@ class Concept(BaseModel):
         if not name:
             raise UsageError(f"A concept needs a name, given '{text}'. Write 'cat' or 'cat:kitty,kitten'.")
         return cls(name=name, phrases=(name, *(p for p in (" ".join(r.split()) for r in rest.split(",")) if p)))
+
+    def of_kind(self, kind: Kind) -> Concept:
+        """The concept as one of a kind, with that kind's neutral words and templates."""
+        return self.model_copy(update={"kind": kind, "neutral": NEUTRAL[kind], "templates": TEMPLATES[kind]})
 
     def prompts(self, templates: tuple[str, ...] | None = None) -> list[str]:
         """Every phrase in every template (`self.templates` if none are given)."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from erasekit.concepts import EMPTY_PROMPT, Concept, Kind
 from erasekit.errors import UsageError, unknown
 from erasekit.safety import is_unsafe, reject_unsafe
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone, BackboneConfig
-    from erasekit.concepts import Concept
     from erasekit.method import Method, MethodConfig
     from erasekit.plugins import Registries
     from erasekit.tasks import Protocol, Task
@@ -51,6 +51,15 @@ class RunConfig(BaseModel):
     concepts: tuple[str, ...] = Field(
         (), description="what to erase, together; empty: each of the task's concepts, one run each"
     )
+    kind: Kind | None = Field(
+        None, description="what the concepts are, where the task leaves it open: object, identity, style, nsfw or free"
+    )
+    neutral: str | None = Field(
+        None,
+        description=f"what takes the place of the concepts' words; '' drops them, '{EMPTY_PROMPT}' empties the prompt; left "
+        "out, what the task says",
+    )
+    preserve: tuple[str, ...] = Field((), description="further things that must not change: things of the concepts' kind")
     seed: int = Field(0, ge=0, description="the seed of everything random")
     limit: int | None = Field(None, ge=1, description="the most pictures per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
@@ -277,18 +286,30 @@ def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...
     texts = config.concepts or task.concepts
     if not texts:
         faults.lines.append(f"The task '{task.name}' declares no concepts. Name one: --concept 'a cat'.")
-    concepts = [c for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    concepts = [_as_asked(c, config, faults) for c in (faults.attempt(task.concept, text) for text in texts) if c]
     for concept in concepts:
-        faults.attempt(reject_unsafe, concept.prompts())
+        prompts = concept.prompts()
+        faults.attempt(reject_unsafe, [*prompts, *map(concept.neutralise, prompts), *concept.preserve])
     names = [c.name for c in concepts]
     twice = sorted({n for n in names if names.count(n) > 1})
     faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]
     return tuple(concepts)
 
 
+def _as_asked(concept: Concept, config: RunConfig, faults: _Mistakes) -> Concept:
+    """The task's concept with the kind, the neutral words and the preserved things that a user gives."""
+    if config.kind and concept.kind not in ("free", config.kind):
+        line = f"'{concept.name}' is of kind {concept.kind} in its task, given --kind {config.kind}. Leave --kind out."
+        faults.lines.append(line)
+    if config.kind and concept.kind == "free":
+        concept = concept.of_kind(config.kind)
+    neutral = {} if config.neutral is None else {"neutral": " ".join(config.neutral.split())}
+    return concept.model_copy(update=neutral | {"preserve": tuple(dict.fromkeys((*config.preserve, *concept.preserve)))})
+
+
 def _unsafe(concepts: Sequence[Concept], settings: Any) -> list[str]:
     """A line if a setting (a guide, say) makes of a concept what may not be drawn."""
-    said = [phrase for concept in concepts for phrase in (*concept.phrases, concept.neutral)]
+    said = [phrase for concept in concepts for phrase in (*concept.phrases, *concept.preserve, concept.neutral)]
     if any(is_unsafe(f"{phrase} {text}") for phrase in said for text in _texts(settings)):
         return ["A concept and a setting of the method pair minors with sexual terms, which erasekit refuses. Change it."]
     return []

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch.nn.functional import normalize
 
-from erasekit.backbone import Backbone, Conditioning
+from erasekit.backbone import Backbone
 from erasekit.concepts import Concept
 
 SHORTLIST = 128  # words of the vocabulary that are encoded
@@ -27,10 +24,11 @@ def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ..
     """
     own, kept = concept.phrases[0], [p for p in concept.preserve if p not in concept.phrases]
     said = {word for phrase in (*concept.phrases, *kept) for word in phrase.lower().split()}
-    words = [word for word in backbone.vocabulary(own, SHORTLIST) if word not in said]
-    if not (most and kept and words):
+    noun = " ".join(word for word in own.split() if word.lower() not in ARTICLES) or own
+    words = [word for word in backbone.vocabulary(noun, SHORTLIST) if word not in said] if most and kept else []
+    if not words:
         return ()
-    rows = _summaries(backbone, [own, *kept, *words])
+    rows = backbone.summaries([FRAME.format(phrase) for phrase in (own, *kept, *words)])
     rows = normalize(rows - rows.mean(0), dim=1)
     cosine = rows[1:] @ rows[0]
     least = (1 + float(cosine[: len(kept)].max())) / 2
@@ -40,14 +38,6 @@ def near_words(backbone: Backbone, concept: Concept, most: int) -> tuple[str, ..
     countable = named and own.split()[0] in ARTICLES
     counted = [f"two {word}" for word in (own.split()[-1], *named)] if countable else []
     return (*(_phrase(word, like=own) for word in named), *counted)
-
-
-def _summaries(backbone: Backbone, phrases: Sequence[str]) -> torch.Tensor:
-    """What the encoder makes of each phrase as a whole, (n, width): its pooled embedding, or that of the end token."""
-    cond: Conditioning = backbone.encode([FRAME.format(phrase) for phrase in phrases])
-    if cond.pooled is not None:
-        return cond.pooled.double()
-    return cond.tokens[torch.arange(len(cond)), (cond.lengths - 1).to(cond.tokens.device)].double()
 
 
 def _phrase(word: str, *, like: str) -> str:

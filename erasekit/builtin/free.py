@@ -25,7 +25,6 @@ THINGS = (
 )
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 SETS = ("erase", "synonyms", "preserve", "clean", "pairs", "captions")
-KEPT = 12  # things that a concept itself asks to keep: each is encoded in each of its templates
 CAPTIONS = 300
 ARTICLES = {"a", "an", "the", "of"}
 
@@ -37,7 +36,11 @@ def frames(split: Split) -> list[str]:
 
 
 class Free(Task):
-    """Any concept. What it becomes is the empty prompt; things of every day stay, those that share a word with it excepted."""
+    """Any concept. Its words give way to "something", or to what its kind says; everyday things stay.
+
+    Things that share a word with the concept are not preserved. Things of its kind, which an erasure harms first, are for the
+    user to name (`--preserve`): no list of ours could know them.
+    """
 
     name = "free"
     domain: ClassVar[Literal["natural"]] = "natural"
@@ -46,8 +49,7 @@ class Free(Task):
 
     def concept(self, text: str) -> Concept:
         """`a dog` or `a dog:a puppy,a hound`, as it is written."""
-        concept = Concept.parse(text)
-        return concept.model_copy(update={"preserve": tuple(_kept([concept])[:KEPT])})
+        return Concept.parse(text).of_kind("free")
 
     def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
         """One prompt set of one split. Phrases of a concept take turns; there are no synonyms that were not given."""
@@ -56,12 +58,16 @@ class Free(Task):
         chosen, kept = frames(split), _kept(concepts)
         two = (f"{a} and {b}" for a, b in itertools.permutations(kept, 2))
         if which == "erase":
-            found = [(f.format(c.phrases[i % len(c.phrases)]), c.name) for i, f in enumerate(chosen[:limit]) for c in concepts]
+            found = [
+                (_asked(f, c, c.phrases[i % len(c.phrases)]), c.name) for i, f in enumerate(chosen[:limit]) for c in concepts
+            ]
         elif which == "pairs":
             both = [(a, b) for a, b in itertools.combinations(concepts, 2)]
             found = [(f.format(f"{a.phrases[0]} and {b.phrases[0]}"), f"{a.name}+{b.name}") for f in chosen for a, b in both]
         elif which == "preserve":
-            found = [(f.format(thing), "") for f, thing in zip(itertools.cycle(chosen), kept, strict=False)]
+            named = [phrase for c in concepts for phrase in c.preserve]
+            found = [(f.format(thing), "") for f, thing in zip(itertools.cycle(chosen), [*named, *kept], strict=False)]
+            found = [(thing, "") for thing in kept if split == "train"] + found
         elif which == "clean":
             found = [(f.format(things), "") for f, things in zip(chosen, _shuffled(two), strict=False)]
         elif which == "captions" and split == "train":
@@ -75,6 +81,14 @@ class Free(Task):
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
         """No numbers: there is no evaluator."""
         return {}
+
+
+def _asked(frame: str, concept: Concept, phrase: str) -> str:
+    """A frame with a concept in it; of a style, with a thing in that style."""
+    if concept.kind != "style":
+        return frame.format(phrase)
+    thing = THINGS[sum(map(ord, frame)) % len(THINGS)]
+    return f"{frame.format(thing)} in the style of {phrase}"
 
 
 def _kept(concepts: Sequence[Concept]) -> list[str]:

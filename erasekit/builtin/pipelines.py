@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -168,14 +169,29 @@ class PipelineBackbone:
         return concatenate([self._encoded[prompt] for prompt in prompts])
 
     def vocabulary(self, near: str, n: int) -> list[str]:
-        """The `n` whole words of the CLIP tokenizer that its encoder embeds nearest to the words of a text, nearest first."""
+        """The `n` whole words of the CLIP tokenizer that its encoder embeds nearest to the words of a text, nearest first.
+
+        Pieces that end many words and begin hardly any ("lly", "tion") are none.
+        """
         tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
         whole = {token: i for token, i in tokenizer.get_vocab().items() if re.fullmatch("[a-z]{3,}</w>", token)}
+        pieces = fragments(tokenizer.get_vocab())
+        whole = {token: i for token, i in whole.items() if token.removesuffix("</w>") not in pieces}
         table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float(), dim=1)
         own = table[tokenizer(near, add_special_tokens=False).input_ids]
         nearness = (table[list(whole.values())] @ own.T).amax(1)
         words = [token.removesuffix("</w>") for token in whole]
         return [words[i] for i in nearness.argsort(descending=True)[:n].tolist()]
+
+    @torch.no_grad()
+    def summaries(self, prompts: Sequence[str]) -> torch.Tensor:
+        """What the CLIP encoder makes of each prompt as a whole (n, width), float64 on the CPU; no other encoder runs."""
+        tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
+        ids = tokenizer(
+            list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        pooled: torch.Tensor = encoder(ids.input_ids.to(encoder.device)).pooler_output
+        return pooled.double().cpu()
 
     def lora_targets(self, scope: str) -> list[str]:
         """Linear layers of a scope (see `scopes`).
@@ -354,6 +370,15 @@ class PipelineBackbone:
                 f"'{repo}' could not be downloaded ({first_line(error)}). "
                 f"Check the network, or give a local folder: -s backbone.path=FOLDER"
             ) from error
+
+
+def fragments(tokens: Iterable[str]) -> set[str]:
+    """Tokens of a byte-pair vocabulary that end a word, but are no words: over four times as many end in them as begin."""
+    bare = {token.removesuffix("</w>") for token in tokens}
+    words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+    ends = Counter(word[k:] for word in words for k in range(1, len(word) - 2))
+    begins = Counter(token[:k] for token in bare for k in range(3, len(token)))
+    return {word for word in words if ends[word] > 4 * (1 + begins[word])}
 
 
 def find_device(name: str) -> torch.device:

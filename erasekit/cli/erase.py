@@ -21,6 +21,9 @@ def command(
     backbone: options.Backbone = None,
     task: options.Task = None,
     concept: options.Concept = None,
+    kind: options.Kind = None,
+    neutral: options.Neutral = None,
+    preserve: options.Preserve = None,
     seed: options.Seed = None,
     preset: options.Preset = None,
     config: options.Config = None,
@@ -33,6 +36,7 @@ def command(
 ) -> None:
     """Compute the erasure of one or several concepts together and write it to a folder."""
     flags = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
+    flags |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
     wanted = build(flags | {"seed": seed, "preset": preset}, file=config, overrides=options.overrides(settings, vram))
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)

@@ -32,7 +32,7 @@ def command(
     flags = {
         "method": manifest["method"],
         "backbone": manifest["backbone"],
-        "concepts": tuple(c["name"] for c in manifest["concepts"]),
+        "concepts": tuple(":".join((c["name"], ",".join(c["phrases"][1:]))).rstrip(":") for c in manifest["concepts"]),
         "options": {"method": manifest["config"]},
         "task": task,
         "seed": seed,

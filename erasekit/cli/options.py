@@ -25,6 +25,25 @@ Concept = Annotated[
     list[str] | None,
     typer.Option("--concept", "-c", metavar="NAME", help="What to erase, e.g. cat or cat:kitty,kitten.", show_default=False),
 ]
+Kind = Annotated[
+    str | None,
+    typer.Option("--kind", help="What the concept is: object, identity, style, nsfw or free.", show_default=False),
+]
+Neutral = Annotated[
+    str | None,
+    typer.Option(
+        "--neutral",
+        metavar="WORDS",
+        help="What takes the place of the concept's words; '' drops them, '<empty>' empties the whole prompt.",
+        show_default=False,
+    ),
+]
+Preserve = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preserve", metavar="WORDS", help="A thing of its kind that must not change; repeatable.", show_default=False
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything random.  [default: 0]", show_default=False)]
 Limit = Annotated[int | None, typer.Option("--limit", help="The most pictures per prompt set.", show_default=False)]
 Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the method's settings.", show_default=False)]

@@ -23,6 +23,9 @@ def command(
     backbone: options.Backbone = None,
     task: options.Task = None,
     concept: options.Concept = None,
+    kind: options.Kind = None,
+    neutral: options.Neutral = None,
+    preserve: options.Preserve = None,
     seed: options.Seed = None,
     limit: options.Limit = None,
     preset: options.Preset = None,
@@ -40,6 +43,7 @@ def command(
     The same command goes on with a run that was stopped, and shows the numbers of one that is finished.
     """
     names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
+    names |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
     wanted = build(
         {**names, "seed": seed, "limit": limit, "preset": preset}, file=config, overrides=options.overrides(settings, vram)
     )
