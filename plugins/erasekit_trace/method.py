@@ -14,19 +14,19 @@ from pydantic import Field
 
 from erasekit.adapters import AdapterBank
 from erasekit.backbone import Conditioning, concatenate
-from erasekit.closedform import TextEdit
+from erasekit.closedform import RANK_ERROR, TextEdit
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
 from erasekit.method import Method, OneOrSeveral, RunContext
 from erasekit.near import near_words
-from erasekit.sites import concept_prompts, paired, rows, site_deltas, site_weights
+from erasekit.sites import concept_prompts, site_deltas, site_embeddings, site_weights
 from erasekit.training import Losses, TrainingConfig, train
 from erasekit.trajectories import Pool
 from erasekit_trace import losses
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
-from erasekit_trace.slots import Adapter, Embeddings
+from erasekit_trace.slots import Adapter
 
 ETAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0)
 
@@ -46,6 +46,9 @@ class TraceConfig(TrainingConfig):
     )
     caption_scale: float = Field(0.01, ge=0, description="uce: weight of captions of all kinds against the concept's prompts")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
+    rank_error: float = Field(
+        RANK_ERROR, ge=0, lt=1, description="what a lower rank of stage 1 may cost, relative, root mean square"
+    )
     window: str = Field(
         "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
     )
@@ -73,6 +76,7 @@ class Trace(Method):
     """TRACE (arXiv:2505.23312), as DESIGN.md section 8 defines it."""
 
     name = "trace"
+    version = 2  # the empty prompt and all pads of preserved prompts are held; eq1 and delta take one vector
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3, "near_words": 16},
@@ -134,28 +138,16 @@ class Trace(Method):
         """The closed-form part of each concept, damped by eta; empty without a refinement."""
         solve = ctx.component("refine", self.config.refine)
         shares: dict[str, list[TextEdit]] = {}
-        for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            embeddings, sizes = self._embeddings(ctx, reads)
-            edit = solve(embeddings, self.config)
-            if edit is None:
+        for reads, embeddings in site_embeddings(ctx).items():
+            edits = solve(embeddings, self.config)
+            if edits is None:
                 return {}
-            shares[reads] = [share.compressed() for share in edit.split(sizes)]
+            shares[reads] = edits
         refined = site_deltas(ctx, shares, site_weights(ctx.backbone))
         eta = self.config.eta
         if eta is None:
             eta = choose_eta(ctx, concatenate_deltas(list(refined.values())))
         return {name: scale(delta, eta) for name, delta in refined.items()}
-
-    def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
-        """Embeddings of all concepts, one after the other, and how many rows each has."""
-        encode, pairs = ctx.backbone.encode, []
-        for concept in ctx.concepts:
-            prompts = concept_prompts(concept, ctx.prompts("erase"))
-            pairs.append(paired(encode(prompts), encode([concept.neutralise(p) for p in prompts]), reads))
-        preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
-        concepts, neutrals = zip(*pairs, strict=True)
-        kept, seen = (rows(cond, reads) for cond in (preserve, captions))
-        return Embeddings(torch.cat(concepts), torch.cat(neutrals), kept, seen), [len(c) for c in concepts]
 
     # Stage 2
 
