@@ -15,6 +15,7 @@ from erasekit.erasure import Erasure
 from erasekit.tasks import Protocol, Task
 
 PER_SITE = ("to_neutral", "equal", "neutral_drift", "other_drift", "delta")
+PER_POSITION = ("drift_words", "drift_end", "drift_pads")  # of sites that read tokens
 
 
 @torch.no_grad()
@@ -43,7 +44,8 @@ def certificate(
 
     Returns:
         `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|, `neutral_drift`
-        |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|;
+        |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|; over those that read tokens, the drift
+        of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads`;
         `sites`: [{"site", ...}], the same for each site;
         `prediction_drift`: [{"tau", "clean", "concept"}], |f' - f| / |f| at every step;
         `early_drift`: {"tau0", "clean", "concept"}, the mean of those with tau < tau0 (with `LateGate` it is 0).
@@ -53,13 +55,14 @@ def certificate(
     neutral = backbone.encode([c.neutralise(p) for c in concepts for p in c.prompts()])
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
+    over_sites = {key: [row[key] for row in sites.values() if key in row] for key in (*PER_SITE, *PER_POSITION)}
     some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
     drift = {name: _prediction_drift(backbone, deltas, cond, protocol) for name, cond in (("clean", clean), ("concept", some))}
     schedule = backbone.schedule(protocol.steps, protocol.size)
     tau, first = schedule.tau, schedule.first_late(tau0)
     return {
-        "max": {key: max(row[key] for row in sites.values()) for key in PER_SITE},
-        "mean": {key: _mean([row[key] for row in sites.values()]) for key in PER_SITE},
+        "max": {key: max(values) for key, values in over_sites.items()},
+        "mean": {key: _mean(values) for key, values in over_sites.items()},
         "sites": [{"site": name} | row for name, row in sites.items()],
         "prediction_drift": [{"tau": t} | {name: d[k] for name, d in drift.items()} for k, t in enumerate(tau.tolist())],
         "early_drift": {"tau0": tau0} | {name: _mean(d[:first]) for name, d in drift.items()},
@@ -88,14 +91,23 @@ def _sites(
         delta = deltas.get(site.name)
         change = torch.zeros_like(weight) if delta is None else to_dense(delta).to(weight)
         reach = _rms((w_ND - u_ND) @ weight.T)
+        positions = _positions(clean) if site.reads == "tokens" else {}
         result[site.name] = {
             "to_neutral": _rms((w_ND - u_ND) @ weight.T + w_ND @ change.T) / reach,
             "equal": _rms((w_ND - u_ND) @ (weight + change).T) / reach,
             "neutral_drift": _rms(u_ND @ change.T) / reach,
             "other_drift": _rms(o_MD @ change.T) / reach,
             "delta": 0.0 if delta is None else norm(delta) / float(weight.norm()),
+            **{key: _rms(o_MD[at_M] @ change.T) / reach for key, at_M in positions.items()},
         }
     return result
+
+
+def _positions(cond: Conditioning) -> dict[str, torch.Tensor]:
+    """Which of all positions of prompts, one prompt after the other, are words, end tokens and pads."""
+    place, last = torch.arange(cond.tokens.shape[1]), cond.lengths[:, None] - 1
+    masks = zip(PER_POSITION, (place < last, place == last, place > last), strict=True)
+    return {key: mask.flatten().to(cond.tokens.device) for key, mask in masks if mask.any()}
 
 
 def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, protocol: Protocol) -> list[float]:

@@ -1,10 +1,11 @@
 """Closed-form edits of the layers that read raw text embeddings.
 
-Every edit here has the form Delta = W D S: `read` S (n, width) says how much of each erased embedding a token holds, and
-`difference` D (width, n) what is then added to it. D and S depend on embeddings only, so one solve serves all sites, and
-the rank is at most the number of erased embeddings. A layer's bias plays no part and stays as it is.
+Every edit here has the form Delta = W D S: `read` S (r, width) says how much of some directions a token holds, and
+`difference` D (width, r) what is then added to it. D and S depend on embeddings only, so one solve serves all sites. A
+layer's bias plays no part and stays as it is.
 
-All functions are pure and compute in float64. Embeddings are rows: `concept_ND` e_w, `neutral_ND` e_u, both raw.
+Where there are many embeddings, they enter as sums of products (width, width), so that memory grows with neither prompts
+nor tokens. All functions are pure and compute in float64. Embeddings are rows: `w_ND` e_w, `u_ND` e_u, both raw.
 """
 
 from __future__ import annotations
@@ -20,10 +21,77 @@ from erasekit.deltas import LowRank
 
 RidgeUnit = Literal["relative", "absolute"]  # of a ridge: times the mean of the system's diagonal, or as it is
 
+RANK_ERROR = 1e-4  # what a lower rank may cost, see `cut`
 _RANK_TOLERANCE = 1e-10  # relative to the largest singular value: below it two embeddings count as the same
 _NEGLIGIBLE = 1e-5  # a ridge this small, relative to the mean of the diagonal, regularises nothing
+_ROUNDING = 1e-12  # relative to an edit: less than this is rounding
+_BLOCK = 64  # directions that `cut` looks for at a time
 
 log = logging.getLogger("erasekit")
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """The sum of e e^T over embeddings that are kept.
+
+    Attributes:
+        total_DD: the sum, (width, width), float64.
+        count: how many there are.
+    """
+
+    total_DD: torch.Tensor
+    count: int
+
+    @property
+    def mean_DD(self) -> torch.Tensor:
+        """The second moment, not centred: tr(Delta C Delta^T) is the mean of |Delta e|^2, the drift that an edit causes."""
+        return self.total_DD / max(1, self.count)
+
+
+@dataclass(eq=False)
+class Pairs:
+    """Sums over pairs of embeddings, e_w and what it should act like, e_u.
+
+    Attributes:
+        ww_DD: sum of e_w e_w^T, (width, width), float64.
+        uu_DD: sum of e_u e_u^T.
+        change_DD: sum of (e_u - e_w) e_w^T.
+        count: how many pairs there are, each counting as its weight.
+    """
+
+    ww_DD: torch.Tensor
+    uu_DD: torch.Tensor
+    change_DD: torch.Tensor
+    count: float = 0.0
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Pairs:
+        """No pairs yet."""
+        ww_DD, uu_DD, change_DD = torch.zeros(3, width, width, dtype=torch.float64, device=device)
+        return cls(ww_DD, uu_DD, change_DD)
+
+    def add(self, w_ND: torch.Tensor, u_ND: torch.Tensor, *, weight: float = 1.0) -> Pairs:
+        """Count these pairs too, `weight` times each."""
+        w_ND, u_ND = (side.to(self.ww_DD) for side in (w_ND, u_ND))
+        add_products_(self.ww_DD, w_ND, weight=weight)
+        add_products_(self.uu_DD, u_ND, weight=weight)
+        self.change_DD.addmm_((u_ND - w_ND).T, w_ND, alpha=weight)
+        self.count += weight * len(w_ND)
+        return self
+
+    def mapped(self, map_DD: torch.Tensor) -> Pairs:
+        """The pairs (A e_w, e_u) for a matrix A."""
+        read_DD = self.ww_DD @ map_DD.T  # sum of e_w (A e_w)^T
+        change_DD = self.change_DD @ map_DD.T + read_DD - map_DD @ read_DD
+        return Pairs(map_DD @ read_DD, self.uu_DD, change_DD, self.count)
+
+
+def add_products_(total_DD: torch.Tensor, rows_ND: torch.Tensor, *, weight: float = 1.0, block: int = 512) -> None:
+    """Add `weight` times the sum of e e^T over rows, in place; of the symmetric sum only one half is multiplied out."""
+    for i in range(0, len(total_DD), block):
+        part = weight * rows_ND[:, i : i + block].T @ rows_ND[:, i:]
+        total_DD[i : i + block, i:] += part
+        total_DD[i + block :, i : i + block] += part[:, block:].T
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +99,8 @@ class TextEdit:
     """The edit Delta = W D S, for any number of layers W that read the same embeddings.
 
     Attributes:
-        difference_DN: D, (width, n), float64.
-        read_ND: S, (n, width), float64.
+        difference_DN: D, (width, r), float64.
+        read_ND: S, (r, width), float64.
     """
 
     difference_DN: torch.Tensor
@@ -41,41 +109,6 @@ class TextEdit:
     def delta(self, weight: torch.Tensor) -> LowRank:
         """The delta of one layer: up = W D, down = S, in float64 on the edit's device. `weight` is (out, width)."""
         return LowRank(weight.detach().to(self.difference_DN) @ self.difference_DN, self.read_ND)
-
-    def damped(self, eta: float) -> TextEdit:
-        """The edit times `eta`: 1 is all of it, 0 none."""
-        return TextEdit(self.difference_DN * eta, self.read_ND)
-
-    def columns(self, index: slice | Sequence[int]) -> TextEdit:
-        """The share of some of the erased embeddings in a joint solve; the shares of all of them sum to the edit."""
-        return TextEdit(self.difference_DN[:, index], self.read_ND[index])
-
-    def split(self, sizes: Sequence[int]) -> list[TextEdit]:
-        """The shares of consecutive groups of erased embeddings, e.g. one group per concept.
-
-        Raises:
-            ValueError: the sizes do not sum to the number of embeddings.
-        """
-        if sum(sizes) != len(self.read_ND):
-            raise ValueError(f"Groups of {list(sizes)} do not make up {len(self.read_ND)} embeddings.")
-        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-        return [self.columns(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-
-    def compressed(self, tolerance: float = 1e-12) -> TextEdit:
-        """The same edit with the least rank, so never more than the width; the rows of `read` become orthonormal.
-
-        Singular values of D S below `tolerance` times the largest one are dropped. Orthonormal rows also keep the edit
-        exact when it is cast to float32: what is dropped or rounded is relative to the edit, not to its factors.
-        """
-        if len(self.read_ND) > self.read_ND.shape[1]:  # more embeddings than dimensions: D S is smaller than its factors
-            left_DR, s_R, right_RW = torch.linalg.svd(self.difference_DN @ self.read_ND)
-        else:
-            q_DN, r_left = torch.linalg.qr(self.difference_DN)
-            q_WN, r_right = torch.linalg.qr(self.read_ND.T)
-            u, s_R, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-            left_DR, right_RW = q_DN @ u, vh @ q_WN.T
-        rank = max(1, int((s_R > tolerance * s_R[0]).sum()))
-        return TextEdit(left_DR[:, :rank] * s_R[:rank], right_RW[:rank])
 
 
 def layer_deltas(edits: Sequence[TextEdit], weight: torch.Tensor) -> list[LowRank]:
@@ -88,102 +121,155 @@ def layer_deltas(edits: Sequence[TextEdit], weight: torch.Tensor) -> list[LowRan
     return [LowRank(up, edit.read_ND) for up, edit in zip(ups, edits, strict=True)]
 
 
-def covariance(embeddings_ND: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The second moment C = mean of c c^T, (width, width), float64, `weights` (n,) counting some rows more.
+def eq1(w_ND: torch.Tensor, u_ND: torch.Tensor) -> list[TextEdit]:
+    """TRACE, Eq. 1: W' = W + W (e_u - e_w) e_w^T / |e_w|^2, so that W' e_w = W e_u; of rank 1 for each concept.
 
-    It is not centred: tr(Delta C Delta^T) is then the mean of |Delta c|^2, the drift that an edit causes.
+    For several concepts the paper's sum of such terms loses that property wherever the e_w are not orthogonal (METHODS.md
+    6, item 4). Here S is the least-norm matrix with S e_wi = e_i (the i-th unit vector), the pseudo-inverse, so that it
+    holds for each; where the e_w are linearly dependent, in least squares.
+
+    Args:
+        w_ND: e_w, one row for each concept.
+        u_ND: its e_u.
+
+    Returns:
+        Each concept's share of the edit.
     """
-    c_ND = embeddings_ND.double()
-    w_N = torch.ones(len(c_ND), dtype=torch.float64, device=c_ND.device) if weights is None else weights.double()
-    return (c_ND * (w_N / w_N.sum())[:, None]).T @ c_ND
+    w_ND, u_ND = w_ND.double(), u_ND.double()
+    return _rank_one((u_ND - w_ND).T, torch.linalg.pinv(w_ND.T, rtol=_RANK_TOLERANCE))
 
 
-def eq1(concept_ND: torch.Tensor, neutral_ND: torch.Tensor) -> TextEdit:
-    """TRACE, Eq. 1: W' = W + W (e_u - e_w) e_w^T / |e_w|^2, so that W' e_w = W e_u.
-
-    For several embeddings S is the least-norm matrix with S e_wi = e_i (the i-th unit vector), the pseudo-inverse; for
-    one it is e_w^T / |e_w|^2. Where e_w are linearly dependent, least squares.
-    """
-    w_ND, u_ND = concept_ND.double(), neutral_ND.double()
-    return TextEdit((u_ND - w_ND).T, torch.linalg.pinv(w_ND.T, rtol=_RANK_TOLERANCE))
-
-
-def delta_projection(concept_ND: torch.Tensor, neutral_ND: torch.Tensor) -> TextEdit:
+def delta_projection(w_ND: torch.Tensor, u_ND: torch.Tensor) -> list[TextEdit]:
     """TRACE, Prop. 3.2: W' = W (I - P), P the projection on delta = e_w - e_u, so that W' e_w = W' e_u.
 
-    It is the least-norm edit with that property (others exist, METHODS section 6); for several embeddings P projects
-    on the span of their differences.
+    It is the least-norm edit with that property (others exist, METHODS.md 6, item 2); for several concepts P projects on
+    the span of their differences. Arguments and value as of `eq1`.
     """
-    delta_ND = concept_ND.double() - neutral_ND.double()
-    return TextEdit(-delta_ND.T, torch.linalg.pinv(delta_ND.T, rtol=_RANK_TOLERANCE))
+    delta_ND = w_ND.double() - u_ND.double()
+    return _rank_one(-delta_ND.T, torch.linalg.pinv(delta_ND.T, rtol=_RANK_TOLERANCE))
+
+
+def _rank_one(difference_DN: torch.Tensor, read_ND: torch.Tensor) -> list[TextEdit]:
+    """The terms of D S, each an edit of its own."""
+    return [TextEdit(difference_DN[:, [i]], read_ND[[i]]) for i in range(len(read_ND))]
 
 
 def whitened(
-    concept_ND: torch.Tensor,
-    neutral_ND: torch.Tensor,
+    pairs: Sequence[Pairs],
     covariance_DD: torch.Tensor,
     *,
     ridge: float = 0.0,
     fix_neutral: bool = True,
-) -> TextEdit:
+    error: float = RANK_ERROR,
+) -> list[TextEdit]:
     """The edit that moves other tokens least: min tr(Delta C Delta^T) subject to Delta K = R.
 
     K = [e_w, e_u] and R = [W (e_u - e_w), 0], so that W' e_w = W' e_u = W e_u; its solution is
-    Delta = R (K^T C^-1 K)^-1 K^T C^-1, with a pseudo-inverse where columns of K are dependent (repeated pads).
+    Delta = R (K^T C^-1 K)^-1 K^T C^-1, with a pseudo-inverse where columns of K are dependent (repeated pads). With a
+    ridge r on the Gram matrix K^T C^-1 K that is R K^T (K K^T + r C)^-1, where only sums over columns of K are left.
 
     Args:
-        concept_ND: e_w, (n, width).
-        neutral_ND: e_u, (n, width).
-        covariance_DD: C (see `covariance`); directions below 1e-8 of its mean eigenvalue count as that much.
+        pairs: of each concept.
+        covariance_DD: C (see `Moment.mean_DD`); directions below 1e-8 of its mean eigenvalue count as that much.
         ridge: softens the constraints: added to the Gram matrix's diagonal, relative to its mean.
         fix_neutral: hold e_u; without it K = [e_w] only (ROME's form of Eq. 1).
+        error: what a lower rank may cost (see `cut`).
+
+    Returns:
+        Each concept's share of the edit.
     """
-    w_ND, u_ND = concept_ND.double(), neutral_ND.double()
-    k_DM = (torch.cat([w_ND, u_ND]) if fix_neutral else w_ND).T
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
     root_DD = (vectors_DD * values_D.clamp_min(1e-8 * values_D.mean()).rsqrt()) @ vectors_DD.T  # C^-1/2
-    u, s_M, vh = torch.linalg.svd(root_DD @ k_DM, full_matrices=False)
-    softening = ridge * s_M.square().sum() / k_DM.shape[1]
-    kept = s_M > _RANK_TOLERANCE * s_M[0]
-    filter_M = torch.where(kept, s_M / (s_M.square() + softening), 0.0)
-    read_MD = (vh.T * filter_M) @ u.T @ root_DD
-    return TextEdit((u_ND - w_ND).T, read_MD[: len(w_ND)])
+    gram_DD = root_DD @ sum((p.ww_DD + p.uu_DD if fix_neutral else p.ww_DD for p in pairs), 0 * root_DD) @ root_DD
+    columns = sum(p.count for p in pairs) * (2 if fix_neutral else 1)
+    root_DR = root_DD @ inverse_root(gram_DD, ridge=ridge * float(gram_DD.trace()) / columns)
+    return [cut(p.change_DD, root_DR, error=error) for p in pairs]
 
 
 def uce(
-    concept_ND: torch.Tensor,
-    neutral_ND: torch.Tensor,
-    preserve_MD: torch.Tensor,
+    pairs: Sequence[Pairs],
+    kept_DD: torch.Tensor,
     *,
     lamb: float,
-    erase_scale: float,
-    preserve_scale: float,
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
     unit: RidgeUnit = "relative",
-) -> TextEdit:
+    error: float = RANK_ERROR,
+) -> list[TextEdit]:
     """Unified Concept Editing (WACV 2024), Eq. 7, as the delta W' - W = sum_e s_e W (e_u - e_w) e_w^T M^-1.
 
     M = C + ridge I and C = s_e sum e_w e_w^T + s_p sum e_p e_p^T over the erased and the preserved embeddings. The paper's
     lambda is the ridge itself (`unit` absolute); by default the ridge is lamb tr(C)/width, which means the same on every
     text encoder and for any number of embeddings. A ridge that is negligible beside tr(C)/width is logged as a warning;
-    `lamb` 0 gives the least-norm solution. `preserve_MD` may have no rows.
+    `lamb` 0 gives the least-norm solution.
+
+    Args:
+        pairs: of each concept.
+        kept_DD: sum of e_p e_p^T (see `Moment.total_DD`).
+        lamb: lambda.
+        erase_scale: s_e.
+        preserve_scale: s_p.
+        unit: of lambda.
+        error: what a lower rank may cost (see `cut`).
+
+    Returns:
+        Each concept's share of the edit.
     """
-    w_ND, u_ND, p_MD = concept_ND.double(), neutral_ND.double(), preserve_MD.double()
-    c_DD = erase_scale * w_ND.T @ w_ND + preserve_scale * p_MD.T @ p_MD
-    mean = c_DD.diagonal().mean()
-    relative = lamb if unit == "relative" else lamb / float(mean)
+    c_DD = preserve_scale * kept_DD.double() + erase_scale * torch.stack([p.ww_DD for p in pairs]).sum(0)
+    mean = float(c_DD.diagonal().mean())
+    relative = lamb if unit == "relative" else lamb / mean
     if relative < _NEGLIGIBLE:
         log.warning("A ridge of %.1e of the mean of the system's diagonal is negligible: the edit may move anything.", relative)
-    return TextEdit((u_ND - w_ND).T, erase_scale * ridge_solve(c_DD, w_ND.T, ridge=relative * float(mean)).T)
+    root_DR = inverse_root(c_DD, ridge=relative * mean)
+    return [cut(erase_scale * p.change_DD, root_DR, error=error) for p in pairs]
+
+
+def inverse_root(gram_DD: torch.Tensor, *, ridge: float) -> torch.Tensor:
+    """F (width, r) with F F^T = (G + ridge I)^-1, G positive semidefinite; without a ridge F F^T is the pseudo-inverse."""
+    if ridge > _RANK_TOLERANCE * float(gram_DD.diagonal().mean()):
+        eye_DD = torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device)
+        lower_DD = torch.linalg.cholesky(gram_DD + ridge * eye_DD)
+        inverse_DD: torch.Tensor = torch.linalg.solve_triangular(lower_DD, eye_DD, upper=False)
+        return inverse_DD.T
+    values_D, vectors_DD = torch.linalg.eigh(gram_DD)
+    # What is left of a direction that no embedding has is rounding, which grows with the width.
+    kept = values_D > 10 * len(gram_DD) * torch.finfo(gram_DD.dtype).eps * values_D.max()
+    root_DR: torch.Tensor = vectors_DD[:, kept] * values_D[kept].rsqrt()
+    return root_DR
 
 
 def ridge_solve(gram_DD: torch.Tensor, right_DN: torch.Tensor, *, ridge: float) -> torch.Tensor:
     """(G + ridge I)^-1 B for a positive semidefinite G, (width, n); without a ridge the least-norm solution G^+ B."""
-    width, mean = len(gram_DD), float(gram_DD.diagonal().mean())
-    if ridge > _RANK_TOLERANCE * mean:
-        shifted_DD = gram_DD + ridge * torch.eye(width, dtype=gram_DD.dtype, device=gram_DD.device)
-        solved: torch.Tensor = torch.cholesky_solve(right_DN, torch.linalg.cholesky(shifted_DD))
-        return solved
-    # What is left of a direction that no embedding has is rounding, which grows with the width.
-    tolerance = 10 * width * torch.finfo(gram_DD.dtype).eps
-    inverse_DD: torch.Tensor = torch.linalg.pinv(gram_DD, hermitian=True, rtol=tolerance)
-    return inverse_DD @ right_DN
+    root_DR = inverse_root(gram_DD, ridge=ridge)
+    return root_DR @ (root_DR.T @ right_DN)
+
+
+def cut(change_DD: torch.Tensor, root_DR: torch.Tensor, *, error: float) -> TextEdit:
+    """The edit E = X F F^T with the least rank whose error is at most `error`, relative, in root mean square.
+
+    The mean is over what the edit was fitted to: with the system M = (F F^T)^-1 the sum of |E e|^2 over its embeddings, as
+    they are weighted in it and its ridge included, is |E F^-T|^2 = |X F|^2. The best edit of a rank takes the largest
+    singular vectors of X F on the left. They are looked for some at a time, by random combinations of what is still
+    missing: most of 4,096 directions are never computed. D has orthonormal columns.
+
+    Args:
+        change_DD: X, (width, width).
+        root_DR: F, (width, r).
+        error: 0 leaves out rounding only.
+    """
+    whole_DR, generator = change_DD @ root_DR, torch.Generator().manual_seed(0)
+    size, allowed = float(whole_DR.norm()), max(error, _ROUNDING)
+    missing_DR, basis_DN = whole_DR, whole_DR[:, :0]
+    while basis_DN.shape[1] < len(whole_DR) and float(missing_DR.norm()) > 0.1 * allowed * size:
+        some = min(_BLOCK, len(whole_DR) - basis_DN.shape[1])
+        mixed = torch.randn(whole_DR.shape[1], some, generator=generator, dtype=torch.float64).to(whole_DR)
+        found_DN = missing_DR @ mixed
+        for _ in range(2):  # once is not orthogonal to rounding
+            found_DN = torch.linalg.qr(found_DN - basis_DN @ (basis_DN.T @ found_DN)).Q
+        missing_DR = missing_DR - found_DN @ (found_DN.T @ missing_DR)
+        basis_DN = torch.cat([basis_DN, found_DN], 1)
+    left, values, _ = torch.linalg.svd(torch.linalg.qr(whole_DR.T @ basis_DN).R.T)
+    dropped = values.square().flip(0).cumsum(0).flip(0) + missing_DR.square().sum()  # of the values from each one on
+    rank = max(1, int((dropped.sqrt() > allowed * size).sum()))
+    difference_DN = basis_DN @ left[:, :rank]
+    return TextEdit(difference_DN, (difference_DN.T @ whole_DR) @ root_DR.T)

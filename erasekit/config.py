@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -63,6 +63,7 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, description="the seed of everything random")
     limit: int | None = Field(None, ge=1, description="the most pictures per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
+    files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
     options: Options = Field(default_factory=Options, description="settings of the method, the backbone and the protocol")
 
 
@@ -99,6 +100,8 @@ class Plan:
             "concepts": [c.model_dump() for c in self.concepts],
             "settings": [c.model_dump(mode="json") for c in (self.backbone_config, self.method_config, self.protocol)],
         }
+        if self.config.files != "float32":  # the name of a run does not change with a setting that is as it always was
+            content["files"] = self.config.files
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     def singles(self) -> list[Plan]:

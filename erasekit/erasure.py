@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from erasekit import tensors
+from erasekit.atomic import linked
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, Dense, LowRank, compress, concatenate
+from erasekit.deltas import Deltas, concatenate
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
 from erasekit.remains import Remains
+from erasekit.tensors import Written
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone
@@ -111,10 +114,15 @@ class Erasure:
         """The sum over concepts and parts, as `all.safetensors` holds it."""
         return concatenate([part for parts in self.deltas.values() for part in parts.values()])
 
-    def save(self, folder: Path) -> str:
+    def save(self, folder: Path, *, dtype: str = "float32") -> str:
         """Write the erasure, replacing what is in `folder`; it appears there whole or not at all.
 
         The same deltas give the same bytes: time and environment stand in `erasure.json` only.
+
+        Args:
+            folder: where to.
+            dtype: of the tensors in the files, `float32`, `float16` or `bfloat16`; `erasure.json` says as `rounding` what
+                that costs, |rounded - Delta| / |Delta|.
 
         Returns:
             SHA-256 over the tensor files' names and hashes.
@@ -126,8 +134,15 @@ class Erasure:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
-            files, parts = (self.guidance.write(temporary), {}) if self.guidance else self._write_tensors(temporary)
-            manifest = json.dumps(self._manifest(files, parts), indent=1, ensure_ascii=False)
+            record: dict[str, Any] = {"parts": {}}
+            if self.guidance:
+                files = self.guidance.write(temporary)
+            else:
+                written, parts = self._write_tensors(temporary, getattr(torch, dtype))
+                files = {name: of.sha256 for name, of in written.items()}
+                ranks = {name: of.rank for name, of in written.items()}
+                record = {"parts": parts, "ranks": ranks, "dtype": dtype, "rounding": written[ALL].rounding}
+            manifest = json.dumps(self._manifest(files, record), indent=1, ensure_ascii=False)
             (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
             _replace(folder, temporary)
         except (OSError, SafetensorError) as error:
@@ -154,7 +169,7 @@ class Erasure:
 
             guidance = Guidance.read(folder)
         deltas = {
-            entry: {part: _read_deltas(folder / file, manifest["denoiser"]) for part, file in parts.items()}
+            entry: {part: tensors.read(folder / file, manifest["denoiser"]) for part, file in parts.items()}
             for entry, parts in manifest["parts"].items()
         }
         return cls(
@@ -171,21 +186,25 @@ class Erasure:
             warnings=tuple(manifest.get("warnings", ())),
         )
 
-    def _write_tensors(self, folder: Path) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-        """Write all tensor files; their hashes, and which file holds which part of which concept."""
-        files: dict[str, str] = {}
+    def _write_tensors(self, folder: Path, dtype: torch.dtype) -> tuple[dict[str, Written], dict[str, dict[str, str]]]:
+        """Write all tensor files; what each holds, and which file holds which part of which concept."""
+        files: dict[str, Written] = {}
         parts: dict[str, dict[str, str]] = {}
         stems = file_stems(list(self.deltas))
         for entry, own in self.deltas.items():
             whole = f"{stems[entry]}.safetensors"
-            files[whole] = _write(folder / whole, concatenate(list(own.values())), self.prefix)
+            files[whole] = tensors.write(folder / whole, concatenate(list(own.values())), self.prefix, dtype)
             parts[entry] = {part: f"parts/{stems[entry]}.{_slug(part)}.safetensors" if len(own) > 1 else whole for part in own}
-            if len(own) > 1:
-                files |= {parts[entry][part]: _write(folder / parts[entry][part], d, self.prefix) for part, d in own.items()}
-        files[ALL] = _write(folder / ALL, self.total(), self.prefix)
+            named = {parts[entry][part]: deltas for part, deltas in own.items()} if len(own) > 1 else {}
+            files |= {name: tensors.write(folder / name, deltas, self.prefix, dtype) for name, deltas in named.items()}
+        if len(self.deltas) == 1:  # the concept's file is the sum
+            linked(folder / whole, folder / ALL)
+            files[ALL] = files[whole]
+        else:
+            files[ALL] = tensors.write(folder / ALL, self.total(), self.prefix, dtype)
         return files, parts
 
-    def _manifest(self, files: Mapping[str, str], parts: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    def _manifest(self, files: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(json.dumps(self.config, default=str))
         return {
             "schema_version": SCHEMA_VERSION,
@@ -200,7 +219,7 @@ class Erasure:
             **({"residual": None, "drift": None} if self.remains is None else self.remains.model_dump()),
             "figures": dict(self.figures),
             "warnings": list(self.warnings),
-            "parts": parts,
+            **record,
             "files": files,
             "erasure_sha256": digest(files),
             "environment": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "diffusers", "peft")},
@@ -356,47 +375,6 @@ def _check(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
         raise EnvironmentProblem(f"'{folder / name}' cannot be read ({error.strerror}). Copy the erasure again.") from error
     if sha256 != manifest["files"][name]:
         raise EnvironmentProblem(f"'{folder / name}' is damaged: its SHA-256 is not the recorded one. Copy the erasure again.")
-
-
-def _write(path: Path, deltas: Deltas, prefix: str) -> str:
-    """Write what diffusers' `save_lora_weights` does: PEFT keys with the pipeline's prefix, scale baked into B.
-
-    Returns:
-        The file's SHA-256.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for module, delta in deltas.items():
-        full = isinstance(delta, LowRank) and delta.rank > min(delta.up.shape[0], delta.down.shape[1])
-        low = compress(delta) if isinstance(delta, Dense) or full else delta
-        # Cloned, since a method may use one matrix at several sites, and safetensors refuses shared memory.
-        tensors[f"{prefix}.{module}.lora_A.weight"] = low.down.detach().float().cpu().contiguous().clone()
-        tensors[f"{prefix}.{module}.lora_B.weight"] = low.up.detach().float().cpu().contiguous().clone()
-    if not tensors or not all(t.isfinite().all() for t in tensors.values()):
-        raise ErasekitError(
-            f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
-        )
-    path.parent.mkdir(exist_ok=True)
-    # One entry only: safetensors writes several in random order, and the same erasure has to give the same bytes.
-    save_file(tensors, path, metadata={"lora_adapter_metadata": _lora_config(tensors, prefix)})
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _lora_config(tensors: Mapping[str, torch.Tensor], prefix: str) -> str:
-    """The header in which diffusers looks for a LoRA's settings.
-
-    Without it, older diffusers (seen: 0.39) scales layers of other than the commonest rank by a wrong alpha.
-    """
-    ranks = {k.removesuffix(".lora_A.weight").removeprefix(f"{prefix}."): len(t) for k, t in tensors.items() if ".lora_A." in k}
-    rank = next(iter(ranks.values()))
-    pattern = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
-    config = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
-    return json.dumps({f"{prefix}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
-
-
-def _read_deltas(path: Path, prefix: str) -> Deltas:
-    tensors = {key.removeprefix(f"{prefix}."): tensor for key, tensor in load_file(path).items()}
-    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    return {m: LowRank(up=tensors[f"{m}.lora_B.weight"], down=tensors[f"{m}.lora_A.weight"]) for m in modules}
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from erasekit.backbone import Conditioning
-from erasekit.closedform import ridge_solve
+from erasekit.closedform import add_products_, ridge_solve
 from erasekit.deltas import LowRank, compress
 from erasekit.method import RunContext
 
@@ -19,7 +19,6 @@ def input_moments(
     x: torch.Tensor,
     tau: torch.Tensor,
     cond: Conditioning,
-    tokens: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """What layers read while the denoiser predicts for (x, tau, cond), n of each: {layer: sum of r r^T over its rows r}.
 
@@ -29,7 +28,6 @@ def input_moments(
         x: latents (n, ...).
         tau: their progress (n,).
         cond: their prompts.
-        tokens: which text tokens count, (n, length), for layers that read text; without it all that a layer reads.
 
     Returns:
         Matrices (in, in), float64, on the CPU.
@@ -39,8 +37,10 @@ def input_moments(
 
     def record(layer: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            read = arguments[0].flatten(0, -2) if tokens is None else arguments[0][tokens[chunk].to(arguments[0].device)]
-            sums[layer] = sums.get(layer, 0) + (read.double().T @ read.double()).cpu()
+            read = arguments[0].flatten(0, -2).double()
+            if layer not in sums:
+                sums[layer] = torch.zeros(read.shape[1], read.shape[1], dtype=torch.float64, device=read.device)
+            add_products_(sums[layer], read)
 
         return hook
 
@@ -51,7 +51,7 @@ def input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return {layer: total.cpu() for layer, total in sums.items()}
 
 
 def fusion(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from erasekit.atomic import replacing
+from erasekit.atomic import linked, replacing
 from erasekit.backbone import Backbone, Conditioning
 from erasekit.certificate import certify
 from erasekit.config import Plan, RunConfig, resolve
@@ -186,18 +185,7 @@ def base_images(
     folder = cache / base_key(backbone, plan.protocol, prompts)
     pipe = backbone.pipeline(encoders=False)
     cached = sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("base", emit))
-    return [_linked(path, directory.path / "images" / "base" / path.name) for path in cached]
-
-
-def _linked(source: Path, target: Path) -> Path:
-    """The same file under a second name; a copy, where the disk has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
+    return [linked(path, directory.path / "images" / "base" / path.name) for path in cached]
 
 
 def erase(
@@ -213,7 +201,9 @@ def erase(
     folder = directory.path / "erasure"
     if not (folder / MANIFEST).is_file():
         if given is None:
-            compute(plan, backbone, registries, directory=directory.path, log=_logger(emit)).save(folder)
+            compute(plan, backbone, registries, directory=directory.path, log=_logger(emit)).save(
+                folder, dtype=plan.config.files
+            )
         else:
             _copy(given, folder, backbone)
     sha256: str = read_manifest(folder, backbone)["erasure_sha256"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from erasekit.alignment import align
 from erasekit.backbone import Backbone, Conditioning
-from erasekit.closedform import TextEdit, layer_deltas
+from erasekit.closedform import Moment, Pairs, TextEdit, add_products_, layer_deltas
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas
 from erasekit.errors import UsageError
@@ -19,21 +19,82 @@ from erasekit.prompts import concept_pairs, preserve_prompts
 
 Tokens = Literal["last", "suffix", "all"]
 
+BATCH = 8  # prompts whose embeddings are held in float64 at a time: 134 MB of FLUX.1's
 
-@dataclass(frozen=True, eq=False)
+
 class SiteEmbeddings:
-    """What the sites that read one kind of text are edited from, float64.
+    """What the sites that read one kind of text are edited from, each part computed when a method first asks for it.
 
-    Attributes:
-        concepts: for each concept e_w, (n, width).
-        goals: for each concept what each of its rows should act like, (n, width). Where guides share a concept, the rows of
-            both are scaled by the root of the guide's share: a least-squares fit then counts each guide as its share.
-        preserve_MD: embeddings that must not change.
+    All of it is as large as the width of an embedding, however many prompts there are and however many tokens they have.
     """
 
-    concepts: tuple[torch.Tensor, ...]
-    goals: tuple[torch.Tensor, ...]
-    preserve_MD: torch.Tensor
+    def __init__(
+        self,
+        ctx: RunContext,
+        reads: str,
+        *,
+        tokens: Tokens = "all",
+        guides: Sequence[str] = (),
+        shares: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """See `site_embeddings`."""
+        self._ctx, self._reads, self._tokens = ctx, reads, tokens
+        self._guides, self._shares = guides, shares or {}
+
+    @cached_property
+    def pairs(self) -> tuple[Pairs, ...]:
+        """For each concept the sums over embeddings of its prompts and what each should act like.
+
+        Where guides share a concept each counts as its share, so a least-squares fit does too.
+
+        Raises:
+            UsageError: no prompt of a concept differs from its neutral prompt.
+        """
+        asked, found = self._ctx.prompts("erase"), []
+        for concept in self._ctx.concepts:
+            turned, pairs = concept_pairs(concept, asked), None
+            turns = self._guides or (concept.neutral,)
+            for guide, share in zip(turns, self._shares.get(concept.name, [1 / len(turns)] * len(turns)), strict=True):
+                guided = concept.model_copy(update={"neutral": guide})
+                goals = turned if guide == concept.neutral else [(prompt, guided.neutralise(prompt)) for prompt, _ in turned]
+                for w_ND, u_ND in pair_rows(self._ctx.backbone, guided, goals, self._reads, self._tokens):
+                    pairs = pairs or Pairs.empty(w_ND.shape[1], self._ctx.backbone.device)
+                    pairs.add(w_ND, u_ND, weight=share)
+            if pairs is None or not pairs.change_DD.any():
+                raise UsageError(f"'{concept.name}' and what it should become encode alike: no prompt of it would change.")
+            found.append(pairs)
+        return tuple(found)
+
+    @cached_property
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The one vector of each concept that the paper's equations speak of, e_w and e_u, (concepts, width), float64.
+
+        e_w is the last token of the concept's own name, said alone: it has read all of the name and nothing else, and it is
+        the same whatever prompts or templates there are. e_u is the last token of the neutral words, said alone as well. The
+        empty prompt has no words: there e_u is what stands in the place of e_w, as Thm 3.1 has u where w was. In CLIP that
+        is the end token or a pad, which is the same token; the paper takes the end token for "empty", and the begin token
+        (METHODS.md 6, item 10) is no word at all. Of a pooled embedding, which has no positions, it is that itself.
+        """
+        encode, own, goals = self._ctx.backbone.encode, [], []
+        for concept in self._ctx.concepts:
+            name = concept.phrases[0]
+            neutral = concept.neutralise(name)
+            mine, goal = encode([name]), encode([neutral])
+            at, there = (0 if self._reads == "pooled" else int(c.lengths[0]) - 2 for c in (mine, goal))  # before the end token
+            own.append(_read(mine, self._reads)[0, at])
+            goals.append(_read(goal, self._reads)[0, there if neutral else at])
+        e_w, e_u = (torch.stack(side).to(self._ctx.backbone.device, torch.float64) for side in (own, goals))
+        return e_w, e_u
+
+    @cached_property
+    def preserve(self) -> Moment:
+        """Of what must not change, see `preserve_prompts`; the empty prompt counts as often as all others together."""
+        return kept_moment(self._ctx.backbone, preserve_prompts(self._ctx), self._reads)
+
+    @cached_property
+    def captions(self) -> Moment:
+        """Of the task's captions of all kinds."""
+        return held(self._ctx.backbone, [p.text for p in self._ctx.prompts("captions")], self._reads)
 
 
 def site_embeddings(
@@ -55,43 +116,44 @@ def site_embeddings(
 
     Returns:
         {"tokens" or "pooled": embeddings}, as the backbone's text sites read them.
-
-    Raises:
-        UsageError: no prompt of a concept differs from its neutral prompt.
     """
-    kept, asked = preserve_prompts(ctx), ctx.prompts("erase")
-    found: dict[str, SiteEmbeddings] = {}
-    for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-        pairs = []
-        for concept in ctx.concepts:
-            turns = guides or (concept.neutral,)
-            weights = (shares or {}).get(concept.name, [1 / len(turns)] * len(turns))
-            weighted = list(zip(turns, weights, strict=True))
-            pairs.append(_pairs(ctx, concept, concept_pairs(concept, asked), reads, tokens, weighted))
-        concepts, goals = zip(*pairs, strict=True)
-        found[reads] = SiteEmbeddings(concepts, goals, kept_rows(ctx.backbone, kept, reads))
-    return found
+    kinds = sorted({site.reads for site in ctx.backbone.text_sites()})
+    return {reads: SiteEmbeddings(ctx, reads, tokens=tokens, guides=guides, shares=shares) for reads in kinds}
 
 
-def rows(cond: Conditioning, reads: str) -> torch.Tensor:
-    """All embeddings of prompts as rows (m, width), float64; of the pads only the first, which stands for the rest."""
-    if cond.pooled is not None and reads == "pooled":
-        return cond.pooled.double()
-    kept = torch.arange(cond.tokens.shape[1], device=cond.lengths.device) <= cond.lengths[:, None]
-    return cond.tokens[kept.to(cond.tokens.device)].double()
+def held(backbone: Backbone, prompts: Sequence[str], reads: str) -> Moment:
+    """The moment of all embeddings of prompts, every pad included: a pad reads the whole prompt, each from its own place."""
+    width = _read(backbone.encode([""]), reads).shape[-1]
+    total_DD, count = torch.zeros(width, width, dtype=torch.float64, device=backbone.device), 0
+    for i in range(0, len(prompts), BATCH):
+        rows_ND = _read(backbone.encode(prompts[i : i + BATCH]), reads).flatten(0, 1).to(total_DD)
+        add_products_(total_DD, rows_ND)
+        count += len(rows_ND)
+    return Moment(total_DD, count)
 
 
-def paired(concept: Conditioning, neutral: Conditioning, reads: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows e_w of prompts and what each should act like, float64: pooled embeddings, or tokens as `align` pairs them."""
-    if concept.pooled is not None and neutral.pooled is not None and reads == "pooled":
-        return concept.pooled.double(), neutral.pooled.double()
-    return align(concept, neutral)
+def kept_moment(backbone: Backbone, prompts: Sequence[str], reads: str) -> Moment:
+    """The moment of what must not change, in which the empty prompt counts as often as all other prompts together.
+
+    Guidance draws every picture from two predictions, of its prompt and of the empty one.
+    """
+    others, empty = (held(backbone, texts, reads) for texts in ([p for p in prompts if p], [""]))
+    times = max(1, len(prompts) - 1)
+    return Moment(others.total_DD + times * empty.total_DD, others.count + times * empty.count)
 
 
-def kept_rows(backbone: Backbone, prompts: Sequence[str], reads: str) -> torch.Tensor:
-    """The rows of prompts that must not change; of the empty prompt, which guidance is measured from, every pad too."""
-    kept = rows(backbone.encode(prompts), reads)
-    return kept if reads == "pooled" else torch.cat([kept, backbone.encode([""]).tokens[0].double()])
+def pair_rows(
+    backbone: Backbone, concept: Concept, prompts: Sequence[tuple[str, str]], reads: str, tokens: Tokens = "all"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows e_w of one prompt after the other and what each should act like, float64; `prompts` come with their goals."""
+    for prompt, neutral in prompts:
+        mine, goal = backbone.encode([prompt]), backbone.encode([neutral])
+        if reads == "pooled":
+            yield _read(mine, reads)[0].double(), _read(goal, reads)[0].double()
+        elif tokens == "all":
+            yield align(mine, goal)
+        else:
+            yield _from_last(mine, goal, _last_token(backbone, concept, prompt, int(mine.lengths[0])), tokens)
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -117,31 +179,9 @@ def site_deltas(
     return deltas
 
 
-def _pairs(
-    ctx: RunContext,
-    concept: Concept,
-    turned: Sequence[tuple[str, str]],
-    reads: str,
-    tokens: Tokens,
-    guides: Sequence[tuple[str, float]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows e_w of one concept and what each should act like, for guides with their shares."""
-    encode, found = ctx.backbone.encode, []
-    prompts = [prompt for prompt, _ in turned]
-    mine = encode(prompts)
-    for guide, share in guides:
-        guided = concept.model_copy(update={"neutral": guide})
-        goal = encode([neutral if guide == concept.neutral else guided.neutralise(p) for p, neutral in turned])
-        if tokens == "all" or reads == "pooled":
-            aligned = [paired(mine, goal, reads)]
-        else:
-            ends = [_last_token(ctx.backbone, concept, p, int(n)) for p, n in zip(prompts, mine.lengths, strict=True)]
-            aligned = [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]
-        found += [(w_ND * share**0.5, u_ND * share**0.5) for w_ND, u_ND in aligned]
-    concepts, goals = (torch.cat(side) for side in zip(*found, strict=True))
-    if torch.equal(concepts, goals):
-        raise UsageError(f"'{concept.name}' and what it should become encode alike: no prompt of it would change.")
-    return concepts, goals
+def _read(cond: Conditioning, reads: str) -> torch.Tensor:
+    """What a site of that kind is given, (n, positions, width); a pooled embedding stands in one position."""
+    return cond.tokens if cond.pooled is None or reads == "tokens" else cond.pooled[:, None]
 
 
 def _last_token(backbone: Backbone, concept: Concept, prompt: str, length: int) -> int:

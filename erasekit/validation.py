@@ -30,9 +30,9 @@ Guided = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 def validation(ctx: RunContext) -> Validation:
     """The run's validation trajectories, drawn when they are first asked for: the denoiser has to be the base's then."""
-    if "validation" not in ctx.shared:
-        ctx.shared["validation"] = Validation(ctx)
-    return ctx.shared["validation"]
+    drawn: Validation = ctx.shared.get("validation") or Validation(ctx)
+    ctx.shared["validation"] = drawn
+    return drawn
 
 
 def remains_of(ctx: RunContext, erasure: Erasure) -> Remains:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ def command(
     preserve: options.Preserve = None,
     seed: options.Seed = None,
     preset: options.Preset = None,
+    files: options.Files = None,
     config: options.Config = None,
     settings: options.Set = None,
     vram: options.Vram = None,
@@ -37,7 +38,9 @@ def command(
     """Compute the erasure of one or several concepts together and write it to a folder."""
     flags = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
     flags |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
-    wanted = build(flags | {"seed": seed, "preset": preset}, file=config, overrides=options.overrides(settings, vram))
+    wanted = build(
+        flags | {"seed": seed, "preset": preset, "files": files}, file=config, overrides=options.overrides(settings, vram)
+    )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
     if plan.separate:
@@ -52,9 +55,25 @@ def command(
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)
         erasure = compute(plan, loaded, registries, log=lambda step, total, values: told(StepEnd(step, total, values)))
-    sha256 = erasure.save(out)
-    (out / "README.md").write_text(model_card(read_manifest(out)), encoding="utf-8")
+    sha256 = erasure.save(out, dtype=wanted.files)
+    manifest = read_manifest(out)
+    (out / "README.md").write_text(model_card(manifest), encoding="utf-8")
     remains = erasure.remains.model_dump() if erasure.remains else {"residual": None, "drift": None}
+    names = ", ".join(concept.name for concept in plan.concepts)
     summary = {"erasure": str(out), "concepts": [c.name for c in plan.concepts], "sha256": sha256} | remains
     tell(erasure)
-    typer.echo(json.dumps(summary, indent=1) if as_json else f"{out}  {', '.join(summary['concepts'])}  {sha256[:8]}")
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        typer.echo(f"{out}  {names}  {sha256[:8]}{_size(manifest)}")
+
+
+def _size(manifest: dict[str, Any]) -> str:
+    """The ranks of an erasure of weights, and what they and the type of its files cost."""
+    ranks = manifest.get("ranks", {}).values()
+    if not ranks:
+        return ""
+    bound = manifest["config"].get("rank_error")
+    cut = f", cut below an error of {bound:.0e}" if bound else ""
+    rounded = f"; {manifest['dtype']} costs {manifest['rounding']:.0e}" if manifest["rounding"] else ""
+    return f"  rank {max(ranks)}{cut}{rounded}"

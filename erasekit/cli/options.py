@@ -47,6 +47,12 @@ Preserve = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything random.  [default: 0]", show_default=False)]
 Limit = Annotated[int | None, typer.Option("--limit", help="The most pictures per prompt set.", show_default=False)]
 Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the method's settings.", show_default=False)]
+Files = Annotated[
+    str | None,
+    typer.Option(
+        "--files", help="Type of the erasure's tensors: float32, float16, bfloat16.  [default: float32]", show_default=False
+    ),
+]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file of settings.", show_default=False)]
 Set = Annotated[
     list[str] | None,

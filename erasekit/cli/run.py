@@ -29,6 +29,7 @@ def command(
     seed: options.Seed = None,
     limit: options.Limit = None,
     preset: options.Preset = None,
+    files: options.Files = None,
     config: options.Config = None,
     settings: options.Set = None,
     vram: options.Vram = None,
@@ -45,7 +46,9 @@ def command(
     names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
     names |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
     wanted = build(
-        {**names, "seed": seed, "limit": limit, "preset": preset}, file=config, overrides=options.overrides(settings, vram)
+        {**names, "seed": seed, "limit": limit, "preset": preset, "files": files},
+        file=config,
+        overrides=options.overrides(settings, vram),
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)

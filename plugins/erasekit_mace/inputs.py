@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,35 +12,26 @@ from erasekit.concepts import Concept
 from erasekit.fusion import input_moments
 from erasekit.method import RunContext
 from erasekit.pictures import noised
-from erasekit.sites import paired
+from erasekit.sites import pair_rows
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
 
 
-def kept(cond: Conditioning) -> torch.Tensor:
-    """Tokens that are worth a row (n, length), bool: of the pads only the first, which stands for the rest."""
-    return torch.arange(cond.tokens.shape[1]) <= cond.lengths[:, None]
-
-
-def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings outside of the concept's phrase, and what each is in the neutral prompt, float64.
+def beside(
+    ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Embeddings outside of the concept's phrase, of one prompt after the other, and what each is in the neutral prompt.
 
     In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
     """
-    cond, neutral = (ctx.backbone.encode(p) for p in (prompts, [concept.neutralise(p) for p in prompts]))
-    if reads == "pooled":
-        return paired(cond, neutral, reads)
     phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
+    turned = [(prompt, concept.neutralise(prompt)) for prompt in prompts]
     outside_NL = ~phrase_NL
     if ctx.backbone.capabilities.family == "unet":
         outside_NL &= phrase_NL.cumsum(1) > 0
-    pairs = []
-    for i, outside_L in enumerate(outside_NL):
-        mine, goal = paired(cond[[i]], neutral[[i]], reads)
-        rest = outside_L[len(outside_L) - len(mine) :]
-        pairs.append((mine[rest], goal[rest]))
-    concepts, neutrals = zip(*pairs, strict=True)
-    return torch.cat(concepts), torch.cat(neutrals)
+    for (mine, goal), outside_L in zip(pair_rows(ctx.backbone, concept, turned, reads), outside_NL, strict=True):
+        rest = outside_L[len(outside_L) - len(mine) :].to(mine.device) if reads == "tokens" else slice(None)
+        yield mine[rest], goal[rest]
 
 
 def hidden_moments(
@@ -50,4 +41,4 @@ def hidden_moments(
     tau = torch.tensor(TAUS).repeat(len(x0))
     row = torch.arange(len(x0)).repeat_interleave(len(TAUS))
     x = noised(ctx, x0[row], tau, ctx.generator(name))
-    return input_moments(ctx, layers, x, tau, cond[row], kept(cond)[row])
+    return input_moments(ctx, layers, x, tau, cond[row])

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
-from erasekit.closedform import TextEdit, uce
+from erasekit.closedform import RANK_ERROR, Pairs, TextEdit, uce
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
@@ -18,7 +18,7 @@ from erasekit.fusion import fusion, share
 from erasekit.method import Method, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
 from erasekit.prompts import phrased_prompts, preserve_prompts
-from erasekit.sites import kept_rows, rows, site_deltas, site_weights
+from erasekit.sites import held, kept_moment, site_deltas, site_weights
 from erasekit.training import Losses, TrainingConfig, train_lora
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression
@@ -30,6 +30,9 @@ class MaceConfig(TrainingConfig):
     ridge: float = Field(1e-2, ge=0, description="ridge of both closed forms, relative to the size of their systems")
     refine_preserve: float = Field(1.0, ge=0, description="weight of a preserved embedding in the refinement")
     fuse_preserve: float = Field(1.0, ge=0, description="weight of a preserved embedding in the fusion")
+    rank_error: float = Field(
+        RANK_ERROR, ge=0, lt=1, description="what a lower rank of the refinement may cost, relative, root mean square"
+    )
     scope: str = Field("kv", description="linear layers that carry the LoRAs, a scope of the backbone")
     masks: str = Field("attention", description="where the concept is: attention, whole, grounded-sam or a registered one")
     detector: str = Field("IDEA-Research/grounding-dino-base", description="grounded-sam: hub id or folder of Grounding DINO")
@@ -70,6 +73,7 @@ class Mace(Method):
     """
 
     name = "mace"
+    version = 2  # every pad counts in its closed forms
     Config = MaceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "add_kv"}}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -109,11 +113,12 @@ class Mace(Method):
         config = self.config
         shares: dict[str, list[TextEdit]] = {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            pairs = [beside(ctx, concept, phrased_prompts(ctx, concept), reads) for concept in ctx.concepts]
-            mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
-            kept = kept_rows(ctx.backbone, _kept(ctx), reads)
-            edit = uce(mine, goal, kept, lamb=config.ridge, erase_scale=1.0, preserve_scale=config.refine_preserve)
-            shares[reads] = [part.compressed() for part in edit.split([len(own) for own, _ in pairs])]
+            kept_DD = config.refine_preserve * kept_moment(ctx.backbone, _kept(ctx), reads).total_DD
+            pairs = [Pairs.empty(len(kept_DD), kept_DD.device) for _ in ctx.concepts]
+            for concept, own in zip(ctx.concepts, pairs, strict=True):
+                for mine, goal in beside(ctx, concept, phrased_prompts(ctx, concept), reads):
+                    own.add(mine, goal)
+            shares[reads] = uce(pairs, kept_DD, lamb=config.ridge, error=config.rank_error)
         return site_deltas(ctx, shares, site_weights(ctx.backbone))
 
     # Stage 2
@@ -154,10 +159,8 @@ class Mace(Method):
         """Groups of layers that read the same, and what they read for each concept and for kept prompts."""
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
-            own = [rows(ctx.backbone.encode(phrased_prompts(ctx, concept)), "tokens") for concept in ctx.concepts]
-            own_DD = [tokens_ND.T @ tokens_ND for tokens_ND in own]
-            kept_MD = kept_rows(ctx.backbone, _kept(ctx), "tokens")
-            return [Read(targets, own_DD, kept_MD.T @ kept_MD)]
+            own = [held(ctx.backbone, phrased_prompts(ctx, concept), "tokens").total_DD for concept in ctx.concepts]
+            return [Read(targets, own, kept_moment(ctx.backbone, _kept(ctx), "tokens").total_DD)]
         if kept is None:
             return []
         blocks: dict[str, list[str]] = {}

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, Field
 
-from erasekit.closedform import RidgeUnit, TextEdit, uce
+from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.deltas import Deltas, concatenate, to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import Method, MethodConfig, RunContext
-from erasekit.sites import SiteEmbeddings, Tokens, site_deltas, site_embeddings, site_weights
+from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
 
@@ -28,6 +28,7 @@ class Rounds(MethodConfig):
     adversary_ridge: float = Field(1e-2, gt=0, description="how small adversarial embeddings are held")
     round_ridge: float = Field(1e-3, gt=0, description="lambda of the edits against them")
     round_preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings in those edits")
+    rank_error: float = Field(RANK_ERROR, ge=0, lt=1, description="what a lower rank may cost, relative, root mean square")
     hold: bool = Field(True, description="hold what earlier edits made of the concepts; the published rounds let it go")
 
 
@@ -46,7 +47,7 @@ class Rece(Method):
     """
 
     name = "rece"
-    version = 2  # several guides: what is held counts each as its share
+    version = 3  # all pads of preserved prompts are held; the rank is cut
     Config = ReceConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {
@@ -67,8 +68,8 @@ class Rece(Method):
         config, weights = self.config, site_weights(ctx.backbone)
         shares = {}
         for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides).items():
-            preserve_MD = e.preserve_MD * config.preserve_scale**0.5
-            shares[reads] = _shares(e, torch.cat(e.concepts), preserve_MD, config, ridge=config.ridge)
+            kept_DD = config.preserve_scale * e.preserve.total_DD
+            shares[reads] = _shares(e.pairs, kept_DD, config, ridge=config.ridge)
         deltas = robustify(ctx, site_deltas(ctx, shares, weights), config)
         parts = {name: {"edit": own} for name, own in deltas.items()}
         return Erasure.of(ctx, method=self.name, config=config.model_dump(), deltas=parts)
@@ -95,32 +96,29 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
     settings = Rounds(**{name: getattr(config, name) for name in Rounds.model_fields if hasattr(config, name)})
     embeddings = site_embeddings(ctx, tokens=settings.tokens, guides=settings.guides)
     base, total = site_weights(ctx.backbone), dict(deltas)
-    kept = {reads: [e.preserve_MD * settings.round_preserve_scale**0.5] for reads, e in embeddings.items()}
+    kept = {reads: settings.round_preserve_scale * e.preserve.total_DD for reads, e in embeddings.items()}
     for reads, e in embeddings.items() if settings.hold else ():
-        kept[reads] += [*e.concepts, *e.goals]
+        kept[reads] = sum((pairs.ww_DD + pairs.uu_DD for pairs in e.pairs), kept[reads])
     for k in range(settings.rounds):
         edited, shares = _edited(base, total), {}
         left = whole = 0.0
         for reads, e in embeddings.items():
             names = [site.name for site in ctx.backbone.text_sites() if site.reads == reads]
-            old, new, c_ND = [base[n] for n in names], [edited[n] for n in names], torch.cat(e.concepts)
-            found_ND = adversary(old, new, c_ND, ridge=settings.adversary_ridge, unit=settings.ridge_unit)
-            left, whole = left + _distance(old, c_ND, new, found_ND), whole + _distance(old, c_ND, new, c_ND)
-            shares[reads] = _shares(e, found_ND, torch.cat(kept[reads]), settings, ridge=settings.round_ridge)
-            kept[reads] += [found_ND] if settings.hold else []
+            old, new = (torch.cat([weights[n] for n in names]) for weights in (base, edited))
+            map_DD = adversary([old], [new], ridge=settings.adversary_ridge, unit=settings.ridge_unit)
+            read_DD, found = torch.stack([p.ww_DD for p in e.pairs]).sum(0), [p.mapped(map_DD) for p in e.pairs]
+            left, whole = left + _distance(new @ map_DD - old, read_DD), whole + _distance(new - old, read_DD)
+            shares[reads] = _shares(found, kept[reads], settings, ridge=settings.round_ridge)
+            kept[reads] = sum((p.ww_DD for p in found), kept[reads]) if settings.hold else kept[reads]
         ctx.log(k + 1, settings.rounds, {"recovered": 1 - (left / whole) ** 0.5 if whole else 0.0})
         added = site_deltas(ctx, shares, edited)
         total |= {name: concatenate([total.get(name, {}), own]) for name, own in added.items()}
     return total
 
 
-def _shares(
-    e: SiteEmbeddings, read_ND: torch.Tensor, preserve_MD: torch.Tensor, settings: Rounds, *, ridge: float
-) -> list[TextEdit]:
-    """Each concept's share of the UCE edit that sends the rows `read_ND` to the goals and holds those of `preserve_MD`."""
-    goal_ND, unit = torch.cat(e.goals), settings.ridge_unit
-    joint = uce(read_ND, goal_ND, preserve_MD, lamb=ridge, unit=unit, erase_scale=1.0, preserve_scale=1.0)
-    return [share.compressed() for share in joint.split([len(c) for c in e.concepts])]
+def _shares(pairs: Sequence[Pairs], kept_DD: torch.Tensor, settings: Rounds, *, ridge: float) -> list[TextEdit]:
+    """Each concept's share of the UCE edit that sends the first of each pair to the second and holds what is kept."""
+    return uce(pairs, kept_DD, lamb=ridge, unit=settings.ridge_unit, error=settings.rank_error)
 
 
 def _edited(base: Mapping[str, torch.Tensor], deltas: Mapping[str, Deltas]) -> dict[str, torch.Tensor]:
@@ -129,9 +127,6 @@ def _edited(base: Mapping[str, torch.Tensor], deltas: Mapping[str, Deltas]) -> d
     return {name: w + to_dense(total[name]).to(w) if name in total else w for name, w in base.items()}
 
 
-def _distance(
-    base: Sequence[torch.Tensor], concept_ND: torch.Tensor, edited: Sequence[torch.Tensor], other_ND: torch.Tensor
-) -> float:
-    """The sum over layers of |W'_l c' - W_l c|^2."""
-    pairs = zip(base, edited, strict=True)
-    return sum(float((other_ND @ new.T - concept_ND @ old.T).square().sum()) for old, new in pairs)
+def _distance(change: torch.Tensor, moment_DD: torch.Tensor) -> float:
+    """The sum of |Delta e|^2 over embeddings e with the moment sum e e^T, for one layer or several on top of each other."""
+    return float(((change @ moment_DD) * change).sum())

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from erasekit.closedform import RANK_ERROR
 from erasekit.method import OneOrSeveral
 from erasekit.training import TrainingConfig
 
@@ -25,6 +26,9 @@ class TraceConfig(TrainingConfig):
     )
     caption_scale: float = Field(0.01, ge=0, description="uce: weight of captions of all kinds against the concept's prompts")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")
+    rank_error: float = Field(
+        RANK_ERROR, ge=0, lt=1, description="what a lower rank of stage 1 may cost, relative, root mean square"
+    )
     window: str = Field(
         "late", description="which part of the trajectory is trained: late, full, early, soft or a registered one"
     )

@@ -18,14 +18,14 @@ from erasekit.erasure import Erasure
 from erasekit.method import Method, RunContext
 from erasekit.near import near_words
 from erasekit.prompts import concept_pairs, neutral_of
-from erasekit.sites import paired, rows, site_deltas, site_weights
+from erasekit.sites import site_deltas, site_embeddings, site_weights
 from erasekit.tasks import Prompt
 from erasekit.training import train
 from erasekit.trajectories import Pool
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.eta import choose_eta
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
-from erasekit_trace.slots import Adapter, Embeddings
+from erasekit_trace.slots import Adapter
 from erasekit_trace.step import TraceStep
 
 
@@ -33,6 +33,7 @@ class Trace(Method):
     """TRACE (arXiv:2505.23312), as DESIGN.md section 8 defines it."""
 
     name = "trace"
+    version = 2  # the empty prompt and all pads of preserved prompts are held; eq1 and delta take one vector
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3, "near_words": 16},
@@ -94,28 +95,16 @@ class Trace(Method):
         """The closed-form part of each concept, damped by eta; empty without a refinement."""
         solve = ctx.component("refine", self.config.refine)
         shares: dict[str, list[TextEdit]] = {}
-        for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            embeddings, sizes = self._embeddings(ctx, reads)
-            edit = solve(embeddings, self.config)
-            if edit is None:
+        for reads, embeddings in site_embeddings(ctx).items():
+            edits = solve(embeddings, self.config)
+            if edits is None:
                 return {}
-            shares[reads] = [share.compressed() for share in edit.split(sizes)]
+            shares[reads] = edits
         refined = site_deltas(ctx, shares, site_weights(ctx.backbone))
         eta = self.config.eta
         if eta is None:
             eta = choose_eta(ctx, concatenate(list(refined.values())))
         return {name: scale(delta, eta) for name, delta in refined.items()}
-
-    def _embeddings(self, ctx: RunContext, reads: str) -> tuple[Embeddings, list[int]]:
-        """Embeddings of all concepts, one after the other, and how many rows each has."""
-        encode, pairs = ctx.backbone.encode, []
-        for concept in ctx.concepts:
-            said, neutral = zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True)
-            pairs.append(paired(encode(said), encode(neutral), reads))
-        preserve, captions = (encode([p.text for p in ctx.prompts(which)]) for which in ("preserve", "captions"))
-        concepts, neutrals = zip(*pairs, strict=True)
-        kept, seen = (rows(cond, reads) for cond in (preserve, captions))
-        return Embeddings(torch.cat(concepts), torch.cat(neutrals), kept, seen), [len(c) for c in concepts]
 
     # Stage 2
 

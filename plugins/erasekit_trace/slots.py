@@ -11,53 +11,37 @@ import torch
 from erasekit import closedform
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
+from erasekit.sites import SiteEmbeddings
 
 if TYPE_CHECKING:
     from erasekit_trace.config import TraceConfig
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """What a refinement is computed from, float64, for the sites that read one kind of text.
-
-    Attributes:
-        concept_ND: embeddings of concept prompts, from the concept's first token to the last pad.
-        neutral_ND: the embedding that each of them should act like.
-        preserve_MD: embeddings of prompts that must not change.
-        caption_MD: embeddings of captions of all kinds, for the covariance.
-    """
-
-    concept_ND: torch.Tensor
-    neutral_ND: torch.Tensor
-    preserve_MD: torch.Tensor
-    caption_MD: torch.Tensor
+def eq1(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
+    """The paper's Eq. 1: one vector and one rank for each concept."""
+    return closedform.eq1(*e.vectors)
 
 
-def eq1(e: Embeddings, config: TraceConfig) -> TextEdit:
-    """The paper's Eq. 1."""
-    return closedform.eq1(e.concept_ND, e.neutral_ND)
+def delta(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
+    """The paper's Prop. 3.2: one vector and one rank for each concept."""
+    return closedform.delta_projection(*e.vectors)
 
 
-def delta(e: Embeddings, config: TraceConfig) -> TextEdit:
-    """The paper's Prop. 3.2."""
-    return closedform.delta_projection(e.concept_ND, e.neutral_ND)
-
-
-def whitened(e: Embeddings, config: TraceConfig) -> TextEdit:
+def whitened(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
     """The least change on what is to be kept: weighted by the covariance of captions and of the preserved prompts."""
-    covariance = closedform.covariance(e.caption_MD)
-    if len(e.preserve_MD):
-        covariance = covariance + config.preserve_scale * closedform.covariance(e.preserve_MD)
-    return closedform.whitened(e.concept_ND, e.neutral_ND, covariance, ridge=config.ridge, fix_neutral=config.fix_neutral)
+    covariance_DD = e.captions.mean_DD + config.preserve_scale * e.preserve.mean_DD
+    return closedform.whitened(
+        e.pairs, covariance_DD, ridge=config.ridge, fix_neutral=config.fix_neutral, error=config.rank_error
+    )
 
 
-def uce(e: Embeddings, config: TraceConfig) -> TextEdit:
+def uce(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
     """UCE's ridge solution with the preserved prompts held, and captions of all kinds."""
-    held_MD = torch.cat([e.preserve_MD * config.preserve_scale**0.5, e.caption_MD * config.caption_scale**0.5])
-    return closedform.uce(e.concept_ND, e.neutral_ND, held_MD, lamb=config.ridge, erase_scale=1.0, preserve_scale=1.0)
+    held_DD = config.preserve_scale * e.preserve.total_DD + config.caption_scale * e.captions.total_DD
+    return closedform.uce(e.pairs, held_DD, lamb=config.ridge, error=config.rank_error)
 
 
-def no_refinement(e: Embeddings, config: TraceConfig) -> None:
+def no_refinement(e: SiteEmbeddings, config: TraceConfig) -> None:
     """Leave stage 1 out."""
 
 

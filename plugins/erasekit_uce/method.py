@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from erasekit.closedform import RidgeUnit, uce
+from erasekit.closedform import RANK_ERROR, RidgeUnit, uce
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, concatenate, merged
 from erasekit.erasure import Erasure
@@ -37,6 +37,7 @@ class UceConfig(MethodConfig):
     )
     erase_scale: float = Field(1.0, gt=0, description="weight of the erased embeddings")
     preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings")
+    rank_error: float = Field(RANK_ERROR, ge=0, lt=1, description="what a lower rank may cost, relative, root mean square")
     robustify: OneOrSeveral = Field((), description="registered stages that harden the edit, e.g. rece")
 
 
@@ -50,6 +51,7 @@ class Uce(Method):
     """
 
     name = "uce"
+    version = 2  # all pads of preserved prompts are held; the rank is cut
     Config = UceConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": {"tokens": "last", "guides": [""], "ridge": 0.5, "ridge_unit": "absolute"},
@@ -111,14 +113,13 @@ class Uce(Method):
         """Each concept's share of the joint edit (Eq. 7), its guides sharing the concept as they are told to."""
         config, parts = self.config, {}
         for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides, shares=shares).items():
-            joint = uce(
-                torch.cat(e.concepts),
-                torch.cat(e.goals),
-                e.preserve_MD,
+            parts[reads] = uce(
+                e.pairs,
+                e.preserve.total_DD,
                 lamb=config.ridge,
                 unit=config.ridge_unit,
                 erase_scale=config.erase_scale,
                 preserve_scale=config.preserve_scale,
+                error=config.rank_error,
             )
-            parts[reads] = [part.compressed() for part in joint.split([len(c) for c in e.concepts])]
         return site_deltas(ctx, parts, site_weights(ctx.backbone))
