@@ -7,7 +7,7 @@ earlier: they choose settings (TRACE's eta), and every erasure is measured by th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -48,10 +48,14 @@ def remains_of(ctx: RunContext, erasure: Erasure) -> Remains:
 class Validation:
     """Validation prompts along the base's trajectories, drawn once for all that is measured on them.
 
+    The concept's prompts are asked along trajectories of their neutral prompts, where an erased model finds itself: there the
+    question is whether its prompt still pulls towards the concept. Where the concept has been drawn already, any model goes on
+    drawing what it sees.
+
     Attributes:
         ctx: the run.
         asked: the prompts of `pool`, by name first, then in other words.
-        pool: their trajectories; `predictions` holds f(0), f(c_w), f(c_u).
+        pool: trajectories of their neutral prompts; `cond` holds the prompts, `predictions` f(0), f(c_u), f(c_w).
         kept: trajectories of preserved prompts; `predictions` holds f(0), f(q).
     """
 
@@ -65,9 +69,10 @@ class Validation:
         ctx, encode = self.ctx, self.ctx.backbone.encode
         protocol = ctx.protocol.model_copy(update={"steps": min(STEPS, ctx.protocol.steps)})
         self.asked = [*ctx.prompts("erase", "validation")[:PROMPTS], *ctx.prompts("synonyms", "validation")[:PROMPTS]]
-        neutral = encode([neutral_of(p, ctx.concepts) for p in self.asked])
-        seeds = [p.seed for p in self.asked]
-        self.pool = base_pool(ctx.backbone, protocol, encode([p.text for p in self.asked]), seeds, [neutral])
+        neutral, asked = (
+            encode(texts) for texts in ([neutral_of(p, ctx.concepts) for p in self.asked], [p.text for p in self.asked])
+        )
+        self.pool = replace(base_pool(ctx.backbone, protocol, neutral, [p.seed for p in self.asked], [asked]), cond=asked)
         keep = ctx.prompts("preserve", "validation")[:PROMPTS]
         cond = encode([p.text for p in keep]) if keep else None
         self.kept = base_pool(ctx.backbone, protocol, cond, [p.seed for p in keep]) if cond is not None else None
@@ -76,7 +81,7 @@ class Validation:
         """What the denoiser as it stands now (or `guidance` on it) leaves of each concept, and its drift."""
         scale = 1.0 if self.ctx.backbone.embedded_guidance else max(1.0, self.ctx.protocol.guidance)
         follow = self._plain if guidance is None else _steered(self.ctx, guidance)
-        none, concept, neutral = self.pool.predictions.unbind(1)
+        none, neutral, concept = self.pool.predictions.unbind(1)
         aim, direction = none + scale * (neutral - none), scale * (concept - neutral)
         left = self._along(self.pool, follow) - aim
         share_N = _per_prompt(self.pool, (left * direction)) / _per_prompt(self.pool, direction.square()).clamp_min(1e-12)
@@ -138,6 +143,7 @@ def _steered(ctx: RunContext, guidance: Guidance) -> Guided:
             return tuple(ctx.predict(x, tau, given[name]) for name in names)
 
         empty, conditional = scheme(Step(predict, last, memory))
-        return empty + scale * (conditional - empty)
+        steered: torch.Tensor = empty + scale * (conditional - empty)
+        return steered
 
     return follow
