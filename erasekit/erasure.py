@@ -26,6 +26,7 @@ from torch import nn
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, Dense, LowRank, compress, concatenate
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
+from erasekit.events import progress
 
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone
@@ -117,10 +118,12 @@ class Erasure:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
+            progress("writing", 0, 1)
             files, parts = (self.guidance.write(temporary), {}) if self.guidance else self._write_tensors(temporary)
             manifest = json.dumps(self._manifest(files, parts), indent=1, ensure_ascii=False)
             (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
             _replace(folder, temporary)
+            progress("writing", 1, 1)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise EnvironmentProblem(f"Cannot write '{folder}': {reason}. Free disk space or choose another folder.") from error

@@ -12,7 +12,7 @@ from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.config import build, resolve
 from erasekit.errors import UsageError
-from erasekit.events import StageStarted, StepEnd
+from erasekit.events import StageStarted, StepEnd, heard
 
 
 def command(
@@ -43,11 +43,11 @@ def command(
     from erasekit.modelcard import model_card
     from erasekit.runner import compute
 
-    with listener() as told:
+    with listener() as told, heard(told):
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)
         erasure = compute(plan, loaded, registries, log=lambda step, total, values: told(StepEnd(step, total, values)))
-    sha256 = erasure.save(out)
+        sha256 = erasure.save(out)
     (out / "README.md").write_text(model_card(read_manifest(out)), encoding="utf-8")
     summary = {"erasure": str(out), "concepts": [c.name for c in plan.concepts], "sha256": sha256}
     typer.echo(json.dumps(summary, indent=1) if as_json else f"{out}  {', '.join(summary['concepts'])}  {sha256[:8]}")
