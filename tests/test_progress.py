@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from erasekit import plugins
@@ -88,9 +90,10 @@ def test_work_of_the_same_kind_that_begins_again_is_timed_anew(clock):
 
 def test_bars_show_each_part_once(clock):
     bars = display.Bars()
-    events = [Progressed("encoding", k, 2) for k in (0, 1, 2)]
+    parts = [Progressed("encoding", k, 2) for k in (0, 1, 2)]
     steps = [StepEnd(k, 2, {"loss": 1.0}) for k in (1, 2)]
-    for event in (StageStarted("load"), StageStarted("erase"), *events, *events, *steps, StageStarted("save"), RunFinished("x")):
+    load, erase, save = (StageStarted(name) for name in ("load", "erase", "save"))
+    for event in (load, erase, *parts, *parts, *steps, save, RunFinished(Path())):
         bars(event)
         clock.now += 1
     tasks = bars._progress.tasks

@@ -1,7 +1,9 @@
-"""Time and peak memory of every method on SD1.5 and FLUX.1-dev at full size, with random weights, as README.md says.
+"""Time and peak memory of every method on SD1.5 and FLUX.1-dev at full size, with random weights.
 
     python benchmarks/gpu/bench.py --out gpu.json            # one GPU; go on with the same command
     python benchmarks/gpu/bench.py --out tiny.json --tiny    # the same on a CPU at tiny size
+
+README.md beside this file says what is measured.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def machine() -> dict[str, Any]:
 def environment(work: Path) -> dict[str, str]:
     """Children find erasekit and its plugins in this checkout, installed or not."""
     paths = [ROOT, ROOT / "plugins", write_metadata(work / "metadata")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    found = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": found, "HF_HUB_OFFLINE": "1"}
 
 
 def child(command: list[Any], work: Path, seconds: float) -> tuple[str, float]:
@@ -81,9 +84,9 @@ def child(command: list[Any], work: Path, seconds: float) -> tuple[str, float]:
     began = time.monotonic()
     with (work / "stderr").open("w+") as log:
         try:
-            code = subprocess.run(
-                [sys.executable, *map(str, command)], env=environment(work), stdout=log, stderr=log, timeout=seconds, check=False
-            ).returncode
+            arguments = [sys.executable, *map(str, command)]
+            options = {"env": environment(work), "stdout": log, "stderr": log, "timeout": seconds, "check": False}
+            code = subprocess.run(arguments, **options).returncode
             log.seek(0)
             last = (log.read().strip().splitlines() or [""])[-1]
             problem = f"exit status {code}: {last}" if code else ""

@@ -2,6 +2,8 @@
 
     python benchmarks/gpu/metadata.py FOLDER
     PYTHONPATH=.:plugins:FOLDER python -m erasekit ls
+
+An installed erasekit is the same without any of this.
 """
 
 from __future__ import annotations

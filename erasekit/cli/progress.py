@@ -95,9 +95,7 @@ class Bars:
                 self._task = self._progress.add_task(part, total=total, note="")
             self._parts[part] = self._task
         told = f"{note}{self._pace.told(done, total)}{peak_memory_mb():.0f} MB"
-        self._progress.update(
-            self._parts[part], description=f"{self._stage}: {part}", completed=done, total=total, note=told
-        )
+        self._progress.update(self._parts[part], description=f"{self._stage}: {part}", completed=done, total=total, note=told)
 
     def _finish(self) -> None:
         """Fill the bar of the stage that ends; one that counted nothing gets a single step."""
