@@ -70,7 +70,7 @@ def cells(name: str, result: dict[str, Any], projection: float | None) -> list[s
     stages, drawn = result.get("stages", {}), result.get("pictures")
     seconds = [f"{stages[stage]['s']:.1f}" if stage in stages else "" for stage in ("load", "encode", "erase")]
     speed = f"{stages['sample']['s'] / drawn['n']:.2f}" if drawn else ""
-    predicted = result.get("predicted_gb")
+    predicted = result.get("predicted_gb") or {}
     return [
         f"`{name}`",
         *seconds,
@@ -79,7 +79,7 @@ def cells(name: str, result: dict[str, Any], projection: float | None) -> list[s
         speed,
         f"{peak_gb(result, 'allocated_gb'):.1f}",
         f"{peak_gb(result, 'reserved_gb'):.1f}",
-        "not predicted" if predicted is None else f"{predicted:.1f}",
+        f"{max(predicted.values()):.1f}" if predicted else "not predicted",
         str(result.get("limit_gb", "")),
         result.get("failed", ""),
     ]

@@ -133,9 +133,14 @@ def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size
     return resolve(build(flags, overrides=[*overrides, *cut]), registries)
 
 
-def predicted_peak_gb(plan: Plan) -> float | None:
-    """The peak that erasekit predicts for a plan, None where it does not predict any."""
-    return None
+def fitted(plan: Plan) -> tuple[Plan, dict[str, float] | None]:
+    """The plan with the batch that a run would take on its size of GPU, and the peaks in GB predicted for it, if any are."""
+    try:
+        from erasekit import preflight
+    except ImportError:
+        return plan, None
+    plan = preflight.fitted(plan)
+    return plan, {stage: round(gb, 2) for stage, gb in preflight.prediction(plan)._asdict().items()}
 
 
 def erase(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
@@ -175,9 +180,9 @@ def draw(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
 
 def measure(row: Row, base: Path, device: str, meter: Meter) -> None:
     """All stages of a row; the first error ends it, and what was measured until then stays."""
-    plan = planned(row, base, device)
+    plan, predicted = fitted(planned(row, base, device))
     meter.note(settings=plan.method_config.model_dump(mode="json"), protocol=plan.protocol.model_dump(mode="json"))
-    meter.note(predicted_gb=predicted_peak_gb(plan))
+    meter.note(predicted_gb=predicted)
     if device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory
         limit = USABLE * int(row.vram) * 2**30
