@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from erasekit.backbone import Backbone, Conditioning
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, merged, norm, to_dense
 from erasekit.erasure import Erasure
+from erasekit.events import progress
 from erasekit.tasks import Protocol, Task
 
 PER_SITE = ("to_neutral", "equal", "neutral_drift", "other_drift", "delta")
@@ -27,8 +28,9 @@ def certificate(
     *,
     protocol: Protocol,
     tau0: float = 0.15,
+    drift: bool = False,
 ) -> dict[str, Any]:
-    """Measure an erasure on a loaded base.
+    """Measure an erasure's weights against those of a loaded base and, if asked for, how far its predictions drift.
 
     e_w are the embeddings of a concept's prompts from where they differ from the neutral ones to the last pad, e_u those
     of the neutral prompts (`alignment.align`), e_o all those of the clean prompts. Errors of a site are root mean
@@ -41,12 +43,13 @@ def certificate(
         clean_prompts: prompts that must not change.
         protocol: steps, size and (where the model is told one) guidance of the trajectories that predictions are compared on.
         tau0: what counts as early.
+        drift: compare predictions too, which takes four passes of up to as many rows as clean prompts at every step.
 
     Returns:
         `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|, `neutral_drift`
         |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|; over those that read tokens, the drift
         of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads`;
-        `sites`: [{"site", ...}], the same for each site;
+        `sites`: [{"site", ...}], the same for each site; and with `drift`
         `prediction_drift`: [{"tau", "clean", "concept"}], |f' - f| / |f| at every step;
         `early_drift`: {"tau0", "clean", "concept"}, the mean of those with tau < tau0 (with `LateGate` it is 0).
     """
@@ -56,23 +59,23 @@ def certificate(
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
     over_sites = {key: [row[key] for row in sites.values() if key in row] for key in (*PER_SITE, *PER_POSITION)}
-    some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
-    drift = {name: _prediction_drift(backbone, deltas, cond, protocol) for name, cond in (("clean", clean), ("concept", some))}
-    schedule = backbone.schedule(protocol.steps, protocol.size)
-    tau, first = schedule.tau, schedule.first_late(tau0)
-    return {
+    content: dict[str, Any] = {
         "max": {key: max(values) for key, values in over_sites.items()},
         "mean": {key: _mean(values) for key, values in over_sites.items()},
         "sites": [{"site": name} | row for name, row in sites.items()],
-        "prediction_drift": [{"tau": t} | {name: d[k] for name, d in drift.items()} for k, t in enumerate(tau.tolist())],
-        "early_drift": {"tau0": tau0} | {name: _mean(d[:first]) for name, d in drift.items()},
     }
+    if drift:
+        some = concept[:: -(-len(concept) // len(clean))]  # as many as there are clean ones, spread over concepts and phrases
+        content |= _drift(backbone, deltas, {"clean": clean, "concept": some}, protocol, tau0)
+    return content
 
 
-def certify(backbone: Backbone, erasure: Erasure, task: Task, protocol: Protocol, *, prompts: int = 12) -> dict[str, Any]:
+def certify(
+    backbone: Backbone, erasure: Erasure, task: Task, protocol: Protocol, *, prompts: int = 12, drift: bool = False
+) -> dict[str, Any]:
     """The certificate of an erasure on the clean evaluation prompts of a task, at most `prompts` of them."""
     clean = task.prompts("clean", erasure.concepts, "evaluation", prompts)
-    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], protocol=protocol)
+    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], protocol=protocol, drift=drift)
 
 
 def _sites(
@@ -110,21 +113,39 @@ def _positions(cond: Conditioning) -> dict[str, torch.Tensor]:
     return {key: mask.flatten().to(cond.tokens.device) for key, mask in masks if mask.any()}
 
 
+def _drift(
+    backbone: Backbone, deltas: Deltas, conds: Mapping[str, Conditioning], protocol: Protocol, tau0: float
+) -> dict[str, Any]:
+    """`prediction_drift` and `early_drift` of named prompts."""
+    schedule = backbone.schedule(protocol.steps, protocol.size)
+    tau, first = schedule.tau, schedule.first_late(tau0)
+    found = {name: _prediction_drift(backbone, deltas, cond, protocol) for name, cond in conds.items()}
+    return {
+        "prediction_drift": [{"tau": t} | {name: d[k] for name, d in found.items()} for k, t in enumerate(tau.tolist())],
+        "early_drift": {"tau0": tau0} | {name: _mean(d[:first]) for name, d in found.items()},
+    }
+
+
 def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, protocol: Protocol) -> list[float]:
     """|f' - f| / |f| at every step of the base's own trajectories under `cond` (seeds 0, 1, ...)."""
     schedule = backbone.schedule(protocol.steps, protocol.size)
+    n, done = len(schedule), 0
 
     def predict(x: torch.Tensor, k: int) -> torch.Tensor:
+        nonlocal done
+        progress("predictions", done, 2 * n)
+        done += 1
         return backbone.predict(x, schedule.tau[k].expand(len(x)), cond, guidance=protocol.guidance)
 
     x = backbone.latents(range(len(cond)), protocol.size)
     seen, base = [], []
-    for k in range(len(schedule)):
+    for k in range(n):
         seen.append(x)
         base.append(predict(x, k))
         x = backbone.step(base[-1], x, k, schedule)
     with merged(backbone.denoiser, deltas):
         erased = [predict(x, k) for k, x in enumerate(seen)]
+    progress("predictions", 2 * n, 2 * n)
     return [_rms(after - before) / _rms(before) for after, before in zip(erased, base, strict=True)]
 
 

@@ -28,6 +28,7 @@ from erasekit.atomic import linked
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, concatenate
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError, unknown
+from erasekit.events import progress
 from erasekit.remains import Remains
 from erasekit.tensors import Written
 
@@ -134,6 +135,7 @@ class Erasure:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
+            progress("writing", 0, 1)
             record: dict[str, Any] = {"parts": {}}
             if self.guidance:
                 files = self.guidance.write(temporary)
@@ -145,6 +147,7 @@ class Erasure:
             manifest = json.dumps(self._manifest(files, record), indent=1, ensure_ascii=False)
             (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
             _replace(folder, temporary)
+            progress("writing", 1, 1)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise EnvironmentProblem(f"Cannot write '{folder}': {reason}. Free disk space or choose another folder.") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,15 @@ class StageStarted(Event):
     """A stage of the run begins."""
 
     stage: str
+
+
+@dataclass(frozen=True)
+class Progressed(Event):
+    """Of a part of a stage's work, `what` (`encoding`, `trajectories`, ...), `done` of `total` is done; see `progress`."""
+
+    what: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,41 @@ class RunFailed(Event):
 
 
 Listener = Callable[[Event], None]
+
+SECONDS_BETWEEN = 1.0  # of two events about the same work
+_heard: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("erasekit_progress", default=None)
+
+
+def progress(what: str, done: int, total: int) -> None:
+    """Say how far some work is that may take long: heard by the run that it is done for, by nobody outside of one.
+
+    Args:
+        what: names the work in a word or two, e.g. `encoding`.
+        done: how many pieces of it are done; 0 before the first, so that the first can be timed.
+        total: how many there are.
+    """
+    tell = _heard.get()
+    if tell is not None:
+        tell(what, done, total)
+
+
+@contextmanager
+def heard(listener: Listener) -> Iterator[None]:
+    """Hand what `progress` is told in this block to `listener`: begin and end of any work, and between them one a second."""
+    last = 0.0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (0, total) or now - last >= SECONDS_BETWEEN:
+            last = now
+            listener(Progressed(what, done, total))
+
+    token = _heard.set(tell)
+    try:
+        yield
+    finally:
+        _heard.reset(token)
 
 
 class Dispatcher:

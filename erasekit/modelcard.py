@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from erasekit.errors import ErasekitError
+from erasekit.plugins import default
 from erasekit.remains import Remains
 from erasekit.results import RunResult, meaning, number
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 REMOVABLE = (
     "No weight is changed: this erasure acts only while pictures are drawn by a pipeline that has loaded it. Whoever leaves it "
     "out has the base model, concept and all."
@@ -37,6 +42,20 @@ def templates() -> Environment:
     )
 
 
+def hub_id(record: Mapping[str, Any]) -> str:
+    """Where the hub has the base of an erasure: what it was made on, or, of a local one, what its backbone has by default.
+
+    "" for a model that the hub has not, or whose plugin is not installed.
+    """
+    base: str = record["base"]["repo"]
+    if "/" in base:
+        return base
+    with suppress(ErasekitError):
+        path = str(getattr(default().backbones.get(record["backbone"]), "path", ""))
+        return path if HUB_ID.fullmatch(path) else ""
+    return ""
+
+
 def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
     """The lines of Python that load an erasure: in plain diffusers, unless it acts while pictures are drawn.
 
@@ -44,14 +63,16 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
         record: the content of erasure.json.
         folder: what to write for the folder that holds it.
     """
-    base = record["base"]["repo"]
-    where = "" if "/" in base else "  # the folder of the base model"
+    base, hub = record["base"]["repo"], hub_id(record)
+    where = "" if base == hub else f"  # made on the local {base!r}: load that, if it is another model"
+    if not hub:
+        where = "  # the folder of the base model"
     imports, load = "", f'pipe.load_lora_weights("{folder}", weight_name="all.safetensors", adapter_name="erased")\n'
     if record.get("kind") == "guidance":
         imports, load = "from erasekit import load_into\n", f'load_into(pipe, "{folder}")\n'
     return (
         f"from diffusers import DiffusionPipeline\n{imports}\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}"){where}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{hub or base}"){where}\n'
         f"{load}"
         'picture = pipe("a photo of a dog").images[0]\n'
     )
@@ -69,6 +90,7 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
         .get_template("model_card.md.j2")
         .render(
             record=record,
+            hub=hub_id(record),
             concepts=[c["name"] for c in record["concepts"]],
             files=[name for name in record["files"] if "/" not in name and name != "all.safetensors"],
             result=result,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from erasekit.backbone import Conditioning, guided
+from erasekit.events import progress
 from erasekit.method import RunContext
 from erasekit.prompts import preserve_prompts
 
@@ -21,9 +22,11 @@ def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Ten
     for rows in torch.arange(len(seeds)).split(protocol.batch):
         x = backbone.latents([seeds[i] for i in rows], protocol.size)
         for k in range(len(schedule)):
+            progress("pictures", int(rows[0]) * len(schedule) + k * len(rows), len(seeds) * len(schedule))
             tau = schedule.tau[k].expand(len(x))
             x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
         finished.append(x)
+    progress("pictures", len(seeds) * len(schedule), len(seeds) * len(schedule))
     return torch.cat(finished)
 
 

@@ -26,8 +26,8 @@ class Remains(BaseModel):
 
     Attributes:
         residual: of each concept, the share of its direction that the erased model's guided predictions still hold:
-            <G'(c_w) - G(c_u), d> / |d|^2 with d = G(c_w) - G(c_u), both sums over a trajectory of c_u, clamped to [0, 1], and the
-            mean over prompts. G is what sampling follows, c_u the prompt with the concept's words replaced.
+            <G'(c_w) - G(c_u), d> / |d|^2 with d = G(c_w) - G(c_u), both sums over a trajectory of c_u, clamped to [0, 1],
+            and the mean over prompts. G is what sampling follows, c_u the prompt with the concept's words replaced.
         drift: of preserved prompts q: |G'(q) - G(q)| / |G(q) - f(0)|, root mean squares over all points.
     """
 

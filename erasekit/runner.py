@@ -28,6 +28,7 @@ from erasekit.events import (
     Saved,
     StageStarted,
     StepEnd,
+    heard,
 )
 from erasekit.memory import check_disk, out_of_memory, peak_memory_mb, vram_gb
 from erasekit.method import RunContext
@@ -129,7 +130,8 @@ def _announced(plan: Plan, directory: RunDirectory, emit: Dispatcher) -> Iterato
     config = plan.config
     emit(RunStarted(config.method, config.backbone, config.task, names, plan.hash, resumed=directory.state == "partial"))
     try:
-        yield
+        with heard(emit):
+            yield
     except Exception as error:
         named = _named(error, plan)
         with suppress(OSError):  # the disk may be full; the error that matters is the first one

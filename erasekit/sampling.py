@@ -16,6 +16,7 @@ from PIL import Image
 from erasekit.atomic import replacing
 from erasekit.backbone import Backbone, Conditioning
 from erasekit.errors import ErasekitError, UsageError
+from erasekit.events import progress
 from erasekit.tasks import Prompt, Protocol
 
 SAMPLERS = ("default", "ddim", "dpm")
@@ -122,9 +123,11 @@ def generate(
     empty = backbone.encode([""])
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), protocol.batch):
+        progress("pictures", start, len(prompts))
         here = slice(start, start + protocol.batch)
         arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
         pictures += _draw(pipe, seeds[here], protocol, arguments)
+    progress("pictures", len(prompts), len(prompts))
     return pictures
 
 

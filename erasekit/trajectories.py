@@ -9,6 +9,7 @@ import torch
 
 from erasekit.backbone import Backbone, Conditioning, concatenate
 from erasekit.concepts import Concept
+from erasekit.events import progress
 from erasekit.method import RunContext
 from erasekit.prompts import concept_pairs
 from erasekit.tasks import Protocol
@@ -69,10 +70,12 @@ def follow(
     for chunk in torch.arange(len(seeds)).split(protocol.batch):
         x = backbone.latents([seeds[i] for i in chunk], protocol.size)
         for k in range(len(schedule)):
+            progress("trajectories", int(chunk[0]) * len(schedule) + k * len(chunk), len(seeds) * len(schedule))
             tau = schedule.tau[k].expand(len(x))
             direction, predictions = step(x, tau, rows[chunk])
             points.append((x, tau, rows[chunk], predictions))
             x = backbone.step(direction, x, k, schedule)
+    progress("trajectories", len(seeds) * len(schedule), len(seeds) * len(schedule))
     x, tau, row, predictions = (torch.cat(column) for column in zip(*points, strict=True))
     return Pool(x, tau, cond, row, predictions)
 

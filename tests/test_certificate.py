@@ -41,7 +41,7 @@ def pairs(backbone):
 
 
 def certify(backbone, edit):
-    return certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, protocol=PROTOCOL, tau0=0.5)
+    return certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, protocol=PROTOCOL, tau0=0.5, drift=True)
 
 
 def test_no_edit(backbone):
@@ -100,6 +100,14 @@ def test_prediction_drift_is_on_the_bases_own_trajectory(backbone):
     early = [row["clean"] for row in found["prediction_drift"] if row["tau"] < 0.499]
     assert found["early_drift"]["clean"] == pytest.approx(sum(early) / len(early))
     assert found["early_drift"]["tau0"] == 0.5
+
+
+def test_of_the_weights_alone_it_takes_no_prediction(backbone, monkeypatch):
+    edit = closedform.eq1(*pairs(backbone))
+    whole = certify(backbone, edit)
+    monkeypatch.setattr(backbone, "predict", None)
+    alone = certificate(backbone, erasure(backbone, edit), [CAT], CLEAN, protocol=PROTOCOL)
+    assert alone == {key: value for key, value in whole.items() if "drift" not in key}
 
 
 def test_it_leaves_the_base_alone_and_is_json(backbone):

@@ -268,7 +268,7 @@ def test_from_a_run_to_every_other_command(call, names, tmp_path):
     assert code == 0
     result = json.loads(out)
     assert "Starting" in err
-    assert "erase 12/12" in err
+    assert "erase: steps 12/12" in err
 
     code, out, err = call("run", *names, "-c", "cat")
     assert code == 0
@@ -291,11 +291,23 @@ def test_from_a_run_to_every_other_command(call, names, tmp_path):
     code, out, _ = call("verify", folder / "erasure", *shared)
     assert code == 0
     assert "neutral_drift" in out
-    code, out, _ = call("verify", folder / "erasure", *shared, "--json")
-    assert {"max", "mean", "sites", "prediction_drift", "early_drift"} <= set(json.loads(out))
+    assert "--drift does it" in out
+    code, out, _ = call("verify", folder / "erasure", *shared, "--vram", "8", "--json")
+    assert json.loads(out).keys() == {"max", "mean", "sites"}
+    assert json.loads(out) == json.loads((folder / "certificate.json").read_text())
+    steps = ("-s", "protocol.steps=3", "--vram", "8")
+    code, out, _ = call("verify", folder / "erasure", *shared, "--drift", *steps, "--json")
+    assert len(json.loads(out)["prediction_drift"]) == 3
+    assert "early_drift" in json.loads(out)
+    code, out, _ = call("verify", folder / "erasure", *shared, "--drift")
+    assert "Thm 3.3" in out
+    code, _, err = call("verify", folder / "erasure", *shared, "-s", "method.steps=1")
+    assert code == 2
+    assert "'method' has no settings here" in err
 
-    code, out, _ = call("generate", "a cat", "a dog", "--n", "2", "-e", folder / "erasure", *base)
+    code, out, err = call("generate", "a cat", "a dog", "--n", "2", "-e", folder / "erasure", *base, "--vram", "8")
     assert code == 0
+    assert err.startswith("generate")
     assert out.split() == [f"pictures/{p:03d}-{s}.png" for p in range(2) for s in range(2)]
     assert all((tmp_path / line).is_file() for line in out.split())
 

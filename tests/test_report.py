@@ -127,6 +127,15 @@ def test_text_of_users_is_escaped_everywhere(run):
     assert "&lt;script&gt;" in page
 
 
+def test_the_report_says_that_the_drift_of_predictions_was_not_measured(run):
+    path = run / "certificate.json"
+    assert "was not measured" in write_report(run, Plain()).read_text()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_drift": [{"tau": 0.5, "clean": 0.1}]}))
+    assert "was not measured" not in write_report(run, Plain()).read_text()
+    path.unlink()
+    assert "was not measured" not in write_report(run, Plain()).read_text()
+
+
 def test_a_report_needs_only_results_scores_and_pictures(run):
     for name in ("log.jsonl", "config.toml", "certificate.json", "erasure/erasure.json"):
         (run / name).unlink()
@@ -209,3 +218,20 @@ def test_the_lines_that_load_are_python():
     lines = load_lines(record())
     compile(lines, "load", "exec")
     assert 'from_pretrained("owner/base")\n' in lines
+
+
+def test_the_lines_that_load_name_the_hub_id_of_a_local_base():
+    local = record() | {"backbone": "sd15", "base": {"repo": "my copy", "revision": ""}}
+    lines = load_lines(local)
+    compile(lines, "load", "exec")
+    hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert f"from_pretrained(\"{hub}\")  # made on the local 'my copy': load that, if it is another model" in lines
+    assert f"| base | my copy, a local copy of this kind; on the hub that is {hub} |" in model_card(local)
+    assert "base_model" not in model_card(local)  # it may be another model
+
+
+def test_the_lines_that_load_name_the_folder_of_a_base_that_the_hub_has_not():
+    for backbone in ("sd15-mini", "of a plugin that is not here"):
+        local = record() | {"backbone": backbone, "base": {"repo": "base", "revision": ""}}
+        assert 'from_pretrained("base")  # the folder of the base model' in load_lines(local)
+        assert "| base | base |" in model_card(local)

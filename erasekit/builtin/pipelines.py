@@ -20,6 +20,7 @@ from torch import nn
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, concatenate
 from erasekit.builtin.shards import read_header, read_tensor
 from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.events import progress
 from erasekit.memory import VRAM_GB, Holding, vram_gb, weights_gb
 from erasekit.quiet import quiet
 
@@ -158,12 +159,15 @@ class PipelineBackbone:
 
         One prompt at a time: what a prompt encodes to must not depend on the batch that it comes in.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._encoded:
-                for name in self.encoders:
-                    setattr(self._pipe, name, self._part(name))
-                with torch.no_grad(), quiet():
-                    self._encoded[prompt] = self._encode(prompt).to(self.device, self.dtype)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        for i, prompt in enumerate(missing):
+            progress("encoding", i, len(missing))
+            for name in self.encoders:
+                setattr(self._pipe, name, self._part(name))
+            with torch.no_grad(), quiet():
+                self._encoded[prompt] = self._encode(prompt).to(self.device, self.dtype)
+        if missing:
+            progress("encoding", len(missing), len(missing))
         if not prompts:
             return self.encode([""])[:0]
         return concatenate([self._encoded[prompt] for prompt in prompts])

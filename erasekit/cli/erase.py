@@ -13,7 +13,7 @@ from erasekit.cli.progress import listener
 from erasekit.cli.tables import tell
 from erasekit.config import build, resolve
 from erasekit.errors import UsageError
-from erasekit.events import StageStarted, StepEnd
+from erasekit.events import StageStarted, StepEnd, heard
 
 
 def command(
@@ -51,11 +51,11 @@ def command(
     from erasekit.modelcard import model_card
     from erasekit.runner import compute
 
-    with listener() as told:
+    with listener() as told, heard(told):
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)
         erasure = compute(plan, loaded, registries, log=lambda step, total, values: told(StepEnd(step, total, values)))
-    sha256 = erasure.save(out, dtype=wanted.files)
+        sha256 = erasure.save(out, dtype=wanted.files)
     manifest = read_manifest(out)
     (out / "README.md").write_text(model_card(manifest), encoding="utf-8")
     remains = erasure.remains.model_dump() if erasure.remains else {"residual": None, "drift": None}

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from erasekit.cli import options
-from erasekit.config import parse_overrides, settings_of
+from erasekit.cli.progress import listener
+from erasekit.config import settings_of
 from erasekit.errors import UsageError
+from erasekit.events import StageStarted, heard
 from erasekit.tasks import Protocol
 
 if TYPE_CHECKING:
@@ -31,14 +33,17 @@ def command(
     seed: Annotated[int, typer.Option("--seed", help="The seed of the first picture; each further one has the next.")] = 0,
     n: Annotated[int, typer.Option("--n", min=1, help="Pictures per prompt.")] = 1,
     settings: options.Set = None,
+    vram: options.Vram = None,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the pictures are written.")] = Path("pictures"),
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw pictures through the plain diffusers pipeline. With --concept, only those parts of the erasure are loaded."""
     registries = options.registries(plugin)
-    chosen = parse_overrides(settings or ())
-    pictures = _draw(prompts, [seed + i for i in range(n)], backbone, erasure, concept, registries, chosen)
+    chosen, seeds = options.chosen(settings, vram), [seed + i for i in range(n)]
+    with listener() as told, heard(told):
+        told(StageStarted("generate"))
+        pictures = _draw(prompts, seeds, backbone, erasure, concept, registries, chosen)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, picture in enumerate(pictures):
@@ -64,14 +69,13 @@ def _draw(
 
     if concepts and erasure is None:
         raise UsageError("--concept chooses parts of an erasure: give --erasure FOLDER too.")
-    if unknown_parts := sorted(set(chosen) - {"backbone", "protocol"}):
-        raise UsageError(f"'{unknown_parts[0]}' has no settings here. Write backbone.key=value or protocol.key=value.")
     reject_unsafe(prompts)
     name = backbone or (read_manifest(erasure)["backbone"] if erasure else "sd15-mini")
     kind = registries.backbones.get(name)
     usual = _usual(kind.domain, registries).model_dump() | dict(kind.sampling)
     protocol = settings_of(Protocol, usual | chosen.get("protocol", {}), "protocol.")
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
+    loaded.encode([*prompts, ""])  # before the denoiser comes, which may need the room of the text encoders
     pipe = loaded.pipeline(encoders=False)
     if erasure:
         load_into(pipe, erasure, concepts or None, base=loaded, component=registries.components.get)

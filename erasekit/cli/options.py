@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from erasekit.config import parse_overrides
+from erasekit.errors import UsageError
 from erasekit.plugins import Registries, default, load
 
 Plugin = Annotated[
@@ -67,6 +69,18 @@ Vram = Annotated[
 def overrides(settings: list[str] | None, vram: str | None) -> list[str]:
     """The settings that `-s` gives, and `--vram` as the one that it stands for."""
     return [*(settings or ()), *([f"backbone.vram={vram}"] if vram else [])]
+
+
+def chosen(settings: list[str] | None, vram: str | None) -> dict[str, Any]:
+    """The settings of a command that has those of the backbone and of the protocol only.
+
+    Raises:
+        UsageError: others are given.
+    """
+    found = parse_overrides(overrides(settings, vram))
+    if unknown_parts := sorted(set(found) - {"backbone", "protocol"}):
+        raise UsageError(f"'{unknown_parts[0]}' has no settings here. Write backbone.key=value or protocol.key=value.")
+    return found
 
 
 def registries(files: list[Path] | None) -> Registries:

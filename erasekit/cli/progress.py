@@ -8,16 +8,40 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from erasekit.events import Event, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.events import Event, Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
 from erasekit.memory import peak_memory_mb
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class Pace:
+    """Times one part of a stage at a time, so that what is left is told from the part's own beginning."""
+
+    def __init__(self) -> None:
+        """Nothing is timed yet."""
+        self.part, self._since, self._first, self._last = "", 0.0, 0, 0
+
+    def begins(self, part: str, done: int) -> bool:
+        """Whether these are the first words about a part; from here on it is timed."""
+        new = part != self.part or done < self._last
+        if new:
+            self.part, self._since, self._first = part, time.monotonic(), done
+        self._last = done
+        return new
+
+    def told(self, done: int, total: int) -> str:
+        """The rate and the time left, "" while nothing is known."""
+        seconds = (time.monotonic() - self._since) / max(1, done - self._first)
+        if done == self._first or not seconds:
+            return ""
+        rate = f"{seconds:.1f} s each" if seconds >= 1 else f"{1 / seconds:.1f} a second"
+        return f"{rate}, {seconds * (total - done):.0f} s left  "
+
+
 class Bars:
-    """Listens to a run and draws a bar per stage, with step, time left and memory.
+    """Listens to a run and draws a bar per stage and per part of it, with rate, time left and memory.
 
     Attributes:
         started: whether a run began; one that was finished before does not.
@@ -26,15 +50,16 @@ class Bars:
     def __init__(self) -> None:
         """Draw on stderr."""
         columns = (
-            TextColumn("{task.description:12}"),
+            TextColumn("{task.description:22}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
         self.started = False
         self._progress = Progress(*columns, console=Console(stderr=True))
+        self._stage, self._pace = "", Pace()
+        self._parts: dict[str, TaskID] = {}  # of the stage; work that comes again has its bar again
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -52,12 +77,25 @@ class Bars:
             self._progress.console.print(_title(event), highlight=False, markup=False)
         elif isinstance(event, StageStarted):
             self._finish()
+            self._stage, self._pace, self._parts = event.stage, Pace(), {}
             self._task = self._progress.add_task(event.stage, total=None, note="")
         elif isinstance(event, RunFinished):
             self._finish()
-        elif self._task is not None and (counted := _count(event)):
-            done, total, note = counted
-            self._progress.update(self._task, completed=done, total=total, note=f"{note}{peak_memory_mb():.0f} MB")
+        elif counted := _count(event):
+            self._draw(*counted)
+
+    def _draw(self, part: str, done: int, total: int, note: str) -> None:
+        """Move the bar of a part: the stage's first part has the bar of the stage, each other one a bar of its own."""
+        if self._pace.begins(part, done):
+            if part in self._parts:
+                self._task = self._parts[part]
+                self._progress.reset(self._task)
+            elif self._parts or self._task is None:
+                self._finish()
+                self._task = self._progress.add_task(part, total=total, note="")
+            self._parts[part] = self._task
+        told = f"{note}{self._pace.told(done, total)}{peak_memory_mb():.0f} MB"
+        self._progress.update(self._parts[part], description=f"{self._stage}: {part}", completed=done, total=total, note=told)
 
     def _finish(self) -> None:
         """Fill the bar of the stage that ends; one that counted nothing gets a single step."""
@@ -67,7 +105,7 @@ class Bars:
 
     def _clear(self) -> None:
         """Take the bars of an earlier concept's run away."""
-        self._task = None
+        self._task, self._parts = None, {}
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
 
@@ -82,7 +120,7 @@ class Lines:
     def __init__(self) -> None:
         """Write to stderr."""
         self.started = False
-        self._stage, self._since, self._last = "", 0.0, 0.0
+        self._stage, self._pace, self._last = "", Pace(), 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -97,13 +135,16 @@ class Lines:
             self.started = True
             _write(_title(event))
         elif isinstance(event, StageStarted):
-            self._stage, self._since, self._last = event.stage, now, now
+            self._stage, self._pace, self._last = event.stage, Pace(), now
             _write(event.stage)
-        elif (counted := _count(event)) and (now - self._last > SECONDS_BETWEEN_LINES or counted[0] == counted[1]):
-            done, total, note = counted
-            left = (now - self._since) / max(done, 1) * (total - done)
-            self._last = now
-            _write(f"{self._stage} {done}/{total}  {note}{left:.0f} s left  {peak_memory_mb():.0f} MB")
+        elif counted := _count(event):
+            part, done, total, note = counted
+            self._pace.begins(part, done)
+            ends = done == total and not isinstance(event, Progressed)
+            if now - self._last > SECONDS_BETWEEN_LINES or ends:
+                self._last = now
+                told = self._pace.told(done, total)
+                _write(f"{self._stage}: {part} {done}/{total}  {note}{told}{peak_memory_mb():.0f} MB")
 
 
 def listener() -> Bars | Lines:
@@ -122,9 +163,12 @@ def _title(event: RunStarted) -> str:
     return f"{verb} {event.config_hash}: {event.method} erases {what} from {event.backbone}, measured on {event.task}"
 
 
-def _count(event: Event) -> tuple[int, int, str] | None:
+def _count(event: Event) -> tuple[str, int, int, str] | None:
+    """(part, done, total, note) of an event that counts something."""
+    if isinstance(event, Progressed):
+        return event.what, event.done, event.total, ""
     if isinstance(event, Sampled):
-        return event.done, event.total, ""
+        return "pictures", event.done, event.total, ""
     if isinstance(event, StepEnd):
-        return event.step, event.total, " ".join(f"{k} {v:.3g}" for k, v in event.values.items()) + "  "
+        return "steps", event.step, event.total, " ".join(f"{k} {v:.3g}" for k, v in event.values.items()) + "  "
     return None

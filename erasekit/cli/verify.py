@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
-from erasekit.config import DEFAULT_TASKS, parse_overrides, settings_of
+from erasekit.config import DEFAULT_TASKS, settings_of
+from erasekit.events import StageStarted, heard
 
 MEANING = {
     "to_neutral": "|W'e_w - W e_u|, the concept read as the neutral word was (Thm 3.1)",
@@ -25,30 +27,33 @@ def command(
     erasure: Annotated[Path, typer.Argument(help="The folder of an erasure.", show_default=False)],
     backbone: options.Backbone = None,
     task: options.Task = None,
+    drift: Annotated[bool, typer.Option("--drift", help="Measure how far predictions drift too; minutes, or hours.")] = False,
     settings: options.Set = None,
+    vram: options.Vram = None,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check every file's hash and the base's, then print the certificate: errors per site, and prediction drift per tau."""
+    """Check every file's hash and the base's, then print the certificate: what the weights do to the text, site by site."""
     from erasekit.certificate import certify
     from erasekit.erasure import Erasure, read_manifest
 
-    registries = options.registries(plugin)
+    chosen, registries = options.chosen(settings, vram), options.registries(plugin)
     kind = registries.backbones.get(backbone or read_manifest(erasure)["backbone"])
     found = registries.tasks.get(task or DEFAULT_TASKS[kind.domain], kind.domain)
-    config = settings_of(kind.Config, parse_overrides(settings or ()).get("backbone", {}), "backbone.")
-    loaded = kind.load(config)
-    saved = Erasure.load(erasure, loaded)
-    title = f"{', '.join(c.name for c in saved.concepts)}: every file is whole and belongs to '{saved.backbone}'"
-    if saved.kind == "guidance":
-        said = f"{title}; it changes no weights, so there is no certificate"
-        typer.echo(json.dumps({"kind": saved.kind}) if as_json else said)
-        return
     wanted = found() if isinstance(found, type) else found
-    protocol = wanted.protocol.model_copy(update=dict(kind.sampling))
-    content = certify(loaded, saved, wanted, protocol)
+    usual = wanted.protocol.model_dump() | dict(kind.sampling)
+    protocol = settings_of(type(wanted.protocol), usual | chosen.get("protocol", {}), "protocol.")
+    config = settings_of(kind.Config, chosen.get("backbone", {}), "backbone.")
+    with listener() as told, heard(told):
+        told(StageStarted("verify"))
+        loaded = kind.load(config)
+        saved = Erasure.load(erasure, loaded)
+        content = certify(loaded, saved, wanted, protocol, drift=drift) if saved.kind == "weights" else {"kind": saved.kind}
+    title = f"{', '.join(c.name for c in saved.concepts)}: every file is whole and belongs to '{saved.backbone}'"
     if as_json:
         typer.echo(json.dumps(content, indent=1))
+    elif saved.kind == "guidance":
+        typer.echo(f"{title}; it changes no weights, so there is no certificate")
     else:
         _show(content, title)
 
@@ -56,6 +61,9 @@ def command(
 def _show(content: dict[str, Any], title: str) -> None:
     rows = [[key, f"{content['max'][key]:.2e}", f"{content['mean'][key]:.2e}", text] for key, text in MEANING.items()]
     show(["per site", "max", "mean", "relative to |W(e_w - e_u)|"], rows, title=title)
+    if "prediction_drift" not in content:
+        typer.echo("How far predictions drift was not measured: --drift does it.")
+        return
     drift = [[f"{row['tau']:.3f}", f"{row['clean']:.2e}", f"{row['concept']:.2e}"] for row in content["prediction_drift"]]
     early = content["early_drift"]
     drift.append([f"< {early['tau0']}", f"{early['clean']:.2e}", f"{early['concept']:.2e}"])

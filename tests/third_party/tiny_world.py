@@ -95,7 +95,8 @@ class Pull(Method):
 
         def losses(batch, generator):
             tau = torch.rand(2, generator=generator)
-            x = torch.randn(backbone.latents([0, 1]).shape, generator=generator)
+            latents = backbone.latents([0, 1])
+            x = torch.randn(latents.shape, generator=generator).to(latents)
             with torch.no_grad(), bank.teacher():
                 target = backbone.predict(x, tau, neutral.repeat(2))
             error = (backbone.predict(x, tau, word.repeat(2)) - target).square().mean()

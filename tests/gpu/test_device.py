@@ -1,0 +1,71 @@
+"""Whole runs, every method and every preset of memory on a GPU; `--device cpu` runs the same without one."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from erasekit.config import build, resolve
+from erasekit.erasure import Erasure, load_into
+from erasekit.runner import compute, run
+from tests.contracts.test_matrix import METHODS, REGISTRIES, SHORT
+from tests.tiny_flux import TinyFlux
+
+
+@pytest.fixture(params=["tiny", "tiny-flux"])
+def base(request, tiny_folder, tiny_flux_folder):
+    """(backbone name, folder)."""
+    return request.param, {"tiny": tiny_folder, "tiny-flux": tiny_flux_folder}[request.param]
+
+
+def planned(method, base, device, *overrides):
+    backbone, folder = base
+    flags = {"method": method, "backbone": backbone, "task": "words", "concepts": ("cat",)}
+    place = [f"backbone.path={folder}", f"backbone.device={device}"]
+    return build(flags, overrides=[*place, *SHORT.get(method, []), *overrides])
+
+
+def drawn(backbone, pipe, plan):
+    """Latents of one prompt."""
+    call = backbone.call_arguments(backbone.encode(["a photo of a cat"]), empty=backbone.encode([""]), guidance=2.0)
+    size = dict.fromkeys(("height", "width"), plan.protocol.size)
+    seed = torch.Generator().manual_seed(0)
+    return pipe(**call, **size, num_inference_steps=2, generator=seed, output_type="latent").images
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_scores_every_picture(base, device, tmp_path, dtype):
+    result = run(planned("pull", base, device, f"backbone.dtype={dtype}"), out=tmp_path, registries=REGISTRIES)
+    assert result.counts["failed"] == 0
+    assert result.peak_memory_mb > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_erases_in_bfloat16(base, device, tmp_path, method):
+    plan = resolve(planned(method, base, device, "backbone.dtype=bfloat16"), REGISTRIES)
+    backbone = plan.backbone.load(plan.backbone_config)
+    backbone.encode(["a photo of a cat", ""])
+    before = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
+    compute(plan, backbone, REGISTRIES).save(tmp_path / "erasure")
+    after = backbone.denoiser.state_dict()
+    assert before.keys() == after.keys(), "the method left adapters on the base"
+    assert all(torch.equal(before[k], after[k]) for k in before), "the method changed the base"
+    assert Erasure.load(tmp_path / "erasure", backbone).method == method
+    plain, pipe = backbone.pipeline(encoders=False), backbone.pipeline(encoders=False)
+    load_into(pipe, tmp_path / "erasure", base=backbone, component=REGISTRIES.components.get)
+    erased = drawn(backbone, pipe, plan)
+    assert torch.isfinite(erased).all()
+    assert erased.device.type == device
+    assert not torch.equal(erased, drawn(backbone, plain, plan)), "the erasure changes nothing"
+
+
+@pytest.mark.parametrize("vram", sorted(TinyFlux.holding))
+def test_every_preset_of_memory_trains(tiny_flux_folder, device, tmp_path, vram):
+    if TinyFlux.holding[vram].weights == "nf4" and (device == "cpu" or not find_spec("bitsandbytes")):
+        pytest.skip("four bits need a GPU and bitsandbytes")
+    settings = [f"backbone.vram={vram}", "backbone.dtype=bfloat16"]
+    plan = resolve(planned("pull", ("tiny-flux", tiny_flux_folder), device, *settings), REGISTRIES)
+    backbone = plan.backbone.load(plan.backbone_config)
+    losses = []
+    compute(plan, backbone, REGISTRIES, log=lambda step, total, values: losses.append(values["pull"])).save(tmp_path / "e")
+    assert len(losses) == plan.method_config.steps
