@@ -56,6 +56,13 @@ class Progressed(Event):
 
 
 @dataclass(frozen=True)
+class Noted(Event):
+    """A method has something to say in one line, e.g. which other words it erases; see `note`."""
+
+    line: str
+
+
+@dataclass(frozen=True)
 class StepEnd(Event):
     """One training step is done."""
 
@@ -115,6 +122,8 @@ Listener = Callable[[Event], None]
 SECONDS_BETWEEN = 1.0  # of two events about the same work
 _heard: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("erasekit_progress", default=None)
 
+_listener: ContextVar[Callable[[Event], None] | None] = ContextVar("erasekit_listener", default=None)
+
 
 def progress(what: str, done: int, total: int) -> None:
     """Say how far some work is that may take long: heard by the run that it is done for, by nobody outside of one.
@@ -129,6 +138,13 @@ def progress(what: str, done: int, total: int) -> None:
         tell(what, done, total)
 
 
+def note(line: str) -> None:
+    """Say something that a user should see while the work goes on, in one line: heard as `progress` is."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(Noted(line))
+
+
 @contextmanager
 def heard(listener: Listener) -> Iterator[None]:
     """Hand what `progress` is told in this block to `listener`: begin and end of any work, and between them one a second."""
@@ -141,11 +157,12 @@ def heard(listener: Listener) -> Iterator[None]:
             last = now
             listener(Progressed(what, done, total))
 
-    token = _heard.set(tell)
+    token, other = _heard.set(tell), _listener.set(listener)
     try:
         yield
     finally:
         _heard.reset(token)
+        _listener.reset(other)
 
 
 class Dispatcher:

@@ -87,6 +87,13 @@ class SiteEmbeddings:
         return e_w, e_u
 
     @cached_property
+    def end(self) -> torch.Tensor:
+        """The end token of the empty prompt, which the paper takes for "empty", (width,), float64; pooled, that prompt's own."""
+        empty = self._ctx.backbone.encode([""])
+        at = 0 if self._reads == "pooled" else int(empty.lengths[0]) - 1
+        return _read(empty, self._reads)[0, at].to(self._ctx.backbone.device, torch.float64)
+
+    @cached_property
     def preserve(self) -> Moment:
         """Of what must not change, see `preserve_prompts`; the empty prompt counts as often as all others together."""
         return kept_moment(self._ctx.backbone, preserve_prompts(self._ctx), self._reads)

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from erasekit.events import Event, Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.events import Event, Noted, Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
 from erasekit.memory import peak_memory_mb
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -79,6 +79,8 @@ class Bars:
             self._finish()
             self._stage, self._pace, self._parts = event.stage, Pace(), {}
             self._task = self._progress.add_task(event.stage, total=None, note="")
+        elif isinstance(event, Noted):
+            self._progress.console.print(event.line, highlight=False, markup=False)
         elif isinstance(event, RunFinished):
             self._finish()
         elif counted := _count(event):
@@ -137,6 +139,8 @@ class Lines:
         elif isinstance(event, StageStarted):
             self._stage, self._pace, self._last = event.stage, Pace(), now
             _write(event.stage)
+        elif isinstance(event, Noted):
+            _write(event.line)
         elif counted := _count(event):
             part, done, total, note = counted
             self._pace.begins(part, done)

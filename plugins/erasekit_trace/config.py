@@ -15,14 +15,18 @@ class TraceConfig(TrainingConfig):
     """Settings of TRACE. Each slot names a registered component."""
 
     steps: int = Field(120, ge=0, description="training steps for each concept; 0 leaves stage 2 out")
-    refine: str = Field("whitened", description="stage 1: eq1, delta, whitened, uce, none or a registered one")
+    refine: str = Field("uce", description="stage 1: uce, whitened, eq1, delta, none or a registered one")
     eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
     near_words: int = Field(
         0, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
     )
-    ridge: float = Field(0.3, ge=0, description="ridge of the closed form, relative to the size of its system")
+    e_u: Literal["neutral", "end"] = Field(
+        "neutral",
+        description="eq1, delta: what the concept's vector becomes, the neutral words' or the end token's (the paper's)",
+    )
+    ridge: float = Field(1e-3, ge=0, description="ridge of the closed form, relative to the size of its system")
     preserve_scale: float = Field(
-        10.0, ge=0, description="weight of the preserved prompts: against captions in whitened, against the concept's in uce"
+        1.0, ge=0, description="weight of the preserved prompts: against captions in whitened, against the concept's in uce"
     )
     caption_scale: float = Field(0.01, ge=0, description="uce: weight of captions of all kinds against the concept's prompts")
     fix_neutral: bool = Field(True, description="hold the neutral embeddings fixed as well")

@@ -15,6 +15,7 @@ from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, concatenate, merged, scale
 from erasekit.erasure import Erasure
+from erasekit.events import note
 from erasekit.method import Method, RunContext
 from erasekit.near import near_words
 from erasekit.prompts import concept_pairs, neutral_of
@@ -28,25 +29,38 @@ from erasekit_trace.pool import clean_pool, pair_pool, target_pool
 from erasekit_trace.slots import Adapter
 from erasekit_trace.step import TraceStep
 
+LEAST_ETA = 0.3  # a smaller damping is a warning
+
 
 class Trace(Method):
-    """TRACE (arXiv:2505.23312), as DESIGN.md section 8 defines it."""
+    """TRACE (arXiv:2505.23312), with the paper's open ends closed so that it can be run (docs/explanation.md).
+
+    Stage 1 edits the layers that read text so that prompts of the concept act like their neutral prompts, damped by eta.
+    Stage 2 trains a LoRA for each concept on the late part of the teacher's semi-target trajectories, and holds clean
+    prompts where they were. Each part is a slot with several components.
+    """
 
     name = "trace"
     version = 2  # the empty prompt and all pads of preserved prompts are held; eq1 and delta take one vector
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "dit": {"scope": "qk_dual", "refine": "uce", "preserve_scale": 0.3, "ridge": 1e-3, "near_words": 16},
+        "dit": {"scope": "qk_dual", "near_words": 16},
         # Estimates of what a GPU of 24 GB holds, not measured yet.
         **{name: {"batch": 4} for name in ("sd15", "sd14")},
         **{name: {"batch": 1, "trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Sections 4.1 to 4.3. Where the paper leaves a choice, docs/explanation.md says which one this is.
         "paper": {
             "refine": "eq1",
+            "e_u": "end",
             "near_words": 0,
             "window": "late",
+            "eta_neg": 1.0,
+            "divergence": ("probe",),
             "bank": "per-concept",
+            "scope": "kv",
+            "rank": 4,
             "integration": "pairs",
             "steps": 1000,
             "batch": 4,
@@ -72,7 +86,8 @@ class Trace(Method):
             deltas.setdefault(name, {})["refine"] = delta
         for name, delta in adapters.items():
             deltas.setdefault(name, {})["adapter"] = delta
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        figures = {"eta": ctx.shared.get("eta"), "words": {c.name: c.phrases for c in ctx.concepts}}
+        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas, figures=figures)
 
     def _hardened(self, ctx: RunContext, refined: dict[str, Deltas], adapters: Mapping[str, Deltas]) -> dict[str, Deltas]:
         """The closed-form part of each concept after the stages of `robustify`, which see the adapters too."""
@@ -84,9 +99,14 @@ class Trace(Method):
 
     def _widened(self, ctx: RunContext, concept: Concept) -> Concept:
         """A concept with the other words for it that the text encoder names; proper names have none."""
-        if concept.kind in ("identity", "style"):
+        if concept.kind in ("identity", "style") or not self.config.near_words:
             return concept
+        if not concept.preserve:
+            note(
+                f"No other words for '{concept.name}' are looked for: nothing of its kind is preserved. Name some: --preserve."
+            )
         words = near_words(ctx.backbone, concept, self.config.near_words)
+        note(f"Erased with '{concept.name}', as the text encoder reads them alike: {', '.join(words) or 'nothing'}.")
         return concept.model_copy(update={"phrases": (*concept.phrases, *words)})
 
     # Stage 1
@@ -104,6 +124,9 @@ class Trace(Method):
         eta = self.config.eta
         if eta is None:
             eta = choose_eta(ctx, concatenate(list(refined.values())))
+        ctx.shared["eta"] = eta
+        if eta < LEAST_ETA:
+            ctx.warn(f"Stage 1 is nearly off (eta {eta:g}): '{self.config.refine}' moves what must stay more than the concept.")
         return {name: scale(delta, eta) for name, delta in refined.items()}
 
     # Stage 2

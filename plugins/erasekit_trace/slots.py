@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 def eq1(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
     """The paper's Eq. 1: one vector and one rank for each concept."""
-    return closedform.eq1(*e.vectors)
+    return closedform.eq1(*_vectors(e, config))
 
 
 def delta(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
     """The paper's Prop. 3.2: one vector and one rank for each concept."""
-    return closedform.delta_projection(*e.vectors)
+    return closedform.delta_projection(*_vectors(e, config))
+
+
+def _vectors(e: SiteEmbeddings, config: TraceConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """e_w and e_u of each concept, (concepts, width)."""
+    e_w, e_u = e.vectors
+    return e_w, e_u if config.e_u == "neutral" else e.end.expand_as(e_w)
 
 
 def whitened(e: SiteEmbeddings, config: TraceConfig) -> list[TextEdit]:
