@@ -88,7 +88,7 @@ class SiteEmbeddings:
 
     @cached_property
     def end(self) -> torch.Tensor:
-        """The end token of the empty prompt, which the paper takes for "empty", (width,), float64; pooled, that prompt's own."""
+        """The end token of the empty prompt, the paper's "empty", (width,), float64; of a pooled embedding that itself."""
         empty = self._ctx.backbone.encode([""])
         at = 0 if self._reads == "pooled" else int(empty.lengths[0]) - 1
         return _read(empty, self._reads)[0, at].to(self._ctx.backbone.device, torch.float64)

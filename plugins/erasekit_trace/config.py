@@ -22,7 +22,7 @@ class TraceConfig(TrainingConfig):
     )
     e_u: Literal["neutral", "end"] = Field(
         "neutral",
-        description="eq1, delta: what the concept's vector becomes, the neutral words' or the end token's (the paper's)",
+        description="eq1, delta: what takes the place of the concept's vector: the neutral words', or the end token",
     )
     ridge: float = Field(1e-3, ge=0, description="ridge of the closed form, relative to the size of its system")
     preserve_scale: float = Field(
