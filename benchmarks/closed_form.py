@@ -198,6 +198,7 @@ def main() -> None:
     for what in args.what or ("sd15", "flux", "solve"):
         done = subprocess.run([sys.executable, __file__, what, "--here"], stdout=subprocess.PIPE, text=True, check=True)
         result[what] = json.loads(done.stdout.splitlines()[-1])
+        print(what, result[what], file=sys.stderr, flush=True)
     result |= record.machine()
     print(json.dumps(result, indent=1))
     if args.out:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from erasekit.concepts import Concept
-from erasekit.deltas import Dense, LowRank, concatenate, merged, norm
+from erasekit.deltas import Dense, LowRank, concatenate, merged, norm, to_dense
 from erasekit.erasure import Erasure, digest, file_stems, load_into, read_manifest
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from tests import tiny
@@ -96,6 +96,44 @@ def test_parts_load_on_their_own(backbone, erasure, tmp_path):
     pipe.load_lora_weights(tmp_path / "e", weight_name="parts/cat.refine.safetensors", adapter_name="refine")
     assert len(get_peft_model_state_dict(pipe.unet, adapter_name="refine")) == 2 * len(backbone.text_sites())
     assert not (tmp_path / "e" / "parts" / "Orla-Vint.refine.safetensors").exists()  # its only part is the whole
+
+
+def test_one_concept_is_one_file_under_two_names(backbone, erasure, tmp_path, monkeypatch):
+    """Linked where the disk has links and copied where it has none, both with the same hashes."""
+    one = replace(erasure, deltas={"cat": erasure.deltas["cat"]}, concepts=erasure.concepts[:1])
+    linked = one.save(tmp_path / "linked")
+    assert (tmp_path / "linked" / "all.safetensors").samefile(tmp_path / "linked" / "cat.safetensors")
+    erasure.save(tmp_path / "two")
+    assert not (tmp_path / "two" / "all.safetensors").samefile(tmp_path / "two" / "cat.safetensors")
+
+    def refuse(*names):
+        raise OSError
+
+    monkeypatch.setattr("os.link", refuse)
+    assert one.save(tmp_path / "copied") == linked
+    assert not (tmp_path / "copied" / "all.safetensors").samefile(tmp_path / "copied" / "cat.safetensors")
+    for name in ("linked", "copied"):
+        pipe = backbone.pipeline()
+        assert load_into(pipe, tmp_path / name) == ["all"]
+        assert set(Erasure.load(tmp_path / name).total()) == set(one.total())
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0), ("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_compact_files_say_what_they_cost(backbone, erasure, tmp_path, dtype, most):
+    """Also of factors whose sizes are far apart, for which half precision has no room."""
+    apart = {name: LowRank(1e-6 * d.up, 1e2 * d.down) for name, d in erasure.deltas["cat"]["refine"].items()}
+    one = replace(erasure, deltas={"cat": {"refine": apart}})
+    one.save(tmp_path / "e", dtype=dtype)
+    manifest, loaded = read_manifest(tmp_path / "e"), Erasure.load(tmp_path / "e").total()
+    assert {t.dtype for t in load_file(tmp_path / "e" / "cat.safetensors").values()} == {getattr(torch, dtype)}
+    assert manifest["dtype"] == dtype
+    assert manifest["ranks"] == {"cat.safetensors": 3, "all.safetensors": 3}
+    wrong = sum((to_dense(loaded[n]).double() - to_dense(d).double()).square().sum() for n, d in apart.items())
+    size = sum(to_dense(d).double().square().sum() for d in apart.values())
+    assert manifest["rounding"] <= most
+    if most:
+        assert manifest["rounding"] == pytest.approx(float((wrong / size).sqrt()), rel=1e-2)
+        assert load_into(backbone.pipeline(), tmp_path / "e") == ["all"]
 
 
 def test_files_hold_what_save_lora_weights_writes(backbone, erasure, tmp_path):

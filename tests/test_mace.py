@@ -13,9 +13,9 @@ from erasekit.deltas import concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.sites import kept_rows, phrased_prompts, rows
+from erasekit.sites import kept_moment, phrased_prompts
 from erasekit_mace import losses, masks
-from erasekit_mace.inputs import beside, hidden_moments, kept
+from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.method import Mace, MaceConfig, _kept
 from erasekit_mace.plugin import register_components
 from tests.third_party.tiny_world import Words
@@ -73,7 +73,7 @@ def test_the_window_is_the_papers_timesteps():
 
 def test_words_beside_the_concept_are_paired_with_the_same_words_of_the_neutral_prompt(sd):
     ctx = context(sd, ("cat",))
-    mine, goal = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
+    ((mine, goal),) = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
     concept, neutral = (sd.encode([f"a {w} by the ship"]).tokens[0].double() for w in ("cat", "thing"))
     assert torch.equal(mine, concept[3:])  # begin, "a" and the concept itself are left out
     assert torch.equal(goal, neutral[3:])
@@ -81,19 +81,19 @@ def test_words_beside_the_concept_are_paired_with_the_same_words_of_the_neutral_
 
 def test_every_word_beside_the_concept_counts_in_t5(flux):
     ctx = context(flux, ("cat",))
-    mine, goal = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
+    ((mine, goal),) = beside(ctx, ctx.concepts[0], ["a cat by the ship"], "tokens")
     concept, neutral = (flux.encode([f"a {w} by the ship"]).tokens[0].double() for w in ("cat", "thing"))
     outside = [0, *range(2, len(concept))]
     assert torch.equal(mine, concept[outside])
     assert torch.equal(goal, neutral[outside])
-    pooled = beside(ctx, ctx.concepts[0], ["a cat"], "pooled")
+    (pooled,) = beside(ctx, ctx.concepts[0], ["a cat"], "pooled")
     assert torch.equal(pooled[0], flux.encode(["a cat"]).pooled.double())
     assert torch.equal(pooled[1], flux.encode(["a thing"]).pooled.double())
 
 
 def test_without_a_neutral_word_nothing_before_the_phrase_is_moved_in_clip(sd):
     ctx = context(sd, ("cat",), neutral="")
-    mine, goal = beside(ctx, ctx.concepts[0], ["a photo of a cat"], "tokens")
+    ((mine, goal),) = beside(ctx, ctx.concepts[0], ["a photo of a cat"], "tokens")
     assert torch.equal(mine, sd.encode(["a photo of a cat"]).tokens[0, 6:].double())
     assert len(goal) == len(mine)
 
@@ -105,17 +105,11 @@ def test_prompts_without_the_phrase_are_left_out(sd):
         phrased_prompts(ctx, ctx.concepts[0].model_copy(update={"templates": ("red",), "phrases": ("ship",)}))
 
 
-def test_rows_keep_one_pad(sd):
-    cond = sd.encode(["a cat", "a photo of a cat"])
-    assert kept(cond).sum(1).tolist() == [5, 8]  # begin, words, end and a pad
-    assert len(rows(cond, "tokens")) == 13
-
-
-def test_hidden_moments_are_of_the_words_and_one_pad(flux):
+def test_hidden_moments_are_of_all_tokens(flux):
     ctx, site = context(flux), "context_embedder"  # reads the text itself, at every point of the way
     cond, x0 = flux.encode(["a cat", "a photo of a dog"]), flux.latents([0, 1])
     read = hidden_moments(ctx, [site], x0, cond, "rows")[site]
-    tokens = rows(cond, "tokens")
+    tokens = cond.tokens.flatten(0, 1).double()
     torch.testing.assert_close(read, 4 * tokens.T @ tokens)
 
 
@@ -191,11 +185,12 @@ def test_the_refinement_moves_co_occurring_words_to_the_neutral_ones_and_keeps_t
     deltas = mace.refine(ctx)["cat"]
     site = backbone.text_sites()[0]
     weight, delta = backbone.weight(site.name).double(), to_dense(deltas[site.name])
-    mine, goal = beside(ctx, ctx.concepts[0], phrased_prompts(ctx, ctx.concepts[0]), "tokens")
+    found = beside(ctx, ctx.concepts[0], phrased_prompts(ctx, ctx.concepts[0]), "tokens")
+    mine, goal = (torch.cat(side) for side in zip(*found, strict=True))
     before, after = (((w @ mine.T) - weight @ goal.T).norm() for w in (weight, weight + delta))
     assert after < 0.3 * before
     held = method(backbone, ridge=1e-9, refine_preserve=1e3).refine(ctx)["cat"]
-    still = rows(backbone.encode(["a photo of a ship"]), "tokens")
+    still = backbone.encode(["a photo of a ship"]).tokens[0].double()
     drift, free = ((to_dense(d[site.name]) @ still.T).norm() for d in (held, deltas))
     assert drift < 0.2 * free
 
@@ -234,7 +229,7 @@ def test_the_fused_edit_is_what_the_loras_do_on_the_concepts_prompts(sd):
     with merged(sd.denoiser, refined):
         lora = mace.suppress(ctx, ctx.concepts[0], mace.pictures(ctx, ctx.concepts[0]))
     (fused,) = mace.fuse(ctx, refined, [lora], mace.moments(ctx, [], None))
-    tokens = rows(sd.encode(phrased_prompts(ctx, ctx.concepts[0])), "tokens")
+    tokens = sd.encode(phrased_prompts(ctx, ctx.concepts[0])).tokens.flatten(0, 1).double()
     assert any(to_dense(d).abs().max() > 0 for d in lora.values())
     for layer, delta in fused.items():
         want = tokens @ (to_dense(refined[layer]) + to_dense(lora[layer]).double()).T
@@ -270,5 +265,5 @@ def test_what_the_concepts_ask_to_keep_is_kept_and_every_pad_of_the_empty_prompt
     ctx = context(sd, templates=("a {}",), preserve=("ship", "cat"))  # a cat is erased, whoever asks for it
     prompts = ["", "a ship", "a photo of a ship", *(f"a photo of a {w}" for w in ("red", "kitten", "photo"))]
     assert _kept(ctx) == prompts
-    want = torch.cat([rows(sd.encode(prompts), "tokens"), sd.encode([""]).tokens[0].double()])
-    assert torch.equal(kept_rows(sd, prompts, "tokens"), want)
+    want = sd.encode([*prompts, *[""] * 4]).tokens.flatten(0, 1).double()  # the empty prompt as often as the five others
+    torch.testing.assert_close(kept_moment(sd, prompts, "tokens").total_DD, want.T @ want)

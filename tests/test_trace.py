@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from erasekit.backbone import guided
+from erasekit.closedform import Moment, Pairs
 from erasekit.deltas import to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import RunContext
@@ -73,12 +76,13 @@ def doubles(*shape, n=3):
 def test_the_uce_refinement_holds_preserved_prompts_and_captions():
     """The minimiser of its objective, by hand: any other edit of W costs more."""
     width = 5
-    e = slots.Embeddings(*doubles(7, width, n=4))
-    config = TraceConfig(refine="uce", ridge=0.2, preserve_scale=0.5, caption_scale=0.3)
+    w, u, kept, seen = doubles(7, width, n=4)
+    pairs, moments = Pairs.empty(width).add(w, u), [Moment(side.T @ side, len(side)) for side in (kept, seen)]
+    e = SimpleNamespace(pairs=(pairs,), preserve=moments[0], captions=moments[1])
+    config = TraceConfig(refine="uce", ridge=0.2, preserve_scale=0.5, caption_scale=0.3, rank_error=0)
     weight = doubles(3, width, n=1)[0]
-    edit = slots.uce(e, config)
+    (edit,) = slots.uce(e, config)
     edited = weight + weight @ edit.difference_DN @ edit.read_ND
-    w, u, kept, seen = e.concept_ND, e.neutral_ND, e.preserve_MD, e.caption_MD
     c_DD = w.T @ w + 0.5 * kept.T @ kept + 0.3 * seen.T @ seen
     ridge = 0.2 * c_DD.trace() / width
 
@@ -88,6 +92,42 @@ def test_the_uce_refinement_holds_preserved_prompts_and_captions():
 
     for other in torch.randn(20, 3, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64):
         assert cost(edited) < cost(edited + 1e-3 * other)
+
+
+@pytest.mark.parametrize("refine", ["whitened", "uce"])
+def test_the_empty_prompt_is_held(wide, refine):
+    """Guidance's other branch: of its embeddings hardly anything moves, at every site and position."""
+    task = Words()
+    ctx = RunContext(wide, (task.concept("cat"),), task)
+    settings = {"whitened": {"ridge": 0.3, "preserve_scale": 10.0}, "uce": {"ridge": 1e-4}}[refine]
+    deltas = Trace(TraceConfig(refine=refine, eta=1.0, **settings)).refine(ctx)["cat"]
+    empty, cat = wide.encode([""]), wide.encode(["a photo of a cat"])
+    for site in wide.text_sites():
+        delta = to_dense(deltas[site.name]).double()
+        moved, meant = (getattr(cond, site.reads).double().flatten(0, -2) @ delta.T for cond in (empty, cat))
+        assert moved.norm() < 0.1 * meant.norm()
+
+
+@pytest.mark.parametrize("neutral", ["a red thing", ""])
+@pytest.mark.parametrize("refine", ["eq1", "delta"])
+def test_the_papers_refinements_are_of_one_vector_per_concept(wide, refine, neutral):
+    """W' e_w = W e_u (Eq. 1) and W' e_w = W' e_u (Prop. 3.2) at every site, for two concepts at once, of rank 1 each."""
+    task = Words()
+    concepts = [task.concept(n).model_copy(update={"neutral": neutral, "phrases": (f"a {n}",)}) for n in ("cat", "dog")]
+    ctx = RunContext(wide, tuple(concepts), task)
+    refined = Trace(TraceConfig(refine=refine, eta=1.0)).refine(ctx)
+    for concept in concepts:
+        name = concept.phrases[0]
+        mine, goal = wide.encode([name]), wide.encode([neutral])
+        at = wide.spans(name, concept.name)[0][-1]
+        there = wide.spans(neutral, "thing")[0][-1] if neutral else at
+        for site in wide.text_sites():
+            w, u = (mine.pooled[0], goal.pooled[0]) if site.reads == "pooled" else (mine.tokens[0, at], goal.tokens[0, there])
+            before = wide.weight(site.name).double()
+            after = before + sum(to_dense(own[site.name]).double() for own in refined.values())
+            want = (before if refine == "eq1" else after) @ u.double()
+            assert (after @ w.double() - want).norm() < 1e-8 * (before @ (w - u).double()).norm()
+            assert refined[concept.name][site.name].rank == 1
 
 
 # Losses

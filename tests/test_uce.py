@@ -13,7 +13,7 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.plugins import default
-from erasekit.sites import preserve_prompts, rows, site_embeddings
+from erasekit.sites import concept_prompts, held, pair_rows, preserve_prompts, site_embeddings
 from erasekit_uce.method import Uce, UceConfig
 from tests import tiny_flux
 from tests.third_party.tiny_world import Words
@@ -40,11 +40,26 @@ def total(erasure, module):
     return to_dense(erasure.total()[module]).double()
 
 
-def loop_solution(e, weight, *, ridge, erase, preserve):
+def of_concepts(ctx, reads, tokens="all", guide=None):
+    """All rows e_w and e_u of all concepts, stacked."""
+    found = []
+    for concept in ctx.concepts:
+        prompts = concept_prompts(concept, ctx.prompts("erase"))
+        guided = concept if guide is None else concept.model_copy(update={"neutral": guide})
+        found += pair_rows(ctx.backbone, guided, prompts, reads, tokens)
+    return [torch.cat(side) for side in zip(*found, strict=True)]
+
+
+def of_kept(ctx, reads):
+    """All rows that are held, stacked: the empty prompt's as often as there are other prompts."""
+    prompts = preserve_prompts(ctx)
+    return torch.cat([every(ctx.backbone.encode([p]), reads) for p in [*prompts, *[""] * (len(prompts) - 2)]])
+
+
+def loop_solution(w, u, p, weight, *, ridge, erase, preserve):
     """The published formula with loops over embeddings, one concept after the other in one system."""
     matrix = weight.double().numpy()
-    w, u = (torch.cat(side).numpy() for side in (e.concepts, e.goals))
-    p = e.preserve_MD.numpy()
+    w, u, p = w.numpy(), u.numpy(), p.numpy()
     c = erase * w.T @ w + preserve * p.T @ p
     pull = ridge * np.trace(c) / len(c)
     left = pull * matrix
@@ -59,13 +74,13 @@ def loop_solution(e, weight, *, ridge, erase, preserve):
 @pytest.mark.parametrize("tokens", ["last", "suffix", "all"])
 def test_every_site_is_the_published_formula(backbone, names, tokens):
     ctx = context(backbone, names)
-    config = UceConfig(tokens=tokens, ridge=0.02, erase_scale=0.7, preserve_scale=0.3)
+    config = UceConfig(tokens=tokens, ridge=0.02, erase_scale=0.7, preserve_scale=0.3, rank_error=0)
     erasure = Uce(config).erase(ctx)
-    embeddings = site_embeddings(ctx, tokens=tokens)
     assert set(erasure.deltas) == set(names)
     assert {site.name for site in backbone.text_sites()} == set(erasure.total())
     for site in backbone.text_sites():
-        want = loop_solution(embeddings[site.reads], backbone.weight(site.name), ridge=0.02, erase=0.7, preserve=0.3)
+        rows = *of_concepts(ctx, site.reads, tokens), of_kept(ctx, site.reads)
+        want = loop_solution(*rows, backbone.weight(site.name), ridge=0.02, erase=0.7, preserve=0.3)
         np.testing.assert_allclose(total(erasure, site.name).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
 
 
@@ -97,7 +112,7 @@ def test_the_concept_reads_as_its_neutral_and_the_preserved_stay(wide):
     def distance(a, b):
         return sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True)) ** 0.5
 
-    inputs = [lambda reads, c=cond: every(c, reads) for cond in (cat, thing, empty)] + [lambda reads: rows(ship, reads)]
+    inputs = [lambda reads, c=cond: every(c, reads) for cond in (cat, thing, empty, ship)]
     with torch.no_grad():
         with_cat, with_thing, with_nothing, with_ship = (outputs(read) for read in inputs)
         span = distance(with_cat, with_thing)
@@ -125,36 +140,36 @@ def test_positions(backbone, tokens):
     """Prompts of one template: 'a photo of cat in the red', where the concept stands before the end."""
     concept = Concept(name="cat", phrases=("cat",), neutral="thing", templates=("a photo of {} in the red",))
     ctx = RunContext(backbone, (concept,), NoPrompts())
-    found = site_embeddings(ctx, tokens=tokens)
+    rows = {reads: of_concepts(ctx, reads, tokens) for reads in {site.reads for site in backbone.text_sites()}}
     cond, goal = (backbone.encode([f"a photo of {w} in the red"]) for w in ("cat", "thing"))
     at = backbone.spans("a photo of cat in the red", "cat")[-1][-1]
     length = cond.tokens.shape[1]
     first = 0 if tokens == "all" and backbone.prefix != "unet" else at  # T5 reads both ways: the words before it differ too
     kept = slice(first, at + 1 if tokens == "last" else length)
-    assert torch.equal(found["tokens"].concepts[0], cond.tokens[0, kept].double())
-    assert torch.equal(found["tokens"].goals[0], goal.tokens[0, kept].double())
-    if "pooled" in found:
-        assert torch.equal(found["pooled"].concepts[0], cond.pooled.double())
+    assert torch.equal(rows["tokens"][0], cond.tokens[0, kept].double())
+    assert torch.equal(rows["tokens"][1], goal.tokens[0, kept].double())
+    if "pooled" in rows:
+        assert torch.equal(rows["pooled"][0], cond.pooled.double())
 
 
 def test_the_last_token_of_a_phrase_is_paired_with_the_neutral_noun(backbone):
     concept = Concept(name="cat", phrases=("red kitten",), neutral="thing", templates=("a photo of {}",))
     ctx = RunContext(backbone, (concept,), NoPrompts())
-    found = site_embeddings(ctx, tokens="last")["tokens"]
+    found = of_concepts(ctx, "tokens", "last")
     cond, goal = backbone.encode(["a photo of red kitten"]), backbone.encode(["a photo of thing"])
     at, there = backbone.spans("a photo of red kitten", "kitten")[0][-1], backbone.spans("a photo of thing", "thing")[0][-1]
-    assert torch.equal(found.concepts[0], cond.tokens[0, at : at + 1].double())
-    assert torch.equal(found.goals[0], goal.tokens[0, there : there + 1].double())
+    assert torch.equal(found[0], cond.tokens[0, at : at + 1].double())
+    assert torch.equal(found[1], goal.tokens[0, there : there + 1].double())
 
 
 def test_a_prompt_without_the_phrase_is_edited_at_its_last_word(backbone):
     """A task's prompt may ask for the concept in other words; the empty guide takes the place of any prompt."""
     concept = Concept(name="cat", phrases=("kitten",), templates=("{}",))
-    found = site_embeddings(RunContext(backbone, (concept,), Words()), tokens="last")["tokens"]
+    found = of_concepts(RunContext(backbone, (concept,), Words()), "tokens", "last")
     at = backbone.spans("a photo of a cat", "cat")[0][-1]
     want = [backbone.encode(["kitten"]).tokens[0, backbone.spans("kitten", "kitten")[0][-1]]]
     want.append(backbone.encode(["a photo of a cat"]).tokens[0, at])
-    assert torch.equal(found.concepts[0], torch.stack(want).double())
+    assert torch.equal(found[0], torch.stack(want).double())
 
 
 def test_what_is_preserved(backbone):
@@ -162,41 +177,41 @@ def test_what_is_preserved(backbone):
     prompts = preserve_prompts(ctx)
     assert prompts == ["", "ship", "a photo of ship", "a photo of a ship"]  # the dog is erased itself
     cond = backbone.encode(["a photo of a ship", ""])
-    kept = [cond.tokens[i, : int(n) + 1] for i, n in enumerate(cond.lengths)]
-    assert torch.equal(rows(cond, "tokens"), torch.cat(kept).double())
-    preserved = site_embeddings(ctx)["tokens"].preserve_MD
-    assert torch.equal(preserved[-cond.tokens.shape[1] :], cond.tokens[1].double())  # every pad of the empty prompt
+    rows = cond.tokens.flatten(0, 1).double()  # every pad
+    torch.testing.assert_close(held(backbone, ["a photo of a ship", ""], "tokens").total_DD, rows.T @ rows)
+    rows, preserved = of_kept(ctx, "tokens"), site_embeddings(ctx)["tokens"].preserve
+    torch.testing.assert_close(preserved.total_DD, rows.T @ rows)
+    torch.testing.assert_close(preserved.mean_DD, rows.T @ rows / len(rows))
 
 
 def test_guides_take_the_place_of_the_neutral_words(backbone):
     ctx = context(backbone)
-    plain, empty = (site_embeddings(ctx, guides=guides)["tokens"] for guides in ((), ("",)))
-    assert not torch.equal(plain.goals[0][:3], empty.goals[0][:3])
+    plain, empty = (site_embeddings(ctx, guides=guides)["tokens"].pairs[0] for guides in ((), ("",)))
+    assert not torch.equal(plain.uu_DD, empty.uu_DD)
     bare = context(backbone, neutral="")
-    assert torch.equal(site_embeddings(bare)["tokens"].goals[0], empty.goals[0])
+    assert torch.equal(site_embeddings(bare)["tokens"].pairs[0].uu_DD, empty.uu_DD)
 
 
 def test_two_guides_give_the_least_squares_compromise(backbone):
     """min |W' w - W a|^2 + |W' w - W b|^2 is reached at their mean."""
     ctx = context(backbone, templates=("{}",))
-    both = Uce(UceConfig(tokens="last", guides=("red ship", "thing ship"), ridge=0.01)).erase(ctx)
-    single = [site_embeddings(ctx, tokens="last", guides=(g,)) for g in ("red ship", "thing ship")]
+    both = Uce(UceConfig(tokens="last", guides=("red ship", "thing ship"), ridge=0.01, rank_error=0)).erase(ctx)
+    guides = ("red ship", "thing ship")
     for site in backbone.text_sites():
-        one, two = (e[site.reads] for e in single)
-        mean = type(one)(one.concepts, ((one.goals[0] + two.goals[0]) / 2,), one.preserve_MD)
-        want = loop_solution(mean, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
+        (w, one), (_, two) = (of_concepts(ctx, site.reads, "last", guide) for guide in guides)
+        rows = w, (one + two) / 2, of_kept(ctx, site.reads)
+        want = loop_solution(*rows, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
         np.testing.assert_allclose(total(both, site.name).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
 
 
 def test_a_guide_counts_as_its_share(backbone):
     """min .25 |W' w - W a|^2 + .75 |W' w - W b|^2 is reached at their weighted mean."""
     ctx, guides = context(backbone, templates=("{}",)), ("red ship", "thing ship")
-    deltas = Uce(UceConfig(tokens="last", guides=guides, ridge=0.01)).edit(ctx, {"cat": [0.25, 0.75]})["cat"]
-    single = [site_embeddings(ctx, tokens="last", guides=(g,)) for g in guides]
+    deltas = Uce(UceConfig(tokens="last", guides=guides, ridge=0.01, rank_error=0)).edit(ctx, {"cat": [0.25, 0.75]})["cat"]
     for site in backbone.text_sites():
-        one, two = (e[site.reads] for e in single)
-        mean = type(one)(one.concepts, (0.25 * one.goals[0] + 0.75 * two.goals[0],), one.preserve_MD)
-        want = loop_solution(mean, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
+        (w, one), (_, two) = (of_concepts(ctx, site.reads, "last", guide) for guide in guides)
+        rows = w, 0.25 * one + 0.75 * two, of_kept(ctx, site.reads)
+        want = loop_solution(*rows, backbone.weight(site.name), ridge=0.01, erase=1.0, preserve=1.0)
         np.testing.assert_allclose(to_dense(deltas[site.name]).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
 
 
@@ -232,14 +247,13 @@ def test_a_concept_that_is_its_neutral_is_an_error(backbone):
 
 
 def test_the_official_preset_is_absolute(backbone, caplog):
-    config = UceConfig(**Uce.presets["official"])
+    config = UceConfig(**Uce.presets["official"], rank_error=0)
     ctx = context(backbone)
     erasure = Uce(config).erase(ctx)
     for site in backbone.text_sites():
-        e = site_embeddings(ctx, tokens="last", guides=("",))[site.reads]
-        c = torch.cat([*e.concepts, e.preserve_MD])
-        relative = 0.5 / (c.square().sum().item() / c.shape[1])
-        want = loop_solution(e, backbone.weight(site.name), ridge=relative, erase=1.0, preserve=1.0)
+        rows = *of_concepts(ctx, site.reads, "last", ""), of_kept(ctx, site.reads)
+        relative = 0.5 / ((rows[0].square().sum() + rows[2].square().sum()).item() / rows[0].shape[1])
+        want = loop_solution(*rows, backbone.weight(site.name), ridge=relative, erase=1.0, preserve=1.0)
         np.testing.assert_allclose(total(erasure, site.name).numpy(), want, rtol=0, atol=1e-8 * np.abs(want).max())
     assert not caplog.records
     Uce(config.model_copy(update={"ridge": 1e-9})).erase(ctx)
