@@ -42,6 +42,8 @@ def site_embeddings(
     tokens: Tokens = "all",
     guides: Sequence[str] = (),
     shares: Mapping[str, Sequence[float]] | None = None,
+    bare: bool = False,
+    preserve: bool = True,
 ) -> dict[str, SiteEmbeddings]:
     """Embeddings of the concepts' training prompts, of what they should become, and of what must not change.
 
@@ -52,6 +54,9 @@ def site_embeddings(
             has no positions and is one row for each prompt.
         guides: what takes the concept's place instead of its neutral words; several of them share it.
         shares: {concept: the share of each guide}, which sum to one; left out, they are equal.
+        bare: of the concepts' prompts there are only their phrases by themselves, whose `last` token is paired with the
+            guide's last one, as in UCE's code.
+        preserve: what the concepts and the task ask to keep must not change; if not, the empty prompt alone.
 
     Returns:
         {"tokens" or "pooled": embeddings}, as the backbone's text sites read them.
@@ -59,7 +64,7 @@ def site_embeddings(
     Raises:
         UsageError: no prompt of a concept differs from its neutral prompt.
     """
-    kept, asked = preserve_prompts(ctx), ctx.prompts("erase")
+    kept, asked = preserve_prompts(ctx) if preserve else [""], ctx.prompts("erase")
     found: dict[str, SiteEmbeddings] = {}
     for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
         pairs = []
@@ -67,7 +72,8 @@ def site_embeddings(
             turns = guides or (concept.neutral,)
             weights = (shares or {}).get(concept.name, [1 / len(turns)] * len(turns))
             weighted = list(zip(turns, weights, strict=True))
-            pairs.append(_pairs(ctx, concept, concept_prompts(concept, asked), reads, tokens, weighted))
+            prompts = list(concept.phrases) if bare else concept_prompts(concept, asked)
+            pairs.append(_pairs(ctx, concept, prompts, reads, "end" if bare and tokens == "last" else tokens, weighted))
         concepts, goals = zip(*pairs, strict=True)
         found[reads] = SiteEmbeddings(concepts, goals, kept_rows(ctx.backbone, kept, reads))
     return found
@@ -146,7 +152,7 @@ def _pairs(
     concept: Concept,
     prompts: Sequence[str],
     reads: str,
-    tokens: Tokens,
+    tokens: Tokens | Literal["end"],
     guides: Sequence[tuple[str, float]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows e_w of one concept and what each should act like, for guides with their shares."""
@@ -156,6 +162,8 @@ def _pairs(
         goal = encode([concept.model_copy(update={"neutral": guide}).neutralise(p) for p in prompts])
         if tokens == "all" or reads == "pooled":
             aligned = [paired(mine, goal, reads)]
+        elif tokens == "end":
+            aligned = [(_last_word(mine), _last_word(goal))]
         else:
             ends = [_last_token(ctx.backbone, concept, p, int(n)) for p, n in zip(prompts, mine.lengths, strict=True)]
             aligned = [_from_last(mine[[i]], goal[[i]], end, tokens) for i, end in enumerate(ends)]
@@ -164,6 +172,11 @@ def _pairs(
     if torch.equal(concepts, goals):
         raise UsageError(f"'{concept.name}' and what it should become encode alike: no prompt of it would change.")
     return concepts, goals
+
+
+def _last_word(cond: Conditioning) -> torch.Tensor:
+    """The embedding before each prompt's end token; of the empty prompt that is its begin token (CLIP) or last pad (T5)."""
+    return cond.tokens[torch.arange(len(cond)), cond.lengths - 2].double()
 
 
 def _last_token(backbone: Backbone, concept: Concept, prompt: str, length: int) -> int:

@@ -13,7 +13,7 @@ from erasekit.deltas import concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.sites import kept_rows, phrased_prompts, rows
+from erasekit.sites import phrased_prompts, rows
 from erasekit_mace import losses, masks
 from erasekit_mace.inputs import beside, hidden_moments, kept
 from erasekit_mace.method import Mace, MaceConfig, _kept
@@ -30,7 +30,9 @@ def context(backbone, names=("cat", "dog"), seed=0, **changes):
 
 
 def method(backbone, **settings):
-    return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}), **SMALL | settings))
+    """MACE as the family's mini model has it, and what a test asks for."""
+    mini = {"unet": "sd15-mini", "dit": "flux-mini"}[backbone.capabilities.family]
+    return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}) | Mace.defaults[mini] | SMALL | settings))
 
 
 # The loss
@@ -262,13 +264,17 @@ def test_without_steps_there_is_the_refinement_alone(backbone):
 
 
 @pytest.mark.parametrize("chosen", [*Mace.ablations.items(), *Mace.presets.items()], ids=lambda pair: pair[0])
-def test_ablations_and_presets_are_valid_and_differ_from_the_default(chosen):
-    assert MaceConfig(**chosen[1]) != MaceConfig()
+def test_ablations_and_presets_are_valid_and_differ_from_a_minis_default(chosen):
+    mini = Mace.defaults["sd15-mini"]
+    assert MaceConfig(**mini | chosen[1]) != MaceConfig(**mini)
 
 
 def test_what_the_concepts_ask_to_keep_is_kept_and_every_pad_of_the_empty_prompt(sd):
     ctx = context(sd, templates=("a {}",), preserve=("ship", "cat"))  # a cat is erased, whoever asks for it
-    prompts = ["", "a ship", "a photo of a ship", *(f"a photo of a {w}" for w in ("red", "kitten", "photo"))]
-    assert _kept(ctx) == prompts
-    want = torch.cat([rows(sd.encode(prompts), "tokens"), sd.encode([""]).tokens[0].double()])
-    assert torch.equal(kept_rows(sd, prompts, "tokens"), want)
+    preserved, captions = ["", "a ship", "a photo of a ship"], [f"a photo of a {w}" for w in ("red", "kitten", "photo")]
+    assert _kept(ctx) == (preserved, captions)
+    asked = torch.cat([rows(sd.encode(preserved), "tokens"), sd.encode([""]).tokens[0].double()])
+    said = rows(sd.encode(captions), "tokens")
+    assert torch.equal(method(sd).kept(ctx, "tokens"), torch.cat([asked, said]))
+    weighed = method(sd, domain=9.0, captions=12).kept(ctx, "tokens")
+    torch.testing.assert_close(weighed, torch.cat([3 * asked, 2 * said]))
