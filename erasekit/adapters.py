@@ -23,8 +23,9 @@ Init = Literal["uniform", "gaussian"]
 class AdapterBank:
     """Named LoRA adapters on a backbone's denoiser.
 
-    Unless it is told otherwise an adapter has alpha == rank, so that a module's delta is `B @ A` as it stands. Names are free text: inside of the
-    denoiser the adapters are called `bank_0`, `bank_1`, ... As a context it takes them all off at its end.
+    Unless it is told otherwise an adapter has alpha == rank, so that a module's delta is `B @ A` as it stands. Names are
+    free text: inside of the denoiser the adapters are called `bank_0`, `bank_1`, ... As a context it takes them all off at
+    its end.
     """
 
     def __init__(self, backbone: Backbone) -> None:

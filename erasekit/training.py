@@ -36,12 +36,15 @@ class TrainingConfig(MethodConfig):
 
 
 class LoraTrainingConfig(TrainingConfig):
-    """How a method trains LoRAs."""
+    """How the published methods train: at a constant rate, most of them without clipping, and some of them LoRAs."""
 
-    init: Init = Field("uniform", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
-    alpha: float | None = Field(
-        None, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts; left out, the rank"
+    schedule: Literal["cosine", "constant"] = Field(
+        "constant", description="of the rate: it falls along a cosine to a twentieth, or stays (published: constant)"
     )
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up (published: 0)")
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip (published, but for MACE)")
+    init: Init = Field("uniform", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
+    alpha: float | None = Field(None, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts; none, the rank")
 
 
 def train(

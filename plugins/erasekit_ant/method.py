@@ -48,9 +48,9 @@ OURS = {
     "fusion_ridge": 1e-4,
     "fusion_points": 64,
 }
-# Nobody has published ANT for FLUX.1. Rate and steps are the published ones for Stable Diffusion, LoRAs stand for whole weights,
-# which few machines can train. A flow model settles what is drawn in its first steps: of fifteen on flux-mini four lie before
-# 0.14, so that it turns at 0.04 and there is next to nothing early.
+# Nobody has published ANT for FLUX.1. Rate and steps are the published ones for Stable Diffusion, LoRAs stand for whole
+# weights, which few machines can train. A flow model settles what is drawn in its first steps: of fifteen on flux-mini four
+# lie before 0.14, so that it turns at 0.04 and there is next to nothing early.
 FLUX = OURS | {"form": "multi", "scope": "add_kv", "early_weight": 0.0, "tau0": 0.04}
 MULTI = {
     "form": "multi",
@@ -66,8 +66,10 @@ MULTI = {
 
 
 class AntConfig(LoraTrainingConfig):
-    """Settings of ANT. The defaults are those of the published code (lileyang1210/ANT, July 2025) for nudity, `single`; what
-    `multi` alone reads has the values published for a hundred people.
+    """Settings of ANT.
+
+    The defaults are those of the published code (lileyang1210/ANT, July 2025) for nudity, `single`; what `multi` alone reads
+    has the values published for a hundred people.
     """
 
     form: Literal["single", "multi"] = Field(
@@ -77,7 +79,7 @@ class AntConfig(LoraTrainingConfig):
         0.14,
         gt=0,
         lt=1,
-        description="where the guidance turns, 0 is noise and 1 the picture (published: step 7 of 50; multi 4)",
+        description="where the guidance turns, 0 is noise and 1 the picture (published: 7/50, multi 4/50)",
     )
     eta: float = Field(1.0, ge=0, description="how strong the guidance is, towards the concept early and away from it late")
     early_weight: float = Field(1.0, ge=0, description="weight of the early losses (the paper's alpha 1; published: 1)")
@@ -87,29 +89,20 @@ class AntConfig(LoraTrainingConfig):
     guidance: float | None = Field(
         3.0,
         ge=0,
-        description="classifier-free guidance of the trajectories trained on (published: 3, multi 7.5); none, the protocol's",
+        description="guidance of the trajectories trained on (published: 3, multi 7.5); none, the protocol's",
     )
     composed: float = Field(
         1.0,
         ge=0,
-        description="guidance scale of the two predictions for the concept that are compared; 1 is the paper's formula",
+        description="guidance scale of the predictions for the concept that are compared (the paper's: 1, multi 7.5)",
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW (published: 5e-4)")
     steps: int = Field(250, ge=0, description="training steps (published: 250, multi 10 for each concept)")
-    schedule: Literal["cosine", "constant"] = Field(
-        "constant", description="of the rate after the warm-up: it falls along a cosine to a twentieth, or stays"
-    )
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip")
-    batch: int = Field(
-        1, ge=1, description="late points in a step, and early ones; each under two prompts (published: 1, multi 2)"
-    )
+    batch: int = Field(1, ge=1, description="late points in a step, and early ones (published: 1, multi 2)")
     trajectories: int = Field(
         24, ge=1, description="trajectories of the base per concept; the published code draws one for each step"
     )
-    saliency: float = Field(
-        0.5, gt=0, le=1, description="single: share of each weight with the largest gradients (published: 0.5)"
-    )
+    saliency: float = Field(0.5, gt=0, le=1, description="single: share of each weight that is trained (published: 0.5)")
     saliency_draws: int = Field(5, ge=1, description="single: gradients whose masks are intersected (published: five seeds)")
     rank: int = Field(64, ge=1, description="multi: rank of each LoRA (published: 64)")
     alpha: float | None = Field(

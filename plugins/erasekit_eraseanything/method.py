@@ -21,7 +21,6 @@ from erasekit.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import Material, Prompts, material
 
-
 # What erased the objects of the mini world on validation prompts.
 MINI = {
     "attention": 0.1,
@@ -62,7 +61,7 @@ class EraseAnythingConfig(LoraTrainingConfig):
     told: float | None = Field(
         3.0,
         ge=0,
-        description="guidance scale that a model with embedded guidance is told in training (published: 3); none, the protocol's",
+        description="guidance scale that a model is told in training, if it is told one (published: 3); none, the protocol's",
     )
     synonyms: dict[str, tuple[str, ...]] = Field({}, description="other words per concept; left out, those of our list")
     unrelated: tuple[str, ...] = Field((), description="unrelated words; left out, what a concept preserves, or our list")
@@ -75,11 +74,6 @@ class EraseAnythingConfig(LoraTrainingConfig):
     steps: int = Field(200, ge=0, description="training steps per concept, those of both levels (published: 200)")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW (published: 1e-3)")
     init: Init = Field("gaussian", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
-    schedule: Literal["cosine", "constant"] = Field(
-        "constant", description="of the rate after the warm-up: it falls along a cosine to a twentieth, or stays"
-    )
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     weight_decay: float = Field(1e-5, ge=0, description="weight decay of AdamW (published: 1e-5)")
 
 
@@ -128,8 +122,8 @@ class EraseAnything(Method):
         with AdapterBank(ctx.backbone) as bank:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")
-                layers, begin = ctx.backbone.lora_targets(config.scope), {"init": config.init, "alpha": config.alpha}
-                bank.add(concept.name, layers, config.rank, generator, **begin)
+                layers = ctx.backbone.lora_targets(config.scope)
+                bank.add(concept.name, layers, config.rank, generator, init=config.init, alpha=config.alpha)
             parameters = [p for name in bank.names for p in bank.train_only(name)]
             told = replace(ctx, protocol=at_scale(ctx.protocol, config.told))
             yield bank, Step(config, told, bank, materials, kept), parameters

@@ -34,8 +34,9 @@ FLUX = {"weights": "lora", "variant": "x", "told": 1.0, "lr": 1e-4, "steps": 140
 
 
 class EsdConfig(LoraTrainingConfig):
-    """Settings of ESD. The defaults are the published code's (rohitgandikota/erasing, July 2025), which has Adam at a
-    constant rate and clips nothing; the paper's own training is the preset `paper`.
+    """Settings of ESD.
+
+    The defaults are the published code's (rohitgandikota/erasing, July 2025); the paper's own training is the preset `paper`.
     """
 
     variant: Literal["auto", "x", "x-strict", "u", "all"] = Field(
@@ -61,11 +62,6 @@ class EsdConfig(LoraTrainingConfig):
     )
     lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW (published: 5e-5 in the code, 1e-5 in the paper)")
     steps: int = Field(200, ge=0, description="training steps (published: 200 in the code, 1000 in the paper)")
-    schedule: Literal["cosine", "constant"] = Field(
-        "constant", description="of the rate after the warm-up: it falls along a cosine to a twentieth, or stays"
-    )
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     batch: int = Field(1, ge=1, description="points of trajectories in a step (published: 1)")
     trajectories: int = Field(
         24, ge=1, description="trajectories of the base per concept; the published code draws one for each step"

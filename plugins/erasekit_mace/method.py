@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,7 +24,6 @@ from erasekit.training import LoraTrainingConfig, Losses, train_lora
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression
 from erasekit_mace.templates import wordings
-
 
 COCO = 616_767  # captions of COCO 2014, which the published caches of kept embeddings are made of
 # What erased the objects of the mini world on validation prompts.
@@ -101,10 +101,7 @@ class MaceConfig(LoraTrainingConfig):
         1e-4, gt=0, description="peak learning rate of AdamW (published: 1e-4; objects and explicit content 1e-5)"
     )
     init: Init = Field("gaussian", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
-    schedule: Literal["cosine", "constant"] = Field(
-        "constant", description="of the rate after the warm-up: it falls along a cosine to a twentieth, or stays"
-    )
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient (published: 1); 0 does not clip")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW (published: 0.01)")
 
 
@@ -188,8 +185,8 @@ class Mace(Method):
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
             pairs = [beside(ctx, concept, self.prompts(ctx, concept), reads) for concept in ctx.concepts]
             mine, goal = (torch.cat(column) for column in zip(*pairs, strict=True))
-            weights = {"erase_scale": 1.0, "preserve_scale": config.refine_preserve}
-            edit = uce(mine, goal, self.kept(ctx, reads), lamb=config.ridge, unit=config.ridge_unit, **weights)
+            ridge: dict[str, Any] = {"lamb": config.ridge, "unit": config.ridge_unit}
+            edit = uce(mine, goal, self.kept(ctx, reads), erase_scale=1.0, preserve_scale=config.refine_preserve, **ridge)
             shares[reads] = [part.compressed() for part in edit.split([len(own) for own, _ in pairs])]
         return site_deltas(ctx, shares, site_weights(ctx.backbone))
 
@@ -198,13 +195,13 @@ class Mace(Method):
         return wordings(concept) if self.config.templates == "thirty" else phrased_prompts(ctx, concept)
 
     def kept(self, ctx: RunContext, reads: str) -> torch.Tensor:
-        """Rows of what may not change, each scaled by the root of its weight beside a caption's: preserved prompts, captions."""
+        """Rows of what may not change, scaled by the root of what they count beside a caption: preserved prompts, captions."""
         preserved, captions = _kept(ctx)
-        rows_MD = kept_rows(ctx.backbone, preserved, reads) * self.config.domain**0.5
+        rows_MD = kept_rows(ctx.backbone, preserved, reads) * math.sqrt(self.config.domain)
         if not captions:
             return rows_MD
         stands_for = (self.config.captions or len(captions)) / len(captions)
-        return torch.cat([rows_MD, rows(ctx.backbone.encode(captions), reads) * stands_for**0.5])
+        return torch.cat([rows_MD, rows(ctx.backbone.encode(captions), reads) * math.sqrt(stands_for)])
 
     # Stage 2
 
@@ -266,8 +263,8 @@ class Mace(Method):
         config = self.config
         fused: list[Deltas] = [{} for _ in ctx.concepts]
         for layers, own, kept in reads:
-            scale = {"ridge": config.ridge, "unit": config.ridge_unit, "preserve_scale": config.fuse_preserve}
-            maps = fusion(own, kept, **scale)
+            scale = config.fuse_preserve
+            maps = fusion(own, kept, ridge=config.ridge, unit=config.ridge_unit, preserve_scale=scale)
             for i, k_DD in enumerate(maps):
                 for layer in layers:
                     changes = [low for d in (refined, *loras[i : i + 1]) if isinstance(low := d.get(layer), LowRank)]

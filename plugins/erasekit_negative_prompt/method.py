@@ -20,8 +20,8 @@ class NegativePromptConfig(MethodConfig):
     scale: float = Field(
         2.0,
         ge=1,
-        description="scale of true guidance where the model's own guidance is embedded (FLUX, for which none is published: ours "
-        "is low because it comes on top of the embedded one); elsewhere the protocol's, as published",
+        description="scale of true guidance where the model's own is embedded (FLUX.1, for which none is published: low, since "
+        "it comes on top of the embedded one); elsewhere the protocol's, as published",
     )
 
 

@@ -15,7 +15,6 @@ from erasekit.method import Method, MethodConfig, RunContext
 from erasekit.sites import SiteEmbeddings, Tokens, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
-
 # Ridges mean what the published ones do where they are absolute.
 ABSOLUTE = {"adversary_ridge": 0.1, "round_ridge": 0.1}
 # What erased the objects of the mini world on validation prompts. For FLUX.1 too, for which nobody has published RECE: absolute

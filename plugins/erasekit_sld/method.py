@@ -14,8 +14,10 @@ from erasekit.method import Method, MethodConfig, RunContext
 
 
 class Strength(MethodConfig):
-    """How strong the guidance is. The defaults are the paper's Hyp-Medium, which the published code (ml-research/
-    safe-latent-diffusion) has as its defaults too, with a warm-up of 10 of 50 steps.
+    """How strong the guidance is.
+
+    The defaults are the paper's Hyp-Medium, which are those of the published code (ml-research/safe-latent-diffusion) too; its
+    warm-up is 10 of 50 steps.
     """
 
     safety_scale: float = Field(

@@ -18,14 +18,15 @@ from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
 from erasekit.pictures import pictures_of
 from erasekit.sites import Tokens, phrased_prompts, site_deltas, site_embeddings, site_weights
 
-
 # What erased the objects of the mini world on validation prompts.
 MINI = {"tokens": "all", "bare": False, "guides": (), "ridge": 1e-3, "ridge_unit": "relative"}
 
 
 class UceConfig(MethodConfig):
-    """Settings of UCE. The defaults are those of the published code (rohitgandikota/unified-concept-editing, April 2025), which
-    has the same for Stable Diffusion and FLUX.1.
+    """Settings of UCE.
+
+    The defaults are those of the published code (rohitgandikota/unified-concept-editing, April 2025), which has the same for
+    Stable Diffusion and FLUX.1.
     """
 
     tokens: Tokens = Field(
@@ -36,7 +37,7 @@ class UceConfig(MethodConfig):
     )
     guides: OneOrSeveral = Field(
         ("",),
-        description="what the concept becomes: '' is the empty prompt (published for objects and moderation, for styles 'art'), "
+        description="what the concept becomes: '' is the empty prompt (published; for styles it is 'art'), "
         "several phrases share it equally, or as often as pictures show them (debiasing); none, its neutral words",
     )
     debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what pictures show")
@@ -56,10 +57,9 @@ class Uce(Method):
     """Unified Concept Editing (arXiv:2308.14761), the erasure of all concepts in one solve for each kind of text.
 
     On SD the sites are the K and V of every cross-attention, on FLUX.1 the two entrances. The published code edits one
-    token of each prompt (`tokens` last); its empty guide is the begin token of CLIP and a pad of T5. The preset `official` is a run of
-    it that names nothing to preserve. Debiasing moves the shares of
-    the guides until pictures show each as often; the paper adds attributes to the concept, here guides hold both ("a
-    female doctor").
+    token of each prompt (`tokens` last); its empty guide is the begin token of CLIP and a pad of T5. The preset `official` is
+    a run that names nothing to preserve. Debiasing moves the shares of the guides until pictures show each as often; the
+    paper adds attributes to the concept, here guides hold both ("a female doctor").
     """
 
     name = "uce"
@@ -122,7 +122,7 @@ class Uce(Method):
     def edit(self, ctx: RunContext, shares: Mapping[str, Sequence[float]]) -> dict[str, Deltas]:
         """Each concept's share of the joint edit (Eq. 7), its guides sharing the concept as they are told to."""
         config, parts = self.config, {}
-        prompts = {"tokens": config.tokens, "guides": config.guides, "bare": config.bare}
+        prompts: dict[str, Any] = {"tokens": config.tokens, "guides": config.guides, "bare": config.bare}
         for reads, e in site_embeddings(ctx, **prompts, shares=shares).items():
             joint = uce(
                 torch.cat(e.concepts),
