@@ -32,8 +32,8 @@ MINIS = json.loads((Path(__file__).parent / "mini_settings.json").read_text())  
 CONSTANT = {"schedule": "constant", "warmup": 0, "batch": 1}
 ESD = CONSTANT | {"eta": 1.0, "anchor": "empty", "clip": 0.0}
 MEDIUM = {"safety_scale": 1000.0, "threshold": 0.01, "warmup": 0.2, "momentum_scale": 0.3, "momentum": 0.4}
-UCE = {"tokens": "last", "bare": True, "guides": [""], "ridge": 0.5, "ridge_unit": "absolute", "erase_scale": 1.0}
-RECE = {"guides": [""], "ridge_unit": "absolute", "adversary_ridge": 0.1, "round_ridge": 0.1, "rounds": 1, "hold": False}
+UCE = {"tokens": "last", "bare": True, "guides": [], "ridge": 0.5, "ridge_unit": "absolute", "erase_scale": 1.0}
+RECE = {"guides": [], "ridge_unit": "absolute", "adversary_ridge": 0.1, "round_ridge": 0.1, "rounds": 1, "hold": False}
 MACE = CONSTANT | {"lr": 1e-4, "steps": 50, "clip": 1.0, "weight_decay": 0.01, "init": "gaussian", "pictures": 8}
 PUBLISHED = {
     ("esd", "sd"): ESD | {"lr": 5e-5, "steps": 200, "weights": "full", "variant": "auto", "guidance": 3.0, "told": None},

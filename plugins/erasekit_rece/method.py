@@ -21,7 +21,6 @@ ABSOLUTE = {"adversary_ridge": 0.1, "round_ridge": 0.1}
 # ridges are made for the length of CLIP's embeddings, and T5's have another.
 RELATIVE = {
     "bare": False,
-    "guides": (),
     "ridge_unit": "relative",
     "ridge": 1e-3,
     "adversary_ridge": 1e-2,
@@ -39,7 +38,10 @@ class Rounds(MethodConfig):
         True, description="preserve what the concepts and the task ask for; if not, the empty prompt alone, as published"
     )
     tokens: Tokens = Field("all", description="edited positions: the concept's last token, the suffix from there, or all")
-    guides: tuple[str, ...] = Field((), description="what the concept becomes instead of its neutral words")
+    guides: tuple[str, ...] = Field(
+        (),
+        description="what the concept becomes instead of its neutral words: '' is the empty prompt (styles: 'art')",
+    )
     ridge_unit: RidgeUnit = Field(
         "relative", description="of all ridges: relative to the mean of the system's diagonal, or absolute as published"
     )
@@ -59,10 +61,6 @@ class ReceConfig(Rounds):
 
     bare: bool = Field(
         True, description="the concept's phrases by themselves are its prompts (published), no templates or task's"
-    )
-    guides: tuple[str, ...] = Field(
-        ("",),
-        description="what the concept becomes: '' is the empty prompt (published; for styles 'art'); none, its neutral words",
     )
     ridge_unit: RidgeUnit = Field(
         "absolute", description="of all ridges: relative to the mean of the system's diagonal, or absolute as published"
@@ -93,7 +91,7 @@ class Rece(Method):
     version = 2  # several guides: what is held counts each as its share
     Config = ReceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": RELATIVE, "sd15-mini": RELATIVE}
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": ReceConfig(preserve=False).model_dump()}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": ReceConfig(guides=("",), preserve=False).model_dump()}
     config: ReceConfig
 
     def erase(self, ctx: RunContext) -> Erasure:

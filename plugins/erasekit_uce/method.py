@@ -19,7 +19,7 @@ from erasekit.pictures import pictures_of
 from erasekit.sites import Tokens, phrased_prompts, site_deltas, site_embeddings, site_weights
 
 # What erased the objects of the mini world on validation prompts.
-MINI = {"tokens": "all", "bare": False, "guides": (), "ridge": 1e-3, "ridge_unit": "relative"}
+MINI = {"tokens": "all", "bare": False, "ridge": 1e-3, "ridge_unit": "relative"}
 
 
 class UceConfig(MethodConfig):
@@ -36,9 +36,9 @@ class UceConfig(MethodConfig):
         True, description="the concept's phrases by themselves are its prompts (published), no templates or task's"
     )
     guides: OneOrSeveral = Field(
-        ("",),
-        description="what the concept becomes: '' is the empty prompt (published; for styles it is 'art'), "
-        "several phrases share it equally, or as often as pictures show them (debiasing); none, its neutral words",
+        (),
+        description="what the concept becomes instead of its neutral words: '' is the empty prompt (published; styles 'art'), "
+        "several phrases share it equally, or as often as pictures show them (debiasing)",
     )
     debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what pictures show")
     debias_pictures: int = Field(32, ge=1, description="pictures of each concept that a round looks at")
@@ -65,7 +65,7 @@ class Uce(Method):
     name = "uce"
     Config = UceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": UceConfig(preserve_scale=0.0).model_dump()}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": UceConfig(guides=("",), preserve_scale=0.0).model_dump()}
     slots = ("robustify",)
     config: UceConfig
 
