@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from erasekit.adapters import AdapterBank, Init
 from erasekit.deltas import LowRank
 from erasekit.errors import ErasekitError
-from erasekit.method import MethodConfig, RunContext
+from erasekit.method import MethodConfig, OrNone, RunContext
 
 Losses = Mapping[str, torch.Tensor]
 
@@ -44,7 +44,9 @@ class LoraTrainingConfig(TrainingConfig):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up (published: 0)")
     clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip (published, but for MACE)")
     init: Init = Field("uniform", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
-    alpha: float | None = Field(None, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts; none, the rank")
+    alpha: Annotated[float | None, OrNone] = Field(
+        None, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts; none, the rank"
+    )
 
 
 def train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from erasekit.deltas import Deltas, LowRank
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.fusion import fusion, input_moments, share
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
 from erasekit.trajectories import Pool, concept_pool
 from erasekit_ant import maths
@@ -86,7 +86,7 @@ class AntConfig(LoraTrainingConfig):
     unconditional_weight: float = Field(
         0.5, ge=0, description="weight of the losses on the empty prompt (alpha 2; published: 0.5)"
     )
-    guidance: float | None = Field(
+    guidance: Annotated[float | None, OrNone] = Field(
         3.0,
         ge=0,
         description="guidance of the trajectories trained on (published: 3, multi 7.5); none, the protocol's",
@@ -105,7 +105,7 @@ class AntConfig(LoraTrainingConfig):
     saliency: float = Field(0.5, gt=0, le=1, description="single: share of each weight that is trained (published: 0.5)")
     saliency_draws: int = Field(5, ge=1, description="single: gradients whose masks are intersected (published: five seeds)")
     rank: int = Field(64, ge=1, description="multi: rank of each LoRA (published: 64)")
-    alpha: float | None = Field(
+    alpha: Annotated[float | None, OrNone] = Field(
         1.0, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts (published: 1); none, the rank"
     )
     scope: str = Field("all", description="multi: linear layers that carry a LoRA, a scope of the backbone (published: all)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from erasekit.adapters import AdapterBank, Init
 from erasekit.attention import attention_maps
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.erasure import Erasure
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.trajectories import at_scale, negative_guidance
@@ -58,7 +58,7 @@ class EraseAnythingConfig(LoraTrainingConfig):
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive term (published: 0.07)")
     negatives: int = Field(3, ge=1, description="unrelated words in a contrastive step (published: 3)")
     layers: Literal["all", "last"] = Field("last", description="layers whose attention is looked at (published: last)")
-    told: float | None = Field(
+    told: Annotated[float | None, OrNone] = Field(
         3.0,
         ge=0,
         description="guidance scale that a model is told in training, if it is told one (published: 3); none, the protocol's",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from erasekit.concepts import Concept
 from erasekit.erasure import Erasure
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.trajectories import Pool, at_scale, concept_pool, negative_guidance
 from erasekit_esd.student import Student, full, lora, modules
@@ -52,10 +52,10 @@ class EsdConfig(LoraTrainingConfig):
     eta: float = Field(
         1.0, ge=0, description="how far the target is pushed away from the concept; what ESD's newer code calls eta is 1 more"
     )
-    guidance: float | None = Field(
+    guidance: Annotated[float | None, OrNone] = Field(
         3.0, ge=0, description="classifier-free guidance of the trajectories trained on (published: 3); none, the protocol's"
     )
-    told: float | None = Field(
+    told: Annotated[float | None, OrNone] = Field(
         None,
         ge=0,
         description="guidance scale that a model with embedded guidance is told for targets and student; none, the protocol's",

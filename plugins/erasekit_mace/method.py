@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
 from erasekit.sites import kept_rows, phrased_prompts, preserve_prompts, rows, site_deltas, site_weights
 from erasekit.training import LoraTrainingConfig, Losses, train_lora
@@ -68,7 +68,7 @@ class MaceConfig(LoraTrainingConfig):
         1e-8, ge=0, description="weight of a kept caption in the refinement (published: 1e-4, which its code multiplies twice)"
     )
     fuse_preserve: float = Field(1e-4, ge=0, description="weight of a kept caption in the fusion (published: 1e-4)")
-    captions: int | None = Field(
+    captions: Annotated[int | None, OrNone] = Field(
         COCO, ge=1, description="how many captions the task's stand for (published: COCO's 616767); none, for themselves"
     )
     domain: float = Field(
