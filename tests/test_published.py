@@ -91,9 +91,7 @@ def test_a_preset_is_the_same_on_every_model_but_for_its_layers(method, preset):
     assert found[0].get("schedule", "constant") == "constant"
 
 
-@pytest.mark.parametrize(
-    ("method", "key"), [("esd", "guidance"), ("ant", "alpha"), ("mace", "captions"), ("eraseanything", "told")]
-)
+@pytest.mark.parametrize("setting", ["esd guidance", "ant alpha", "mace captions", "eraseanything told"])
 def test_what_may_be_left_open_can_be_from_the_command_line(setting):
     method, key = setting.split()
     config = build({"method": method, "backbone": "sd15", "concepts": ("a cat",)}, overrides=[f"method.{key}=none"])
