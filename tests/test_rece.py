@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from erasekit.deltas import Dense, LowRank, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import MethodConfig, RunContext
-from erasekit.sites import site_embeddings
+from erasekit.sites import kept_rows, paired, site_embeddings
 from erasekit_rece import plugin
 from erasekit_rece.method import Rece, ReceConfig, Rounds, robustify
 from erasekit_rece.solve import adversary
@@ -171,6 +171,24 @@ def test_rounds_are_logged(backbone):
     Rece(mini_rece(rounds=2)).erase(context(backbone, log=lambda *line: lines.append(line)))
     assert [line[:2] for line in lines] == [(1, 2), (2, 2)]
     assert all(0 <= values["recovered"] <= 1 for _, _, values in lines)
+
+
+def test_the_official_preset_knows_the_bare_concept_and_the_empty_prompt_alone(backbone):
+    config = ReceConfig(**Rece.presets["official"])
+    ctx = context(backbone)
+    embeddings = site_embeddings(ctx, tokens=config.tokens, guides=config.guides, bare=config.bare, preserve=config.preserve)
+    for reads, e in embeddings.items():
+        mine, goal = paired(backbone.encode(["cat"]), backbone.encode([""]), reads)
+        assert torch.equal(e.concepts[0], mine)
+        assert torch.equal(e.goals[0], goal)
+        assert torch.equal(e.preserve_MD, kept_rows(backbone, [""], reads))
+    first = Rece(config.model_copy(update={"rounds": 0})).erase(ctx)
+    for site in backbone.text_sites():
+        weight, e = backbone.weight(site.name).double().numpy(), embeddings[site.reads]
+        w, u, p = e.concepts[0].numpy(), e.goals[0].numpy(), e.preserve_MD.numpy()
+        system = w.T @ w + p.T @ p + 0.5 * np.eye(w.shape[1])  # UCE's Eq. 7 with the published lambda
+        want = np.linalg.solve(system, w.T @ (u - w) @ weight.T).T
+        np.testing.assert_allclose(to_dense(first.total()[site.name]).numpy(), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 # The stage

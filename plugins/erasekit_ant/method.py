@@ -94,7 +94,7 @@ class AntConfig(LoraTrainingConfig):
     composed: float = Field(
         1.0,
         ge=0,
-        description="guidance scale of the predictions for the concept that are compared (the paper's: 1, multi 7.5)",
+        description="guidance scale of the predictions for the concept that are compared (the paper's 1, multi's code 7.5)",
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW (published: 5e-4)")
     steps: int = Field(250, ge=0, description="training steps (published: 250, multi 10 for each concept)")
