@@ -24,7 +24,7 @@ from erasekit.method import RunContext
 from erasekit.plugins import default
 from erasekit.tasks import Prompt
 from erasekit_mini.tasks import Objects
-from erasekit_uce.method import Uce, UceConfig
+from erasekit_uce.method import Uce
 
 GUIDES = ("a cat", "a ship")
 CONCEPT = Concept(name="background", phrases=("a background",), templates=("a photo of {}", "a picture of {}", "{}"))
@@ -43,8 +43,9 @@ def measure(backbone: str, rounds: int, looked_at: int, counted: int) -> dict[st
     plan = resolve(build({"method": "uce", "backbone": backbone, "task": "objects", "concepts": ("cat",)}), default())
     loaded = plan.backbone.load(plan.backbone_config)
     ctx = RunContext(loaded, (CONCEPT,), NoPrompts(), protocol=plan.protocol)
-    shares = Uce(UceConfig(guides=GUIDES, debias_rounds=rounds, debias_pictures=looked_at)).shares(ctx)
-    judge = Uce(UceConfig(guides=GUIDES, debias_pictures=counted))
+    config = plan.method_config.model_copy(update={"guides": GUIDES, "debias_rounds": rounds, "debias_pictures": looked_at})
+    shares = Uce(config).shares(ctx)
+    judge = Uce(config.model_copy(update={"debias_pictures": counted}))
     scorer = default().components.get("scorer", loaded.domain)()
     seen: dict[str, Any] = {"unedited": judge.seen(replace(ctx, seed=1), CONCEPT, scorer)}
     for name, weights in (("equal shares", {}), ("debiased", shares)):

@@ -34,8 +34,16 @@ def unedited(metrics: Mapping[str, Any], digits: Mapping[str, int]) -> list[str]
     return [f"{metrics[m]['base']:.{d}f}" if metrics[m]["base"] is not None else "" for m, d in digits.items()]
 
 
+def runs_of(row: Mapping[str, Any]) -> str:
+    """How many runs there were; where seeds gave the same erasure they are one, and how many seeds that was is said."""
+    runs = row["runs"]
+    different = {(one["concepts"], one.get("erasure_sha256", i)) for i, one in enumerate(runs)}
+    alike = "" if len(different) == len(runs) else f" ({len(runs) / len(different):g} seeds alike)"
+    return f"{len(different)}{alike}"
+
+
 def by_row(table: Mapping[str, Any]) -> str:
-    """Means with intervals, how many concepts are erased (in the mean of their seeds), seconds, file and memory."""
+    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, seconds, file and memory."""
     first = next(iter(table["rows"].values()))
     digits, cells = columns(first), []
     for name, row in table["rows"].items():
@@ -49,11 +57,12 @@ def by_row(table: Mapping[str, Any]) -> str:
                 name,
                 *(f"{m['mean']:.{d}f} ({m['ci95'][0]:.{d}f} to {m['ci95'][1]:.{d}f})" for m, d in found),
                 erased,
-                *(f"{row[key]:.0f}" for key in ("erase_s", "file_kb", "peak_memory_mb")),
+                runs_of(row),
+                *(f"{row[key]:.0f}" if key in row else "" for key in ("erase_s", "file_kb", "peak_memory_mb")),
             ]
         )
-    cells.append(["unedited", *unedited(first["metrics"], digits), "", "", "", ""])
-    header = ["row", *map(title, digits), f"acc_e <= {ERASED}", "erase, s", "file, kB", "peak, MB"]
+    cells.append(["unedited", *unedited(first["metrics"], digits), "", "", "", "", ""])
+    header = ["row", *map(title, digits), f"acc_e <= {ERASED}", "runs", "erase, s", "file, kB", "peak, MB"]
     return lines(header, cells)
 
 

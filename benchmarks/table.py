@@ -8,6 +8,7 @@ is not done again, so the script can be stopped and started. A row's memory and 
 it. Intervals are 95 %. The pictures of a concept have the same prompts and noise at every seed, so that seeds are no further
 sample of them: concepts are what is resampled, each with the mean of its seeds. The interval is the wider one of that
 bootstrap and of the mean of the concepts' own intervals, since concepts that all agree are no proof that the next one would.
+Seeds of a method that has no use for one, as closed forms have none, give one erasure, and count as one run.
 """
 
 from __future__ import annotations
@@ -62,8 +63,18 @@ def interval(concepts: Sequence[Sequence[Metric]]) -> list[float]:
     return [round(float(low), 4), round(float(high), 4)]
 
 
+def distinct(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The runs of one concept without those that gave the same erasure: of a closed form all seeds are one run."""
+    return list({run.erasure_sha256: run for run in runs}.values())
+
+
 def summary(concepts: Sequence[Sequence[RunResult]]) -> dict[str, Any]:
-    """Of every metric that all runs have the mean over concepts, each with its seeds; the time to erase and the memory."""
+    """Of every metric that all runs have the mean over concepts, each with its seeds; the time to erase and the memory.
+
+    Seeds that gave the same erasure count once, in `runs` and `pictures` too.
+    """
+    seconds = [r.timings_s["erase"] for runs in concepts for r in runs]
+    concepts = [distinct(runs) for runs in concepts]
     results = [result for runs in concepts for result in runs]
     names = [name for name in results[0].metrics if all(r.metrics.get(name) for r in results)]
     metrics = {}
@@ -79,7 +90,6 @@ def summary(concepts: Sequence[Sequence[RunResult]]) -> dict[str, Any]:
             "runs": sum(map(len, known)),
             "pictures": sum(r.metrics[name].n for r in results),
         }
-    seconds = [r.timings_s["erase"] for r in results]
     peak = max(r.peak_memory_mb for r in results)
     return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from peft import LoraConfig
@@ -17,12 +17,15 @@ from erasekit.deltas import Deltas, Dense, LowRank
 from erasekit.errors import UsageError
 from erasekit.quiet import quiet
 
+Init = Literal["uniform", "gaussian"]
+
 
 class AdapterBank:
     """Named LoRA adapters on a backbone's denoiser.
 
-    Every adapter has alpha == rank, so a module's delta is `B @ A` as it stands. Names are free text: inside of the
-    denoiser the adapters are called `bank_0`, `bank_1`, ... As a context it takes them all off at its end.
+    Unless it is told otherwise an adapter has alpha == rank, so that a module's delta is `B @ A` as it stands. Names are
+    free text: inside of the denoiser the adapters are called `bank_0`, `bank_1`, ... As a context it takes them all off at
+    its end.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -30,6 +33,7 @@ class AdapterBank:
         self._denoiser: Any = backbone.denoiser  # Any: diffusers' adapter methods are untyped
         self._keys: dict[str, str] = {}  # name -> the adapter's name inside of the denoiser
         self._parameters: dict[str, dict[str, torch.nn.Parameter]] = {}  # name -> module.lora_A.weight -> parameter
+        self._scales: dict[str, float] = {}  # name -> alpha / rank
         self._trainable = ""
         self._off = False
         self._denoiser.requires_grad_(False)
@@ -47,20 +51,40 @@ class AdapterBank:
         """The adapters in the order in which they were added."""
         return list(self._keys)
 
-    def add(self, name: str, targets: Sequence[str], rank: int, generator: torch.Generator) -> None:
-        """Add a trainable adapter that changes nothing yet: B is zero, A uniform in +-1/sqrt(in) from `generator`.
+    def add(
+        self,
+        name: str,
+        targets: Sequence[str],
+        rank: int,
+        generator: torch.Generator,
+        *,
+        init: Init = "uniform",
+        alpha: float | None = None,
+    ) -> None:
+        """Add a trainable adapter that changes nothing yet: B is zero, A from `generator`.
 
         Its weights are float32 whatever the denoiser's type. It stays frozen until `train_only`.
+
+        Args:
+            name: what it is called.
+            targets: paths of linear layers.
+            rank: in each of them.
+            generator: draws A.
+            init: A is uniform in +-1/sqrt(in), or gaussian with a standard deviation of 1/rank.
+            alpha: a module's delta is alpha/rank B A; left out, alpha is the rank.
 
         Raises:
             UsageError: the name is taken, or a target is missing.
         """
-        self._inject(name, dict.fromkeys(targets, rank))
+        self._inject(name, dict.fromkeys(targets, rank), scale=1.0 if alpha is None else alpha / rank)
         with torch.no_grad():
             for key, parameter in self._parameters[name].items():
                 if ".lora_A." in key:
-                    bound = 1 / math.sqrt(parameter.shape[1])
-                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    drawn, bound = torch.empty(parameter.shape), 1 / math.sqrt(parameter.shape[1])
+                    if init == "gaussian":
+                        drawn.normal_(std=1 / rank, generator=generator)
+                    else:
+                        drawn.uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)
 
     def add_frozen(self, name: str, deltas: Deltas) -> None:
@@ -110,7 +134,8 @@ class AdapterBank:
         """A copy of an adapter's deltas on the CPU, in float32."""
         tensors = {key: p.detach().float().cpu().clone() for key, p in self._parameters[name].items()}
         modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-        return {m: LowRank(tensors[f"{m}.lora_B.weight"], tensors[f"{m}.lora_A.weight"]) for m in modules}
+        scale = self._scales[name]
+        return {m: LowRank(scale * tensors[f"{m}.lora_B.weight"], tensors[f"{m}.lora_A.weight"]) for m in modules}
 
     def state(self) -> dict[str, torch.Tensor]:
         """All adapters' weights as one flat dict for a checkpoint."""
@@ -133,9 +158,9 @@ class AdapterBank:
         """Take all adapters off; the denoiser is what it was before."""
         if self._keys:
             self._denoiser.unload_lora()
-        self._keys, self._parameters, self._trainable = {}, {}, ""
+        self._keys, self._parameters, self._scales, self._trainable = {}, {}, {}, ""
 
-    def _inject(self, name: str, ranks: dict[str, int]) -> None:
+    def _inject(self, name: str, ranks: dict[str, int], *, scale: float = 1.0) -> None:
         """Add an adapter with a rank for each module, and make all adapters active and frozen but the trainable one."""
         modules = dict(self._denoiser.named_modules())
         missing = [module for module in ranks if module not in modules]
@@ -147,7 +172,7 @@ class AdapterBank:
         rank = next(iter(ranks.values()))
         config = LoraConfig(
             r=rank,
-            lora_alpha=rank,
+            lora_alpha=scale * rank,  # type: ignore[arg-type]  # a float as good as an int
             rank_pattern=patterns if set(ranks.values()) != {rank} else {},
             alpha_pattern=patterns if set(ranks.values()) != {rank} else {},
             target_modules="|".join(re.escape(module) for module in ranks),  # a text is matched in full, a list by suffix
@@ -158,7 +183,7 @@ class AdapterBank:
         mark = re.compile(rf"\.(lora_[AB])\.{key}\.weight$")
         named = self._denoiser.named_parameters()
         self._parameters[name] = {mark.sub(r".\1.weight", n): p for n, p in named if mark.search(n)}
-        self._keys[name] = key
+        self._keys[name], self._scales[name] = key, scale
         self._denoiser.set_adapter(list(self._keys.values()))
         self._freeze()
 

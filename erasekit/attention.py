@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from erasekit.backbone import Backbone
+from erasekit.checkpointing import checkpointed
 from erasekit.errors import UsageError
 
 Parts = dict[str, torch.Tensor]
@@ -34,21 +36,13 @@ def attention_maps(denoiser: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     Raises:
         UsageError: the denoiser has no such layers.
     """
-    maps: dict[str, torch.Tensor] = {}
-    handles: list[Any] = []
-    for name, module in denoiser.named_modules():
-        if isinstance(module, FluxAttention) and module.added_kv_proj_dim is not None:
-            parts = {"query": module.norm_q, "key": module.norm_k, "text": module.norm_added_k}
-            handles += _watch(module, parts, _joint, _write(maps, name))
-        elif isinstance(module, Attention) and module.is_cross_attention:
-            handles += _watch(module, {"query": module.to_q, "key": module.to_k}, _cross, _write(maps, name))
-    if not handles:
-        raise UsageError(f"A {type(denoiser).__name__} has no attention to text that can be read; use a UNet or FLUX.1.")
-    try:
+    hooks = _Hooks(denoiser)
+
+    def run(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), hooks))
+
+    with hooks as maps, checkpointed(denoiser, run):
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def token_positions(backbone: Backbone, prompts: Sequence[str], phrases: Sequence[str]) -> torch.Tensor:
@@ -58,6 +52,43 @@ def token_positions(backbone: Backbone, prompts: Sequence[str], phrases: Sequenc
         for span in (span for phrase in phrases for span in backbone.spans(prompt, phrase)):
             found[row, span.start : span.stop] = True
     return found.to(backbone.device)
+
+
+class _Hooks:
+    """The hooks that write a denoiser's maps. Entered while they are on, they stay as they are; later they write new maps."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser, self._entered = denoiser, 0
+        self._maps: dict[str, torch.Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        if not self._entered:
+            self._maps = {}
+            self._handles = _register(self._denoiser, self._maps)
+        self._entered += 1
+        return self._maps
+
+    def __exit__(self, *problem: object) -> None:
+        self._entered -= 1
+        if not self._entered:
+            for handle in self._handles:
+                handle.remove()
+            self._maps, self._handles = {}, []
+
+
+def _register(denoiser: nn.Module, maps: dict[str, torch.Tensor]) -> list[Any]:
+    """Put the hooks on all layers that attend to text."""
+    handles: list[Any] = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, FluxAttention) and module.added_kv_proj_dim is not None:
+            parts = {"query": module.norm_q, "key": module.norm_k, "text": module.norm_added_k}
+            handles += _watch(module, parts, _joint, _write(maps, name))
+        elif isinstance(module, Attention) and module.is_cross_attention:
+            handles += _watch(module, {"query": module.to_q, "key": module.to_k}, _cross, _write(maps, name))
+    if not handles:
+        raise UsageError(f"A {type(denoiser).__name__} has no attention to text that can be read; use a UNet or FLUX.1.")
+    return handles
 
 
 def _watch(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from erasekit.backbone import Conditioning
+from erasekit.checkpointing import checkpointed
 from erasekit.method import RunContext
 
 
@@ -29,6 +33,15 @@ class Exchanged(nn.Module):
     ) -> torch.Tensor:
         """The prediction with `weights` {layer: (out, in), any float type} in place; differentiable in them."""
         own = dict(self.denoiser.named_parameters())
-        exchanged = {f"denoiser.{name}.weight": w.to(own[f"{name}.weight"].dtype) for name, w in weights.items()}
-        prediction: torch.Tensor = functional_call(self, exchanged, (x, tau, cond))
+        exchanged = {f"{name}.weight": w.to(own[f"{name}.weight"].dtype) for name, w in weights.items()}
+        paths = {block: f"{path}." for path, block in self.denoiser.named_modules()}
+
+        def run(block: nn.Module, *inputs: Any) -> Any:
+            path = paths[block]
+            within = {name.removeprefix(path): w for name, w in exchanged.items() if name.startswith(path)}
+            return checkpoint(partial(functional_call, block, within), inputs, use_reentrant=False)
+
+        with checkpointed(self.denoiser, run):
+            whole = {f"denoiser.{name}": w for name, w in exchanged.items()}
+            prediction: torch.Tensor = functional_call(self, whole, (x, tau, cond))
         return prediction

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from erasekit.backbone import Conditioning
-from erasekit.closedform import add_products_, ridge_solve
+from erasekit.closedform import RidgeUnit, add_products_, ridge_solve
 from erasekit.deltas import LowRank, compress
 from erasekit.method import RunContext
 
@@ -55,7 +55,12 @@ def input_moments(
 
 
 def fusion(
-    moments: Sequence[torch.Tensor], preserve_DD: torch.Tensor, *, ridge: float, preserve_scale: float
+    moments: Sequence[torch.Tensor],
+    preserve_DD: torch.Tensor,
+    *,
+    ridge: float,
+    preserve_scale: float,
+    unit: RidgeUnit = "relative",
 ) -> list[torch.Tensor]:
     """Of each concept the matrix K_i (width, width) that makes W' = W + sum_i Delta_i K_i the best fit, float64.
 
@@ -66,12 +71,13 @@ def fusion(
     Args:
         moments: C_i = sum of x x^T over the inputs of a layer for concept i.
         preserve_DD: C_p = sum of p p^T over the inputs that are kept.
-        ridge: relative to m, the mean of the diagonal of the system without it; 0 gives the least-norm solution.
+        ridge: 0 gives the least-norm solution.
         preserve_scale: s.
+        unit: of the ridge: m is the mean of the diagonal of the system without it, or as published 1.
     """
     own = [moment.double() for moment in moments]
     system_DD = torch.stack(own).sum(0) + preserve_scale * preserve_DD.double()
-    size = float(system_DD.diagonal().mean())
+    size = float(system_DD.diagonal().mean()) if unit == "relative" else 1.0
     return [ridge_solve(system_DD, moment_DD, ridge=ridge * size).T for moment_DD in own]
 
 

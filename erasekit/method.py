@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A setting that takes one name or several.
 OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+# Of a setting that may be left open: TOML has no word for it, so that `-s method.KEY=none` arrives as text.
+OrNone = BeforeValidator(lambda value: None if value == "none" else value)
 
 
 class MethodConfig(BaseModel):

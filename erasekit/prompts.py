@@ -31,10 +31,13 @@ def neutral_of(prompt: Prompt, concepts: Sequence[Concept]) -> str:
         return ""
     if prompt.neutral:
         return prompt.neutral
+    said = [concept for concept in concepts if concept.find(prompt.text) and concept.neutral != EMPTY_PROMPT]
+    if own and not said:
+        return own[0].neutral
     text = prompt.text
-    for concept in concepts:
-        text = concept.replaced(text) if concept.neutral != EMPTY_PROMPT else text
-    return text if text != prompt.text or not own else own[0].neutral
+    for concept in said:
+        text = concept.replaced(text)
+    return text
 
 
 def phrased_prompts(ctx: RunContext, concept: Concept) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,10 +36,13 @@ class SiteEmbeddings:
         tokens: Tokens = "all",
         guides: Sequence[str] = (),
         shares: Mapping[str, Sequence[float]] | None = None,
+        bare: bool = False,
+        preserve: bool = True,
     ) -> None:
         """See `site_embeddings`."""
-        self._ctx, self._reads, self._tokens = ctx, reads, tokens
-        self._guides, self._shares = guides, shares or {}
+        self._ctx, self._reads, self._bare = ctx, reads, bare
+        self._tokens: Tokens | Literal["end"] = "end" if bare and tokens == "last" else tokens
+        self._guides, self._shares, self._preserves = guides, shares or {}, preserve
 
     @cached_property
     def pairs(self) -> tuple[Pairs, ...]:
@@ -52,7 +55,8 @@ class SiteEmbeddings:
         """
         asked, found = self._ctx.prompts("erase"), []
         for concept in self._ctx.concepts:
-            turned, pairs = concept_pairs(concept, asked), None
+            bare = [(phrase, concept.neutralise(phrase)) for phrase in concept.phrases]
+            turned, pairs = bare if self._bare else concept_pairs(concept, asked), None
             turns = self._guides or (concept.neutral,)
             for guide, share in zip(turns, self._shares.get(concept.name, [1 / len(turns)] * len(turns)), strict=True):
                 guided = concept.model_copy(update={"neutral": guide})
@@ -96,7 +100,8 @@ class SiteEmbeddings:
     @cached_property
     def preserve(self) -> Moment:
         """Of what must not change, see `preserve_prompts`; the empty prompt counts as often as all others together."""
-        return kept_moment(self._ctx.backbone, preserve_prompts(self._ctx), self._reads)
+        kept = preserve_prompts(self._ctx) if self._preserves else [""]
+        return kept_moment(self._ctx.backbone, kept, self._reads)
 
     @cached_property
     def captions(self) -> Moment:
@@ -110,6 +115,8 @@ def site_embeddings(
     tokens: Tokens = "all",
     guides: Sequence[str] = (),
     shares: Mapping[str, Sequence[float]] | None = None,
+    bare: bool = False,
+    preserve: bool = True,
 ) -> dict[str, SiteEmbeddings]:
     """Embeddings of the concepts' training prompts, of what they should become, and of what must not change.
 
@@ -120,12 +127,16 @@ def site_embeddings(
             has no positions and is one row for each prompt.
         guides: what takes the concept's place instead of its neutral words; several of them share it.
         shares: {concept: the share of each guide}, which sum to one; left out, they are equal.
+        bare: of the concepts' prompts there are only their phrases by themselves, whose `last` token is paired with the
+            guide's last one, as in UCE's code.
+        preserve: what the concepts and the task ask to keep must not change; if not, the empty prompt alone.
 
     Returns:
         {"tokens" or "pooled": embeddings}, as the backbone's text sites read them.
     """
     kinds = sorted({site.reads for site in ctx.backbone.text_sites()})
-    return {reads: SiteEmbeddings(ctx, reads, tokens=tokens, guides=guides, shares=shares) for reads in kinds}
+    settings: dict[str, Any] = {"tokens": tokens, "guides": guides, "shares": shares, "bare": bare, "preserve": preserve}
+    return {reads: SiteEmbeddings(ctx, reads, **settings) for reads in kinds}
 
 
 def held(backbone: Backbone, prompts: Sequence[str], reads: str) -> Moment:
@@ -150,7 +161,11 @@ def kept_moment(backbone: Backbone, prompts: Sequence[str], reads: str) -> Momen
 
 
 def pair_rows(
-    backbone: Backbone, concept: Concept, prompts: Sequence[tuple[str, str]], reads: str, tokens: Tokens = "all"
+    backbone: Backbone,
+    concept: Concept,
+    prompts: Sequence[tuple[str, str]],
+    reads: str,
+    tokens: Tokens | Literal["end"] = "all",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows e_w of one prompt after the other and what each should act like, float64; `prompts` come with their goals."""
     for prompt, neutral in prompts:
@@ -159,6 +174,8 @@ def pair_rows(
             yield _read(mine, reads)[0].double(), _read(goal, reads)[0].double()
         elif tokens == "all":
             yield align(mine, goal)
+        elif tokens == "end":
+            yield _last_word(mine), _last_word(goal)
         else:
             yield _from_last(mine, goal, _last_token(backbone, concept, prompt, int(mine.lengths[0])), tokens)
 
@@ -189,6 +206,11 @@ def site_deltas(
 def _read(cond: Conditioning, reads: str) -> torch.Tensor:
     """What a site of that kind is given, (n, positions, width); a pooled embedding stands in one position."""
     return cond.tokens if cond.pooled is None or reads == "tokens" else cond.pooled[:, None]
+
+
+def _last_word(cond: Conditioning) -> torch.Tensor:
+    """The embedding before each prompt's end token; of the empty prompt that is its begin token (CLIP) or last pad (T5)."""
+    return cond.tokens[torch.arange(len(cond)), cond.lengths - 2].double()
 
 
 def _last_token(backbone: Backbone, concept: Concept, prompt: str, length: int) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from erasekit.adapters import AdapterBank
+from erasekit.adapters import AdapterBank, Init
 from erasekit.deltas import LowRank
 from erasekit.errors import ErasekitError
-from erasekit.method import MethodConfig, RunContext
+from erasekit.method import MethodConfig, OrNone, RunContext
 
 Losses = Mapping[str, torch.Tensor]
 
@@ -24,11 +25,28 @@ class TrainingConfig(MethodConfig):
 
     steps: int = Field(200, ge=0, description="training steps; 0 skips the training")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    warmup: int = Field(10, ge=0, description="steps of linear warm-up; after it the rate falls along a cosine")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="of the rate after the warm-up: it falls along a cosine to a twentieth, or stays"
+    )
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     accumulate: int = Field(1, ge=1, description="batches whose mean gradient makes one step")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+
+
+class LoraTrainingConfig(TrainingConfig):
+    """How the published methods train: at a constant rate, most of them without clipping, and some of them LoRAs."""
+
+    schedule: Literal["cosine", "constant"] = Field(
+        "constant", description="of the rate: it falls along a cosine to a twentieth, or stays (published: constant)"
+    )
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up (published: 0)")
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradient; 0 does not clip (published, but for MACE)")
+    init: Init = Field("uniform", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
+    alpha: Annotated[float | None, OrNone] = Field(
+        None, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts; none, the rank"
+    )
 
 
 def train(
@@ -69,7 +87,7 @@ def train(
                 raise ErasekitError(_not_finite(name, step, parts, path))
             total.backward()
             values |= {key: value.item() for key, value in parts.items()}
-        norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip or math.inf)
         if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; no checkpoint may hold what it leads to
             raise ErasekitError(_not_finite(name, step, {"gradient": norm}, path))
         optimizer.step()
@@ -82,11 +100,11 @@ def train_lora(
     losses: Callable[[int, torch.Generator], Losses],
     layers: Sequence[str],
     rank: int,
-    config: TrainingConfig,
+    config: LoraTrainingConfig,
     *,
     ctx: RunContext,
     name: str,
-    init: torch.Generator,
+    generator: torch.Generator,
 ) -> dict[str, LowRank]:
     """Train one LoRA on some layers of the denoiser as `train` does, and take it off again: what it adds to each layer.
 
@@ -97,10 +115,10 @@ def train_lora(
         config: steps, rate and so on.
         ctx: the run.
         name: names the LoRA, its checkpoint and the generators.
-        init: draws the weights that it begins with.
+        generator: draws the weights that it begins with.
     """
     with AdapterBank(ctx.backbone) as bank:
-        bank.add(name, layers, rank, init)
+        bank.add(name, layers, rank, generator, init=config.init, alpha=config.alpha)
         train(losses, bank.train_only(name), config, ctx=ctx, name=name)
         return {layer: delta for layer, delta in bank.deltas(name).items() if isinstance(delta, LowRank)}
 
@@ -111,8 +129,10 @@ def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 def _rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up times a half cosine that ends at a twentieth."""
+    """Linear warm-up times one, or a half cosine that ends at a twentieth."""
     rise = min(1.0, (step + 1) / (config.warmup + 1))
+    if config.schedule == "constant":
+        return rise
     return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
 
 

@@ -87,16 +87,21 @@ def base_pool(
     cond: Conditioning,
     seeds: Sequence[int],
     others: Sequence[Conditioning] = (),
+    *,
+    told: float | None = None,
 ) -> Pool:
     """Guided trajectories under the prompts of `cond`, used in turn; `predictions` holds f(0), f(c) and those of `others`.
 
-    Each of `others` has a prompt for each of `cond`.
+    Each of `others` has a prompt for each of `cond`. `told` is the scale that a model with embedded guidance is told for
+    the predictions, while the trajectories keep the protocol's; left out, that too.
     """
-    empty = backbone.encode([""])
+    empty, asked = backbone.encode([""]), at_scale(protocol, told)
 
     def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), *(each[row] for each in (cond, *others))]
-        found = predict_each(backbone, protocol, x, tau, conds)
+        found = predict_each(backbone, asked, x, tau, conds)
+        if backbone.embedded_guidance and told is not None:
+            return backbone.predict(x, tau, cond[row], guidance=protocol.guidance), torch.stack(found, 1)
         return steer(backbone, protocol, found[0], found[1]), torch.stack(found, 1)
 
     return follow(backbone, protocol, cond, torch.arange(len(seeds)) % len(cond), seeds, step)
@@ -127,22 +132,32 @@ def negative_guidance(anchor: torch.Tensor, concept: torch.Tensor, empty: torch.
 
 
 def concept_pool(
-    ctx: RunContext, concept: Concept, n: int, *, name: str, guidance: float | None = None, neutral: bool = False
+    ctx: RunContext,
+    concept: Concept,
+    n: int,
+    *,
+    name: str,
+    guidance: float | None = None,
+    told: float | None = None,
+    neutral: bool = False,
 ) -> Pool:
     """`n` trajectories of the base under random training prompts of a concept, guided at `guidance` or as the run is.
 
-    `predictions` holds f(0), f(c) and, if `neutral`, those for the neutral prompts. `name` names the generator of
-    prompts and seeds.
+    `predictions` holds f(0), f(c) and, if `neutral`, those for the neutral prompts, `told` as in `base_pool`. `name` names
+    the generator of prompts and seeds.
     """
     generator, pairs = ctx.generator(name), concept_pairs(concept, ctx.prompts("erase"))
     seeds = torch.randint(2**31, (n,), generator=generator).tolist()
     drawn = [pairs[row] for row in torch.randint(len(pairs), (n,), generator=generator).tolist()]
     cond, goal = (ctx.backbone.encode(list(side)) for side in zip(*drawn, strict=True))
-    return base_pool(ctx.backbone, with_guidance(ctx, guidance), cond, seeds, [goal] if neutral else [])
+    return base_pool(ctx.backbone, with_guidance(ctx, guidance), cond, seeds, [goal] if neutral else [], told=told)
 
 
 def with_guidance(ctx: RunContext, guidance: float | None) -> Protocol:
     """The run's protocol at another scale of classifier-free guidance; what a model is told stays what sampling tells it."""
-    if guidance is None or ctx.backbone.embedded_guidance:
-        return ctx.protocol
-    return ctx.protocol.model_copy(update={"guidance": guidance})
+    return at_scale(ctx.protocol, None if ctx.backbone.embedded_guidance else guidance)
+
+
+def at_scale(protocol: Protocol, guidance: float | None) -> Protocol:
+    """The protocol at another scale of guidance, if one is given."""
+    return protocol if guidance is None else protocol.model_copy(update={"guidance": guidance})

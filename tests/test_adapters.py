@@ -70,6 +70,30 @@ def test_initial_weights_hang_on_the_seed_only(backbone, bank):
     assert max(float(a[t].down.abs().max()) for t in targets) <= tiny.WIDTH**-0.5
 
 
+@pytest.mark.parametrize("rank", [1, 8])
+def test_gaussian_weights_have_a_deviation_of_one_over_the_rank(backbone, bank, rank):
+    targets = backbone.lora_targets("all")
+    bank.add("cat", targets, rank, generator(), init="gaussian")
+    drawn = torch.cat([delta.down.flatten() for delta in bank.deltas("cat").values()])
+    assert drawn.std().item() == pytest.approx(1 / rank, rel=0.1)
+    assert drawn.mean().item() == pytest.approx(0, abs=0.1 / rank)
+    assert drawn.abs().max() > 2.5 / rank
+
+
+def test_alpha_over_rank_of_a_lora_counts_in_predictions_and_deltas_alike(backbone, bank):
+    targets = backbone.lora_targets("kv")
+    bank.add("cat", targets, 4, generator(), alpha=1.0)
+    stir(bank.train_only("cat"))
+    state, deltas = bank.state(), bank.deltas("cat")
+    for target in targets:
+        b, a = (state[f"cat/{target}.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(to_dense(deltas[target]), b @ a / 4)
+    with_bank = predict(backbone)
+    bank.remove()
+    with merged(backbone.denoiser, deltas):
+        torch.testing.assert_close(predict(backbone), with_bank, rtol=1e-4, atol=1e-5)
+
+
 def test_all_active_one_trainable(backbone, bank):
     targets = backbone.lora_targets("kv")
     for name in ("cat", "dog. and 'more'"):  # free text, dots included

@@ -27,8 +27,10 @@ def context(backbone):
 
 
 def ant(backbone, **others):
-    """ANT with the defaults of the backbone's family, all terms counting, and what a test asks for."""
-    return Ant(AntConfig(**Ant.defaults.get(backbone.capabilities.family, {}) | {"early_weight": 1.0} | SMALL | others))
+    """ANT as the family's mini model has it, all terms counting, and what a test asks for."""
+    mini = {"unet": "sd15-mini", "dit": "flux-mini"}[backbone.capabilities.family]
+    defaults = Ant.defaults.get(backbone.capabilities.family, {}) | Ant.defaults[mini] | {"early_weight": 1.0}
+    return Ant(AntConfig(**defaults | SMALL | others))
 
 
 # Which end of time is reversed

@@ -13,7 +13,7 @@ import pytest
 
 import show
 import table
-from erasekit.results import Metric
+from erasekit.results import Metric, RunResult
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,13 +96,38 @@ def test_an_interval_is_no_narrower_than_the_runs_own_and_covers_the_spread_of_c
     assert high >= 0.9
 
 
-def test_a_committed_table_is_printed_with_every_row_and_concept():
-    result = json.loads((ROOT / "benchmarks" / "results" / "methods-sd15-mini.json").read_text())
+TABLES = [p for p in sorted((ROOT / "benchmarks" / "results").glob("*.json")) if "rows" in json.loads(p.read_text())]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_every_committed_table_is_printed_with_every_row_and_concept(path):
+    """That of the ablations has no sizes of files."""
+    result = json.loads(path.read_text())
     rows = show.by_row(result).splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}" for name in (*result["rows"], "unedited")]
     assert {row.count("|") for row in rows} == {rows[0].count("|")}
-    concepts = show.by_concept(result["rows"]["trace"]).splitlines()
-    assert len(concepts) == 2 + len({run["concepts"] for run in result["rows"]["trace"]["runs"]}) + 2
+    first = next(iter(result["rows"].values()))
+    concepts = show.by_concept(first).splitlines()
+    assert len(concepts) == 2 + len({run["concepts"] for run in first["runs"]}) + 2
+
+
+def result_of(concept, seed, sha256):
+    metrics = {"acc_e": shares(0.1 * seed)[0]}
+    named = {"method": "m", "backbone": "b", "task": "t", "domain": "mini", "config_hash": "x", "protocol": {"hash": "x"}}
+    cost = {"counts": {}, "timings_s": {"erase": 1.0}, "peak_memory_mb": 1.0}
+    return RunResult(**named, **cost, concepts=(concept,), seed=seed, metrics=metrics, erasure_sha256=sha256)
+
+
+def test_seeds_of_a_closed_form_are_one_run():
+    same = [[result_of(c, 0, c) for _ in range(3)] for c in ("cat", "dog")]
+    other = [[result_of(c, seed, f"{c}{seed}") for seed in range(3)] for c in ("cat", "dog")]
+    closed, trained = table.summary(same)["metrics"]["acc_e"], table.summary(other)["metrics"]["acc_e"]
+    assert (closed["runs"], closed["pictures"]) == (2, 40)
+    assert (trained["runs"], trained["pictures"]) == (6, 120)
+    row = {"runs": [{"concepts": r.concepts[0], "erasure_sha256": r.erasure_sha256} for runs in same for r in runs]}
+    assert show.runs_of(row) == "2 (3 seeds alike)"
+    row = {"runs": [{"concepts": r.concepts[0], "erasure_sha256": r.erasure_sha256} for runs in other for r in runs]}
+    assert show.runs_of(row) == "6"
 
 
 def test_a_share_of_exactly_the_limit_counts_as_erased_however_many_seeds():

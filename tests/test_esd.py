@@ -33,8 +33,9 @@ def context(backbone):
 
 
 def settings(backbone, **others):
-    """The defaults of the backbone's family, then what a test asks for."""
-    return EsdConfig(**Esd.defaults.get(backbone.capabilities.family, {}) | SMALL | others)
+    """What the family's mini model has, then what a test asks for."""
+    mini = {"unet": "sd15-mini", "dit": "flux-mini"}[backbone.capabilities.family]
+    return EsdConfig(**Esd.defaults.get(backbone.capabilities.family, {}) | Esd.defaults[mini] | SMALL | others)
 
 
 # The target
@@ -156,7 +157,7 @@ def test_gradients_reach_every_trained_parameter_and_no_other(backbone, context,
     if weights == "full":
         check(full(ctx, names))
     else:
-        with lora(ctx, names, rank=2) as student:
+        with lora(ctx, names, EsdConfig(rank=2)) as student:
             check(student)
 
 

@@ -13,7 +13,8 @@ from erasekit.deltas import concatenate, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.sites import kept_moment, phrased_prompts
+from erasekit.prompts import phrased_prompts
+from erasekit.sites import held, kept_moment
 from erasekit_mace import losses, masks
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.method import Mace, MaceConfig, _kept
@@ -30,7 +31,9 @@ def context(backbone, names=("cat", "dog"), seed=0, **changes):
 
 
 def method(backbone, **settings):
-    return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}), **SMALL | settings))
+    """MACE as the family's mini model has it, and what a test asks for."""
+    mini = {"unet": "sd15-mini", "dit": "flux-mini"}[backbone.capabilities.family]
+    return Mace(MaceConfig(**Mace.defaults.get(backbone.capabilities.family, {}) | Mace.defaults[mini] | SMALL | settings))
 
 
 # The loss
@@ -257,13 +260,19 @@ def test_without_steps_there_is_the_refinement_alone(backbone):
 
 
 @pytest.mark.parametrize("chosen", [*Mace.ablations.items(), *Mace.presets.items()], ids=lambda pair: pair[0])
-def test_ablations_and_presets_are_valid_and_differ_from_the_default(chosen):
-    assert MaceConfig(**chosen[1]) != MaceConfig()
+def test_ablations_and_presets_are_valid_and_differ_from_a_minis_default(chosen):
+    mini = Mace.defaults["sd15-mini"]
+    assert MaceConfig(**mini | chosen[1]) != MaceConfig(**mini)
 
 
 def test_what_the_concepts_ask_to_keep_is_kept_and_every_pad_of_the_empty_prompt(sd):
     ctx = context(sd, templates=("a {}",), preserve=("ship", "cat"))  # a cat is erased, whoever asks for it
-    prompts = ["", "a ship", "a photo of a ship", *(f"a photo of a {w}" for w in ("red", "kitten", "photo"))]
-    assert _kept(ctx) == prompts
-    want = sd.encode([*prompts, *[""] * 4]).tokens.flatten(0, 1).double()  # the empty prompt as often as the five others
-    torch.testing.assert_close(kept_moment(sd, prompts, "tokens").total_DD, want.T @ want)
+    preserved, captions = ["", "a ship", "a photo of a ship"], [f"a photo of a {w}" for w in ("red", "kitten", "photo")]
+    assert _kept(ctx) == (preserved, captions)
+    asked = sd.encode([*preserved, ""]).tokens.flatten(0, 1).double()  # the empty prompt as often as the two others
+    said = sd.encode(captions).tokens.flatten(0, 1).double()
+    torch.testing.assert_close(kept_moment(sd, preserved, "tokens").total_DD, asked.T @ asked)
+    torch.testing.assert_close(held(sd, captions, "tokens").total_DD, said.T @ said)
+    torch.testing.assert_close(method(sd).kept(ctx, "tokens"), asked.T @ asked + said.T @ said)
+    weighed = method(sd, domain=9.0, captions=12).kept(ctx, "tokens")
+    torch.testing.assert_close(weighed, 9 * asked.T @ asked + 4 * said.T @ said)

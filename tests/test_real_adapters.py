@@ -6,12 +6,22 @@ import pytest
 
 from erasekit import plugins
 from erasekit.config import build, resolve
+from erasekit.deltas import to_dense
+from erasekit.erasure import load_into
+from erasekit.method import RunContext
 from erasekit.rundir import path_of
 from erasekit.runner import run
 from tests import tiny, tiny_flux
 from tests.conftest import THIRD_PARTY
 
 TRACE = ("steps=2", "trajectories=2", "clean_trajectories=2", "batch=2", "rank=2")
+
+
+SHORT = {"steps": 1, "trajectories": 2, "saliency_draws": 1, "pictures": 2, "kept_pictures": 2, "fusion_points": 4}
+PRESETS = {m: plugins.default().methods.get(m).presets for m in ("esd", "uce", "rece", "mace", "ant", "eraseanything", "sld")}
+CHOICES = [(m, name, "") for m in (*PRESETS, "negative-prompt") for name in ("sd15", "flux-dev")]
+CHOICES += [(m, "sd15", preset) for m, presets in PRESETS.items() for preset in presets]
+CHOICES += [(m, "flux-dev", "official") for m, presets in PRESETS.items() if "official" in presets]
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +50,18 @@ def test_a_folder_in_the_hubs_layout_runs_to_the_report(name, steps, guidance, r
     assert manifest["backbone"] == plan.config.backbone
     sites = {site.name for site in plan.backbone.load(plan.backbone_config).text_sites()}
     assert sites <= set(manifest["base"]["modules"])
+
+
+@pytest.mark.parametrize(("method", "name", "preset"), CHOICES)
+def test_every_method_erases_with_the_settings_of_real_models(method, name, preset, registries, tmp_path, request):
+    folder = request.getfixturevalue("tiny_folder" if name == "sd15" else "tiny_flux_folder")
+    kind = registries.methods.get(method)
+    overrides = [f"backbone.path={folder}", "backbone.device=cpu", "backbone.dtype=float32", "protocol.size=16"]
+    overrides += ["protocol.steps=8", *(f"method.{k}={v}" for k, v in SHORT.items() if k in kind.Config.model_fields)]
+    flags = {"method": method, "backbone": name, "task": "words", "concepts": ("cat",), "preset": preset, "limit": 1}
+    plan = resolve(build(flags, overrides=overrides), registries)
+    backbone = plan.backbone.load(plan.backbone_config)
+    erasure = plan.method(plan.method_config).erase(RunContext(backbone, plan.concepts, plan.task, protocol=plan.protocol))
+    assert erasure.guidance or any(to_dense(delta).abs().max() > 0 for delta in erasure.total().values())
+    erasure.save(tmp_path / "erasure")
+    load_into(backbone.pipeline(), tmp_path / "erasure", base=backbone)

@@ -1,15 +1,19 @@
 """RECE: the adversarial embedding, the rounds against independent solutions, and the stage after other methods."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erasekit.alignment import align
 from erasekit.deltas import Dense, LowRank, merged, to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import MethodConfig, RunContext
-from erasekit.sites import concept_prompts, pair_rows, preserve_prompts
+from erasekit.prompts import concept_pairs, preserve_prompts
+from erasekit.sites import pair_rows
 from erasekit_rece import plugin
 from erasekit_rece.method import Rece, ReceConfig, Rounds, robustify
 from erasekit_rece.solve import adversary
@@ -17,6 +21,9 @@ from erasekit_uce.method import Uce, UceConfig
 from tests.third_party.tiny_world import Words
 
 D = 10
+
+mini_uce = partial(UceConfig, **Uce.defaults["sd15-mini"])  # what the mini models have
+mini_rece = partial(ReceConfig, **Rece.defaults["sd15-mini"])  # what the mini models have
 
 
 def normal(*shape, seed):
@@ -75,7 +82,7 @@ def test_adversary_undoes_an_edit_that_only_turns_the_input():
 def of_concepts(ctx, reads):
     """All rows e_w and e_u of all concepts, stacked."""
     asked = ctx.prompts("erase")
-    found = [pair for c in ctx.concepts for pair in pair_rows(ctx.backbone, c, concept_prompts(c, asked), reads)]
+    found = [pair for c in ctx.concepts for pair in pair_rows(ctx.backbone, c, concept_pairs(c, asked), reads)]
     return [torch.cat(side) for side in zip(*found, strict=True)]
 
 
@@ -100,12 +107,11 @@ def independent_round(w, u, base, edited, kept, *, adversary_ridge, ridge):
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("names", [("cat",), ("cat", "dog")])
 def test_rounds_are_the_published_formulas_one_after_the_other(backbone, names, hold):
-    config = ReceConfig(
-        rounds=2, ridge=0.05, adversary_ridge=0.02, round_ridge=0.03, round_preserve_scale=0.4, hold=hold, rank_error=0
-    )
+    scales = {"adversary_ridge": 0.02, "round_ridge": 0.03, "round_preserve_scale": 0.4}
+    config = mini_rece(rounds=2, ridge=0.05, hold=hold, rank_error=0, **scales)
     ctx = context(backbone, names)
     erasure = Rece(config).erase(ctx)
-    start = Uce(UceConfig(ridge=0.05, rank_error=0)).erase(ctx)
+    start = Uce(mini_uce(ridge=0.05, rank_error=0)).erase(ctx)
     assert list(erasure.deltas) == list(names)
     for reads in {site.reads for site in backbone.text_sites()}:
         (cat, thing), sites = of_concepts(ctx, reads), [site.name for site in backbone.text_sites() if site.reads == reads]
@@ -125,7 +131,7 @@ def test_rounds_are_the_published_formulas_one_after_the_other(backbone, names, 
 
 def test_no_rounds_are_uce(backbone):
     ctx = context(backbone, ("cat", "dog"))
-    mine, plain = Rece(ReceConfig(rounds=0)).erase(ctx), Uce(UceConfig()).erase(ctx)
+    mine, plain = Rece(mini_rece(rounds=0)).erase(ctx), Uce(mini_uce()).erase(ctx)
     for name in ("cat", "dog"):
         for site, delta in plain.deltas[name]["edit"].items():
             torch.testing.assert_close(to_dense(mine.deltas[name]["edit"][site]), to_dense(delta), rtol=1e-8, atol=1e-10)
@@ -146,15 +152,15 @@ def relative_distances(backbone, erasure, found):
 
 def test_the_adversary_brings_the_concept_back_and_a_round_takes_it_away(wide):
     ctx = context(wide)
-    plain = Uce(UceConfig()).erase(ctx)
+    plain = Uce(mini_uce()).erase(ctx)
     found = {}
     for reads in {site.reads for site in wide.text_sites()}:
         names = [site.name for site in wide.text_sites() if site.reads == reads]
         base = [wide.weight(name).double() for name in names]
         edited = [w + to_dense(plain.total()[name]) for w, name in zip(base, names, strict=True)]
         found[reads] = of_concepts(ctx, reads)[0] @ adversary(base, edited, ridge=1e-2).T
-    hardened = Rece(ReceConfig(rounds=1)).erase(ctx)
-    loose = Rece(ReceConfig(rounds=1, hold=False)).erase(ctx)
+    hardened = Rece(mini_rece(rounds=1)).erase(ctx)
+    loose = Rece(mini_rece(rounds=1, hold=False)).erase(ctx)
     concept, back, gone = relative_distances(wide, plain, found)
     assert concept < 0.05
     assert back < 0.05  # after UCE, c' reads almost as the concept did
@@ -167,7 +173,7 @@ def test_the_adversary_brings_the_concept_back_and_a_round_takes_it_away(wide):
 
 
 def test_an_erased_prompt_is_still_erased(wide):
-    erasure = Rece(ReceConfig()).erase(context(wide))
+    erasure = Rece(mini_rece()).erase(context(wide))
     x, tau = wide.latents([1]), torch.tensor([0.5])
     cat, thing = (wide.encode([f"a photo of {name}"]) for name in ("cat", "thing"))
     with torch.no_grad():
@@ -179,9 +185,23 @@ def test_an_erased_prompt_is_still_erased(wide):
 
 def test_rounds_are_logged(backbone):
     lines = []
-    Rece(ReceConfig(rounds=2)).erase(context(backbone, log=lambda *line: lines.append(line)))
+    Rece(mini_rece(rounds=2)).erase(context(backbone, log=lambda *line: lines.append(line)))
     assert [line[:2] for line in lines] == [(1, 2), (2, 2)]
     assert all(0 <= values["recovered"] <= 1 for _, _, values in lines)
+
+
+def test_the_official_preset_knows_the_bare_concept_and_the_empty_prompt_alone(backbone):
+    config = ReceConfig(**Rece.presets["official"])
+    ctx = context(backbone)
+    cat, empty = backbone.encode(["cat"]), backbone.encode([""])
+    first = Rece(config.model_copy(update={"rounds": 0, "rank_error": 0})).erase(ctx)
+    for site in backbone.text_sites():
+        weight, pooled = backbone.weight(site.name).double().numpy(), site.reads == "pooled"
+        pair = (cat.pooled, empty.pooled) if pooled else align(cat, empty)
+        w, u, p = (rows.double().numpy() for rows in (*pair, empty.pooled if pooled else empty.tokens[0]))
+        system = w.T @ w + p.T @ p + 0.5 * np.eye(w.shape[1])  # UCE's Eq. 7 with the published lambda
+        want = np.linalg.solve(system, w.T @ (u - w) @ weight.T).T
+        np.testing.assert_allclose(to_dense(first.total()[site.name]).numpy(), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 # The stage
@@ -229,7 +249,7 @@ def test_the_stage_starts_from_whatever_deltas_it_is_given(backbone):
 
 def test_uce_with_the_stage_is_rece(backbone):
     ctx = context(backbone, component=lambda slot, name: {("robustify", "rece"): robustify}[slot, name])
-    hardened, whole = Uce(UceConfig(robustify="rece")).erase(ctx), Rece(ReceConfig()).erase(ctx)
+    hardened, whole = Uce(mini_uce(robustify="rece")).erase(ctx), Rece(mini_rece()).erase(ctx)
     for site, delta in whole.total().items():
         torch.testing.assert_close(to_dense(hardened.total()[site]), to_dense(delta), rtol=1e-7, atol=1e-9)
 
@@ -245,7 +265,7 @@ def test_what_is_registered():
 # Whole erasures
 
 
-@pytest.mark.parametrize("config", [ReceConfig(), ReceConfig(**Rece.presets["official"])], ids=["default", "official"])
+@pytest.mark.parametrize("config", [mini_rece(), ReceConfig(**Rece.presets["official"])], ids=["default", "official"])
 def test_an_erasure_is_saved_loaded_and_the_same_again(backbone, tmp_path, config):
     before = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
     hashes = [Rece(config).erase(context(backbone, ("cat", "dog"))).save(tmp_path / str(i)) for i in range(2)]

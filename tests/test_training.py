@@ -164,6 +164,27 @@ def test_the_first_step_is_adamw_by_hand():
     torch.testing.assert_close(p.detach(), expected, rtol=1e-7, atol=0)  # at first the moments give the sign
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_constant_rate_stays_after_the_warm_up(warmup):
+    config = TrainingConfig(steps=8, lr=0.1, schedule="constant", warmup=warmup, clip=0.0)
+    p, seen = torch.nn.Parameter(torch.tensor([50.0], dtype=torch.float64)), []
+
+    def losses(batch, generator):
+        seen.append(p.item())
+        return {"slope": 1000 * p.sum()}  # a constant gradient: every step of Adam is the rate itself
+
+    train(losses, [p], config, ctx=context(), name="toy")
+    steps = [a - b for a, b in itertools.pairwise([*seen, p.item()])]
+    assert steps == pytest.approx([0.1 * min(1, (k + 1) / (warmup + 1)) for k in range(8)], rel=1e-6)
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.0, 1.0), (2.0, 0.2), (100.0, 1.0)])
+def test_the_gradient_is_clipped_to_a_norm_or_not_at_all(clip, factor):
+    p, config = torch.nn.Parameter(torch.zeros(2)), TrainingConfig(steps=1, clip=clip)
+    train(lambda batch, generator: {"slope": 6 * p[0] + 8 * p[1]}, [p], config, ctx=context(), name="toy")
+    torch.testing.assert_close(p.grad, factor * torch.tensor([6.0, 8.0]), rtol=1e-4, atol=0)
+
+
 def test_no_steps_change_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(run(tmp_path, CONFIG.model_copy(update={"steps": 0})), fresh(), strict=True))
     assert not (tmp_path / "checkpoints").exists()

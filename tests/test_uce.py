@@ -1,6 +1,7 @@
 """UCE on the tiny models: the numbers of an erasure, which positions are edited, what stays."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.plugins import default
-from erasekit.sites import concept_prompts, held, pair_rows, preserve_prompts, site_embeddings
+from erasekit.prompts import concept_pairs, preserve_prompts
+from erasekit.sites import held, pair_rows, site_embeddings
 from erasekit_uce.method import Uce, UceConfig
 from tests import tiny_flux
 from tests.third_party.tiny_world import Words
+
+mini_uce = partial(UceConfig, **Uce.defaults["sd15-mini"])  # what the mini models have
 
 
 class NoPrompts(Words):
@@ -44,8 +48,8 @@ def of_concepts(ctx, reads, tokens="all", guide=None):
     """All rows e_w and e_u of all concepts, stacked."""
     found = []
     for concept in ctx.concepts:
-        prompts = concept_prompts(concept, ctx.prompts("erase"))
         guided = concept if guide is None else concept.model_copy(update={"neutral": guide})
+        prompts = concept_pairs(guided, ctx.prompts("erase"))
         found += pair_rows(ctx.backbone, guided, prompts, reads, tokens)
     return [torch.cat(side) for side in zip(*found, strict=True)]
 
@@ -74,7 +78,7 @@ def loop_solution(w, u, p, weight, *, ridge, erase, preserve):
 @pytest.mark.parametrize("tokens", ["last", "suffix", "all"])
 def test_every_site_is_the_published_formula(backbone, names, tokens):
     ctx = context(backbone, names)
-    config = UceConfig(tokens=tokens, ridge=0.02, erase_scale=0.7, preserve_scale=0.3, rank_error=0)
+    config = mini_uce(tokens=tokens, ridge=0.02, erase_scale=0.7, preserve_scale=0.3, rank_error=0)
     erasure = Uce(config).erase(ctx)
     assert set(erasure.deltas) == set(names)
     assert {site.name for site in backbone.text_sites()} == set(erasure.total())
@@ -85,7 +89,7 @@ def test_every_site_is_the_published_formula(backbone, names, tokens):
 
 
 def test_all_text_sites_are_edited_and_nothing_else(backbone):
-    modules = set(Uce(UceConfig()).erase(context(backbone)).total())
+    modules = set(Uce(mini_uce()).erase(context(backbone)).total())
     if backbone.prefix == "unet":
         expected = {n for n in dict(backbone.denoiser.named_modules()) if n.endswith(("attn2.to_k", "attn2.to_v"))}
         assert modules == expected
@@ -96,13 +100,13 @@ def test_all_text_sites_are_edited_and_nothing_else(backbone):
 
 def test_flux_is_edited_without_loading_the_transformer(tiny_flux_folder):
     backbone = tiny_flux.load(tiny_flux_folder)
-    Uce(UceConfig()).erase(context(backbone))
+    Uce(mini_uce()).erase(context(backbone))
     assert "transformer" not in backbone._parts
 
 
 def test_the_concept_reads_as_its_neutral_and_the_preserved_stay(wide):
     """Relative to the distance between the two; a bias that counts twice would show here."""
-    erasure = Uce(UceConfig(ridge=1e-6, preserve_scale=3.0)).erase(context(wide))
+    erasure = Uce(mini_uce(ridge=1e-6, preserve_scale=3.0)).erase(context(wide))
     modules = dict(wide.denoiser.named_modules())
     cat, thing, ship, empty = (wide.encode([p]) for p in ("a photo of cat", "a photo of thing", "a photo of a ship", ""))
 
@@ -125,7 +129,7 @@ def test_the_concept_reads_as_its_neutral_and_the_preserved_stay(wide):
 
 def test_erased_prompts_are_predicted_as_neutral_ones(wide):
     ctx = context(wide)
-    erasure = Uce(UceConfig(ridge=1e-6)).erase(ctx)
+    erasure = Uce(mini_uce(ridge=1e-6)).erase(ctx)
     x, tau = wide.latents([1]), torch.tensor([0.5])
     cat, thing = (wide.encode([f"a photo of {name}"]) for name in ("cat", "thing"))
     with torch.no_grad():
@@ -195,7 +199,7 @@ def test_guides_take_the_place_of_the_neutral_words(backbone):
 def test_two_guides_give_the_least_squares_compromise(backbone):
     """min |W' w - W a|^2 + |W' w - W b|^2 is reached at their mean."""
     ctx = context(backbone, templates=("{}",))
-    both = Uce(UceConfig(tokens="last", guides=("red ship", "thing ship"), ridge=0.01, rank_error=0)).erase(ctx)
+    both = Uce(mini_uce(tokens="last", guides=("red ship", "thing ship"), ridge=0.01, rank_error=0)).erase(ctx)
     guides = ("red ship", "thing ship")
     for site in backbone.text_sites():
         (w, one), (_, two) = (of_concepts(ctx, site.reads, "last", guide) for guide in guides)
@@ -207,7 +211,7 @@ def test_two_guides_give_the_least_squares_compromise(backbone):
 def test_a_guide_counts_as_its_share(backbone):
     """min .25 |W' w - W a|^2 + .75 |W' w - W b|^2 is reached at their weighted mean."""
     ctx, guides = context(backbone, templates=("{}",)), ("red ship", "thing ship")
-    deltas = Uce(UceConfig(tokens="last", guides=guides, ridge=0.01, rank_error=0)).edit(ctx, {"cat": [0.25, 0.75]})["cat"]
+    deltas = Uce(mini_uce(tokens="last", guides=guides, ridge=0.01, rank_error=0)).edit(ctx, {"cat": [0.25, 0.75]})["cat"]
     for site in backbone.text_sites():
         (w, one), (_, two) = (of_concepts(ctx, site.reads, "last", guide) for guide in guides)
         rows = w, 0.25 * one + 0.75 * two, of_kept(ctx, site.reads)
@@ -218,7 +222,7 @@ def test_a_guide_counts_as_its_share(backbone):
 @pytest.mark.parametrize("guides", [(), ("red",)])
 def test_debiasing_needs_something_to_share(backbone, guides):
     with pytest.raises(UsageError, match="Debiasing needs two guides or more"):
-        Uce(UceConfig(guides=guides, debias_rounds=1)).erase(context(backbone))
+        Uce(mini_uce(guides=guides, debias_rounds=1)).erase(context(backbone))
 
 
 @pytest.mark.slow
@@ -228,7 +232,7 @@ def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
     plan = resolve(build({"method": "uce", "backbone": mini, "concepts": ("cat",)}), default())
     concept = Concept(name="background", phrases=("a background",), templates=("a photo of {}", "a picture of {}"))
     ctx = RunContext(plan.backbone.load(plan.backbone_config), (concept,), NoPrompts(), protocol=plan.protocol)
-    method = Uce(UceConfig(guides=("a cat", "a ship"), debias_rounds=5, debias_pictures=24))
+    method = Uce(mini_uce(guides=("a cat", "a ship"), debias_rounds=5, debias_pictures=24))
     shares = method.shares(ctx)["background"]
     fresh, scorer = replace(ctx, seed=1), default().components.get("scorer", "mini")()
     assert sum(shares) == pytest.approx(1)
@@ -243,11 +247,32 @@ def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
 
 def test_a_concept_that_is_its_neutral_is_an_error(backbone):
     with pytest.raises(UsageError, match=r"'cat'.*no prompt of it would change"):
-        Uce(UceConfig()).erase(context(backbone, neutral="cat"))
+        Uce(mini_uce()).erase(context(backbone, neutral="cat"))
 
 
-def test_the_official_preset_is_absolute(backbone, caplog):
-    config = UceConfig(**Uce.presets["official"], rank_error=0)
+def test_the_official_preset_is_the_published_edit_of_the_bare_concept(backbone):
+    """Eq. 7 in float64 with the published lambda: one token of each bare phrase, and nothing is preserved."""
+    ctx = context(backbone, phrases=("cat", "a kitten"), templates=("a photo of {}",), preserve=("ship",))
+    erasure = Uce(UceConfig(**Uce.presets["official"] | {"rank_error": 0})).erase(ctx)
+    prompts = ["cat", "a kitten"]
+    mine, empty = backbone.encode(prompts), backbone.encode([""])
+    last = mine.lengths - 2  # before the end token
+    for site in backbone.text_sites():
+        weight = backbone.weight(site.name).double().numpy()
+        if site.reads == "pooled":
+            c, u = mine.pooled.double().numpy(), empty.pooled.double().expand(2, -1).numpy()
+        else:
+            c = torch.stack([mine.tokens[i, k] for i, k in enumerate(last)]).double().numpy()
+            u = empty.tokens[0, [0, 0] if backbone.prefix == "unet" else [-1, -1]].double().numpy()
+        left, right = 0.5 * weight, 0.5 * np.eye(weight.shape[1])
+        for a, b in zip(c, u, strict=True):
+            left, right = left + np.outer(weight @ b, a), right + np.outer(a, a)
+        want = np.linalg.solve(right.T, left.T).T - weight
+        np.testing.assert_allclose(total(erasure, site.name).numpy(), want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
+def test_an_absolute_ridge_is_the_published_lambda(backbone, caplog):
+    config = mini_uce(tokens="last", guides=[""], ridge=0.5, ridge_unit="absolute", rank_error=0)
     ctx = context(backbone)
     erasure = Uce(config).erase(ctx)
     for site in backbone.text_sites():
@@ -269,17 +294,17 @@ def test_a_stage_hardens_the_edit(backbone):
 
     ctx = context(backbone)
     ctx.component = lambda slot, name: {("robustify", "mine"): stage}[slot, name]
-    erasure = Uce(UceConfig(robustify="mine")).erase(ctx)  # as `-s method.robustify=mine` gives it
+    erasure = Uce(mini_uce(robustify="mine")).erase(ctx)  # as `-s method.robustify=mine` gives it
     assert seen == [("mine",)]
     assert len(erasure.total()) == 1
 
 
 def test_an_erasure_is_saved_loaded_and_the_same_again(backbone, tmp_path):
     before = {key: value.clone() for key, value in backbone.denoiser.state_dict().items()}
-    hashes = [Uce(UceConfig()).erase(context(backbone, ("cat", "dog"))).save(tmp_path / str(i)) for i in range(2)]
+    hashes = [Uce(mini_uce()).erase(context(backbone, ("cat", "dog"))).save(tmp_path / str(i)) for i in range(2)]
     after = backbone.denoiser.state_dict()
     assert hashes[0] == hashes[1]
     assert all(torch.equal(before[key], after[key]) for key in before)
     loaded = Erasure.load(tmp_path / "0", backbone)
-    assert UceConfig(**loaded.config) == UceConfig()
+    assert UceConfig(**loaded.config) == mini_uce()
     assert {name: list(parts) for name, parts in loaded.deltas.items()} == {"cat": ["edit"], "dog": ["edit"]}

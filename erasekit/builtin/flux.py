@@ -48,6 +48,7 @@ class Flux(PipelineBackbone):
         "add_qk": r"^transformer_blocks\.\d+\.attn\.add_[qk]_proj$",
         "qk_dual": r"^transformer_blocks\.\d+\.attn\.(add_[qk]_proj|to_[qk])$",
         "all_attn": r"\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
+        "all": r"",
         "text": r"^(context_embedder|time_text_embed\.text_embedder\.linear_1)$",
     }
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 28, "guidance": 3.5}

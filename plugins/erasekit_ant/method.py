@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,8 +14,8 @@ from erasekit.deltas import Deltas, LowRank
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.fusion import fusion, input_moments, share
-from erasekit.method import Method, RunContext
-from erasekit.training import Losses, TrainingConfig, squared_error, train, train_lora
+from erasekit.method import Method, OrNone, RunContext
+from erasekit.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
 from erasekit.trajectories import Pool, concept_pool
 from erasekit_ant import maths
 from erasekit_ant.student import MaskedWeights
@@ -23,30 +23,103 @@ from erasekit_ant.student import MaskedWeights
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
-class AntConfig(TrainingConfig):
-    """Settings of ANT."""
+KEYS_AND_VALUES = {"unet": "kv", "dit": "add_kv"}  # scopes
+# What erased the objects of the mini world on validation prompts.
+MINI = {
+    "form": "multi",
+    "early_weight": 0.05,
+    "guidance": None,
+    "batch": 4,
+    "steps": 200,
+    "lr": 2e-3,
+    "schedule": "cosine",
+    "warmup": 10,
+    "clip": 1.0,
+    "saliency_draws": 4,
+}
+# The published LoRAs are for a hundred concepts at once, and ten steps for each.
+OURS = {
+    "rank": 8,
+    "alpha": None,
+    "scope": "kv",
+    "keys_and_values": False,
+    "lora_scale": 1.0,
+    "fusion_preserve": 0.1,
+    "fusion_ridge": 1e-4,
+    "fusion_points": 64,
+}
+# Nobody has published ANT for FLUX.1. Rate and steps are the published ones for Stable Diffusion, LoRAs stand for whole
+# weights, which few machines can train. A flow model settles what is drawn in its first steps: of fifteen on flux-mini four
+# lie before 0.14, so that it turns at 0.04 and there is next to nothing early.
+FLUX = OURS | {"form": "multi", "scope": "add_kv", "early_weight": 0.0, "tau0": 0.04}
+MULTI = {
+    "form": "multi",
+    "tau0": 0.08,
+    "early_weight": 0.5,
+    "unconditional_weight": 2.5,
+    "guidance": 7.5,
+    "composed": 7.5,
+    "batch": 2,
+    "steps": 10,
+    "weight_decay": 0.01,
+}
+
+
+class AntConfig(LoraTrainingConfig):
+    """Settings of ANT.
+
+    The defaults are those of the published code (lileyang1210/ANT, July 2025) for nudity, `single`; what `multi` alone reads
+    has the values published for a hundred people.
+    """
 
     form: Literal["single", "multi"] = Field(
-        "multi", description="single: the most salient entries of all weights; multi: a LoRA per concept, then fusion"
+        "single", description="single: the most salient entries of all weights; multi: a LoRA per concept, then fusion"
     )
-    tau0: float = Field(0.14, gt=0, lt=1, description="where the guidance turns, 0 is noise and 1 the picture")
+    tau0: float = Field(
+        0.14,
+        gt=0,
+        lt=1,
+        description="where the guidance turns, 0 is noise and 1 the picture (published: 7/50, multi 4/50)",
+    )
     eta: float = Field(1.0, ge=0, description="how strong the guidance is, towards the concept early and away from it late")
-    early_weight: float = Field(0.05, ge=0, description="weight of the early losses (the paper's alpha 1)")
-    unconditional_weight: float = Field(0.5, ge=0, description="weight of the losses on the empty prompt (alpha 2)")
-    guidance: float | None = Field(
-        None, ge=0, description="classifier-free guidance of the trajectories trained on; left out, the protocol's"
+    early_weight: float = Field(1.0, ge=0, description="weight of the early losses (the paper's alpha 1; published: 1)")
+    unconditional_weight: float = Field(
+        0.5, ge=0, description="weight of the losses on the empty prompt (alpha 2; published: 0.5)"
     )
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
-    batch: int = Field(4, ge=1, description="late points in a step, and early ones; each under two prompts")
-    trajectories: int = Field(24, ge=1, description="trajectories of the base per concept")
-    saliency: float = Field(0.5, gt=0, le=1, description="single: share of each weight with the largest gradients")
-    saliency_draws: int = Field(4, ge=1, description="single: gradients whose masks are intersected")
-    rank: int = Field(8, ge=1, description="multi: rank of each LoRA")
-    scope: str = Field("kv", description="multi: linear layers that carry a LoRA, a scope of the backbone")
-    lora_scale: float = Field(1.0, gt=0, description="multi: factor on the LoRAs before fusion")
+    guidance: Annotated[float | None, OrNone] = Field(
+        3.0,
+        ge=0,
+        description="guidance of the trajectories trained on (published: 3, multi 7.5); none, the protocol's",
+    )
+    composed: float = Field(
+        1.0,
+        ge=0,
+        description="guidance scale of the predictions for the concept that are compared (the paper's 1, multi's code 7.5)",
+    )
+    lr: float = Field(5e-4, gt=0, description="peak learning rate of AdamW (published: 5e-4)")
+    steps: int = Field(250, ge=0, description="training steps (published: 250, multi 10 for each concept)")
+    batch: int = Field(1, ge=1, description="late points in a step, and early ones (published: 1, multi 2)")
+    trajectories: int = Field(
+        24, ge=1, description="trajectories of the base per concept; the published code draws one for each step"
+    )
+    saliency: float = Field(0.5, gt=0, le=1, description="single: share of each weight that is trained (published: 0.5)")
+    saliency_draws: int = Field(5, ge=1, description="single: gradients whose masks are intersected (published: five seeds)")
+    rank: int = Field(64, ge=1, description="multi: rank of each LoRA (published: 64)")
+    alpha: Annotated[float | None, OrNone] = Field(
+        1.0, gt=0, description="alpha of the LoRAs, of which alpha/rank B A counts (published: 1); none, the rank"
+    )
+    scope: str = Field("all", description="multi: linear layers that carry a LoRA, a scope of the backbone (published: all)")
+    keys_and_values: bool = Field(
+        True, description="multi: of the LoRAs only those on keys and values of text are kept, as published; else all are"
+    )
+    lora_scale: float = Field(4.3, gt=0, description="multi: factor on the LoRAs before fusion (published: 4.3)")
     fusion_points: int = Field(64, ge=1, description="multi: points per concept at which fusion looks at the layers' inputs")
-    fusion_preserve: float = Field(0.1, ge=0, description="multi: what drift on preserved prompts costs in fusion")
-    fusion_ridge: float = Field(1e-4, gt=0, description="multi: ridge of the fusion, relative to the size of its system")
+    fusion_preserve: float = Field(
+        20.0, ge=0, description="multi: what drift on preserved prompts costs in fusion (published: 2e-12 times 1e13)"
+    )
+    fusion_ridge: float = Field(
+        0.0, ge=0, description="multi: ridge of the fusion, relative to the size of its system (published: 0)"
+    )
 
 
 class Ant(Method):
@@ -54,39 +127,20 @@ class Ant(Method):
 
     The losses on the empty prompt have gradients, and the mask keeps the largest ones. `multi` on FLUX, where text has
     keys and values in the text stream, is an adaptation. An erasure holds matrices of linear layers only, so
-    convolutions and biases are not trained.
+    convolutions and biases are not trained. The preset `official-multi` has the weights with which the published code ran,
+    which has alpha 1 and alpha 2 the other way round than its paper. Its cached captions count next to nothing, 2e-12 each.
     """
 
     name = "ant"
     Config = AntConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # A flow model settles what is drawn in its first steps: of fifteen on flux-mini four lie before 0.14.
-        "dit": {"scope": "add_kv", "early_weight": 0.0, "tau0": 0.04}
+        "dit": FLUX,
+        "sd15-mini": OURS | MINI,
+        "flux-mini": MINI | {"early_weight": 0.0},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {
-            "form": "single",
-            "early_weight": 1.0,
-            "lr": 5e-4,
-            "steps": 250,
-            "batch": 1,
-            "warmup": 0,
-            "guidance": 3.0,
-            "tau0": 0.14,
-        },
-        "official-multi": {
-            "form": "multi",
-            "rank": 64,
-            "lr": 5e-4,
-            "steps": 10,
-            "batch": 2,
-            "warmup": 0,
-            "guidance": 7.5,
-            "tau0": 0.08,
-            "early_weight": 2.5,
-            "lora_scale": 4.3,
-            "fusion_preserve": 2e-12,
-        },
+        "official": AntConfig(trajectories=250).model_dump(),
+        "official-multi": AntConfig(**MULTI).model_dump(),
     }
     config: AntConfig
 
@@ -117,7 +171,8 @@ class Ant(Method):
         """The losses of a step as `train` asks for them; concepts take turns.
 
         L_late + alpha2 U_late + alpha1 (L_early + alpha2 U_early), where L holds the student's
-        prediction for the concept at `maths.target`, and U the one for the empty prompt at the base's.
+        prediction for the concept at `maths.target`, and U the one for the empty prompt at the base's. At a `composed` s
+        other than 1 the prediction for the concept is f(0) + s (f(c) - f(0)), of the student and of the base alike.
         """
         config = self.config
         ends = [[pool.at(mask) for mask in _ends(pool, config.tau0)] for pool in pools]
@@ -129,6 +184,9 @@ class Ant(Method):
                 cond = concatenate([points.cond, nothing.repeat(config.batch)])
                 concept, empty = predict(torch.cat([points.x] * 2), torch.cat([points.tau] * 2), cond).chunk(2)
                 base_empty, base_concept = points.predictions.unbind(1)
+                if config.composed != 1:
+                    concept = torch.lerp(empty, concept, config.composed)
+                    base_concept = torch.lerp(base_empty, base_concept, config.composed)
                 wanted = maths.target(base_concept, base_empty, points.tau, tau0=config.tau0, eta=config.eta)
                 out[name] = weight * squared_error(concept, wanted)
                 out[f"{name}_unconditional"] = weight * config.unconditional_weight * squared_error(empty, base_empty)
@@ -164,9 +222,12 @@ class Ant(Method):
     def lora(self, ctx: RunContext, index: int, pool: Pool) -> dict[str, LowRank]:
         """Train the LoRA of one concept, alone."""
         config, losses = self.config, self.losses(ctx.predict, [pool], ctx.backbone.encode([""]))
-        layers, init = ctx.backbone.lora_targets(config.scope), ctx.generator(f"ant/init/{index}")
-        trained = train_lora(losses, layers, config.rank, config, ctx=ctx, name=f"ant-{index}", init=init)
-        return {layer: LowRank(delta.up * config.lora_scale, delta.down) for layer, delta in trained.items()}
+        layers, generator = ctx.backbone.lora_targets(config.scope), ctx.generator(f"ant/init/{index}")
+        trained = train_lora(losses, layers, config.rank, config, ctx=ctx, name=f"ant-{index}", generator=generator)
+        kept = (
+            ctx.backbone.lora_targets(KEYS_AND_VALUES[ctx.backbone.capabilities.family]) if config.keys_and_values else layers
+        )
+        return {layer: LowRank(trained[layer].up * config.lora_scale, trained[layer].down) for layer in kept}
 
     def fuse(self, ctx: RunContext, pools: Sequence[Pool], loras: Sequence[dict[str, LowRank]]) -> list[Deltas]:
         """The concepts' shares of one joint solve per layer; inputs are those that the base gives the layer."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 
-def columns(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:
+def columns(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor, *, total: bool = False) -> torch.Tensor:
     """The attention regulariser: the size over heads of the attention to the concept's tokens, summed over those.
 
-    As a mean over batch, image tokens and layers; the paper sums over image tokens.
+    As a mean over batch, layers and image tokens, or as the paper's `total` a sum over the latter.
     """
-    sizes = [(map_BHIT.norm(dim=1) * tokens_BT[:, None]).sum(-1).mean() for map_BHIT in maps]
-    return torch.stack(sizes).mean()
+    sizes = [(map_BHIT.norm(dim=1) * tokens_BT[:, None]).sum(-1) for map_BHIT in maps]
+    return torch.stack([(size_BI.sum(1) if total else size_BI).mean() for size_BI in sizes]).mean()
 
 
 def feature(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -4,49 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from erasekit.adapters import AdapterBank
+from erasekit.adapters import AdapterBank, Init
 from erasekit.attention import attention_maps
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.erasure import Erasure
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised
-from erasekit.training import Losses, TrainingConfig, squared_error, train
-from erasekit.trajectories import negative_guidance
+from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import Material, Prompts, material
 
+# What erased the objects of the mini world on validation prompts.
+MINI = {
+    "attention": 0.1,
+    "image_tokens": "mean",
+    "preserve": 1.0,
+    "contrast": 0.01,
+    "layers": "all",
+    "told": None,
+    "pictures": 16,
+    "batch": 8,
+    "lr": 2e-3,
+    "init": "uniform",
+    "schedule": "cosine",
+    "warmup": 10,
+    "clip": 1.0,
+}
 
-class EraseAnythingConfig(TrainingConfig):
-    """Settings of EraseAnything. Steps of the two levels take turns; both count."""
 
-    rank: int = Field(8, ge=1, description="rank of each concept's LoRA")
-    scope: str = Field("add_qk", description="linear layers that carry the LoRAs, a scope of the backbone")
-    eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept")
-    erase: float = Field(1.0, ge=0, description="lower level: weight of the erasing loss")
-    attention: float = Field(
-        0.1, ge=0, description="lower level: weight of the attention to the concept; the paper's 0.001 at 512 px is 1 here"
+class EraseAnythingConfig(LoraTrainingConfig):
+    """Settings of EraseAnything. Steps of the two levels take turns; both count.
+
+    The defaults are those of the published configuration (tomguluson92/EraseAnything, September 2025), for FLUX.1-dev.
+    """
+
+    rank: int = Field(8, ge=1, description="rank of each concept's LoRA (published: 8)")
+    scope: str = Field("add_qk", description="linear layers that carry the LoRAs, a scope of the backbone (published: add_qk)")
+    eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept (published: 1)")
+    erase: float = Field(1.0, ge=0, description="lower level: weight of the erasing loss (published: 1)")
+    attention: float = Field(0.001, ge=0, description="lower level: weight of the attention to the concept (published: 0.001)")
+    image_tokens: Literal["mean", "sum"] = Field(
+        "sum", description="attention to the concept as a sum over image tokens (the paper's), or as a mean"
     )
-    preserve: float = Field(1.0, ge=0, description="upper level: weight of what is kept")
-    contrast: float = Field(0.01, ge=0, description="upper level: weight of the contrastive term")
-    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive term")
-    negatives: int = Field(3, ge=1, description="unrelated words in a contrastive step")
-    layers: Literal["all", "last"] = Field("all", description="layers whose attention is looked at; the paper's is the last")
+    preserve: float = Field(0.1, ge=0, description="upper level: weight of what is kept (published: 0.1)")
+    contrast: float = Field(0.1, ge=0, description="upper level: weight of the contrastive term (published: 0.1)")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive term (published: 0.07)")
+    negatives: int = Field(3, ge=1, description="unrelated words in a contrastive step (published: 3)")
+    layers: Literal["all", "last"] = Field("last", description="layers whose attention is looked at (published: last)")
+    told: Annotated[float | None, OrNone] = Field(
+        3.0,
+        ge=0,
+        description="guidance scale that a model is told in training, if it is told one (published: 3); none, the protocol's",
+    )
     synonyms: dict[str, tuple[str, ...]] = Field({}, description="other words per concept; left out, those of our list")
     unrelated: tuple[str, ...] = Field((), description="unrelated words; left out, what a concept preserves, or our list")
-    shuffle: float = Field(0.9, ge=0, le=1, description="how often the words of a prompt are shuffled")
-    swap: float = Field(0.5, ge=0, le=1, description="how often a synonym takes the concept's place")
+    shuffle: float = Field(0.9, ge=0, le=1, description="how often the words of a prompt are shuffled (published: 0.9)")
+    swap: float = Field(0.5, ge=0, le=1, description="how often a synonym takes the concept's place (published: 0.5)")
     versions: int = Field(4, ge=1, description="wordings of each picture's prompt: itself and rewordings")
-    pictures: int = Field(16, ge=1, description="pictures of each concept that the base draws")
+    pictures: int = Field(5, ge=1, description="pictures of each concept that the base draws (published: 3 to 5, the user's)")
     kept_pictures: int = Field(40, ge=1, description="pictures of kept prompts that the base draws")
-    batch: int = Field(8, ge=1, description="pictures in a step; half as many in a contrastive one")
-    steps: int = Field(200, ge=0, description="training steps per concept, those of both levels")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(1e-5, ge=0, description="weight decay of AdamW")
+    batch: int = Field(1, ge=1, description="pictures in a step; half as many in a contrastive one (published: 1)")
+    steps: int = Field(200, ge=0, description="training steps per concept, those of both levels (published: 200)")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW (published: 1e-3)")
+    init: Init = Field("gaussian", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
+    weight_decay: float = Field(1e-5, ge=0, description="weight decay of AdamW (published: 1e-5)")
 
 
 class EraseAnything(Method):
@@ -55,27 +83,21 @@ class EraseAnything(Method):
     Unlike the published code, the teacher is the base without LoRAs, latents are as noisy as the denoiser is told, word
     positions are each prompt's own, pictures come from the base, and what is kept is held to the base's prediction.
 
-    The form for Stable Diffusion is erasekit's adaptation: `to_k` and `to_v` of the cross-attentions take the place of
-    `add_k_proj` and `add_q_proj`. Keys and queries (scope `qk`) only move attention, and it has nowhere to go: in CLIP the end
-    of a prompt and every pad carry the concept as well. In FLUX.1 they change the text stream itself.
+    The form for Stable Diffusion is erasekit's adaptation, and nobody has published settings for it: those of FLUX.1 are taken
+    over, with `to_k` and `to_v` of the cross-attentions in the place of `add_k_proj` and `add_q_proj`. Keys and queries (scope
+    `qk`) only move attention, and it has nowhere to go: in CLIP the end of a prompt and every pad carry the concept as well. In
+    FLUX.1 they change the text stream itself.
     """
 
     name = "eraseanything"
     Config = EraseAnythingConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"lr": 5e-3, "scope": "kv"}}
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {
-            "lr": 1e-3,
-            "steps": 200,
-            "batch": 1,
-            "warmup": 0,
-            "pictures": 5,
-            "attention": 1.0,
-            "preserve": 0.1,
-            "contrast": 0.1,
-            "layers": "last",
-        },
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "unet": {"scope": "kv"},
+        "sd15-mini": MINI | {"lr": 5e-3},
+        "flux-mini": MINI,
     }
+    # Each family has layers of its own.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": EraseAnythingConfig().model_dump(exclude={"scope"})}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "without attention regulariser": {"attention": 0.0},
         "without contrastive term": {"contrast": 0.0},
@@ -100,9 +122,11 @@ class EraseAnything(Method):
         with AdapterBank(ctx.backbone) as bank:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")
-                bank.add(concept.name, ctx.backbone.lora_targets(config.scope), config.rank, generator)
+                layers = ctx.backbone.lora_targets(config.scope)
+                bank.add(concept.name, layers, config.rank, generator, init=config.init, alpha=config.alpha)
             parameters = [p for name in bank.names for p in bank.train_only(name)]
-            yield bank, Step(config, ctx, bank, materials, kept), parameters
+            told = replace(ctx, protocol=at_scale(ctx.protocol, config.told))
+            yield bank, Step(config, told, bank, materials, kept), parameters
 
 
 class Step:
@@ -141,7 +165,7 @@ class Step:
         target = negative_guidance(neutral, concept, neutral, self.config.eta)
         return {
             "erase": self.config.erase * squared_error(prediction, target),
-            "attention": self.config.attention * losses.columns(maps, said.tokens),
+            "attention": self.config.attention * losses.columns(maps, said.tokens, total=self.config.image_tokens == "sum"),
         }
 
     def upper(self, own: Material, generator: torch.Generator) -> Losses:

@@ -3,46 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from erasekit.concepts import Concept
 from erasekit.erasure import Erasure
-from erasekit.method import Method, RunContext
-from erasekit.training import Losses, TrainingConfig, squared_error, train
-from erasekit.trajectories import Pool, concept_pool, negative_guidance
+from erasekit.method import Method, OrNone, RunContext
+from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.trajectories import Pool, at_scale, concept_pool, negative_guidance
 from erasekit_esd.student import Student, full, lora, modules
 
-# Both say so, though the code calls its eta 2.
-PUBLISHED = {"variant": "auto", "anchor": "empty", "eta": 1.0, "guidance": 3.0, "batch": 1, "warmup": 0}
+# What erased the objects of the mini world on validation prompts.
+MINI = {
+    "variant": "x",
+    "anchor": "neutral",
+    "guidance": None,
+    "batch": 8,
+    "lr": 3e-4,
+    "schedule": "cosine",
+    "warmup": 10,
+    "clip": 1.0,
+}
+# Nobody has published ESD for FLUX.1; these are the values that forks of its code have in common (LoRAs on attention, the
+# model told a scale of 1 in training). The rank is ours.
+FLUX = {"weights": "lora", "variant": "x", "told": 1.0, "lr": 1e-4, "steps": 1400}
 
 
-class EsdConfig(TrainingConfig):
-    """Settings of ESD."""
+class EsdConfig(LoraTrainingConfig):
+    """Settings of ESD.
+
+    The defaults are the published code's (rohitgandikota/erasing, July 2025); the paper's own training is the preset `paper`.
+    """
 
     variant: Literal["auto", "x", "x-strict", "u", "all"] = Field(
-        "x",
+        "auto",
         description="linear layers that are trained: x those that read text (cross-attention; on FLUX all attention), x-strict "
         "their keys and values, u all but x, all; auto is the paper's advice, u for objects and nudity and else x",
     )
     weights: Literal["full", "lora"] = Field("full", description="train whole weights or a LoRA")
     rank: int = Field(8, ge=1, description="rank of the LoRA")
     anchor: Literal["empty", "neutral"] = Field(
-        "neutral", description="what the target starts from: the empty prompt (the paper's) or the concept's neutral word"
+        "empty", description="what the target starts from: the empty prompt (the paper's) or the concept's neutral word"
     )
     eta: float = Field(
         1.0, ge=0, description="how far the target is pushed away from the concept; what ESD's newer code calls eta is 1 more"
     )
-    guidance: float | None = Field(
-        None, ge=0, description="classifier-free guidance of the trajectories trained on; left out, the protocol's"
+    guidance: Annotated[float | None, OrNone] = Field(
+        3.0, ge=0, description="classifier-free guidance of the trajectories trained on (published: 3); none, the protocol's"
     )
-    lr: float = Field(3e-4, gt=0, description="peak learning rate of AdamW")
-    batch: int = Field(8, ge=1, description="points of trajectories in a step")
-    trajectories: int = Field(24, ge=1, description="trajectories of the base per concept")
+    told: Annotated[float | None, OrNone] = Field(
+        None,
+        ge=0,
+        description="guidance scale that a model with embedded guidance is told for targets and student; none, the protocol's",
+    )
+    lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW (published: 5e-5 in the code, 1e-5 in the paper)")
+    steps: int = Field(200, ge=0, description="training steps (published: 200 in the code, 1000 in the paper)")
+    batch: int = Field(1, ge=1, description="points of trajectories in a step (published: 1)")
+    trajectories: int = Field(
+        24, ge=1, description="trajectories of the base per concept; the published code draws one for each step"
+    )
 
 
 class Esd(Method):
@@ -53,24 +76,32 @@ class Esd(Method):
 
     name = "esd"
     Config = EsdConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"weights": "lora", "lr": 2e-4, "eta": 0.25}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dit": FLUX,
+        "sd15-mini": MINI,
+        "flux-mini": MINI | {"told": None, "lr": 2e-4, "steps": 200, "eta": 0.25},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": PUBLISHED | {"lr": 1e-5, "steps": 1000},
-        "official": PUBLISHED | {"lr": 5e-5, "steps": 200},
-        "flux": {"weights": "lora", "anchor": "empty", "eta": 1.0, "lr": 1e-4, "steps": 1400, "batch": 1, "warmup": 0},
+        "official": EsdConfig(trajectories=200).model_dump(),
+        "paper": EsdConfig(trajectories=200, lr=1e-5, steps=1000).model_dump(),
+        "flux": EsdConfig(**FLUX).model_dump(),
     }
     config: EsdConfig
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
-        names = modules(ctx.backbone, self.variant(ctx.concepts))
-        low_rank = self.config.weights == "lora"
-        with lora(ctx, names, rank=self.config.rank) if low_rank else nullcontext(full(ctx, names)) as student:
+        with self.student(ctx) as student:
             train(self.losses(student, pools), student.parameters, self.config, ctx=ctx, name="esd")
             deltas = student.deltas()
         entry = ctx.concepts[0].name if len(ctx.concepts) == 1 else "shared"
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas={entry: {"weights": deltas}})
+
+    def student(self, ctx: RunContext) -> AbstractContextManager[Student]:
+        """The student, which predicts at the guidance scale that its targets are of."""
+        names = modules(ctx.backbone, self.variant(ctx.concepts))
+        told = replace(ctx, protocol=at_scale(ctx.protocol, self.config.told))
+        return lora(told, names, self.config) if self.config.weights == "lora" else nullcontext(full(told, names))
 
     def variant(self, concepts: Sequence[Concept]) -> str:
         """The variant, chosen by the kinds of concepts where the settings leave it open, as the paper advises."""
@@ -81,7 +112,8 @@ class Esd(Method):
     def pool(self, ctx: RunContext, concept: Concept) -> Pool:
         """Trajectories of the base under random training prompts of a concept; `predictions` holds the targets."""
         config, name, neutral = self.config, f"esd/pool/{concept.name}", self.config.anchor == "neutral"
-        pool = concept_pool(ctx, concept, config.trajectories, name=name, guidance=config.guidance, neutral=neutral)
+        scales = {"guidance": config.guidance, "told": config.told}
+        pool = concept_pool(ctx, concept, config.trajectories, name=name, neutral=neutral, **scales)
         none, full, anchor = (pool.predictions[:, k] for k in (0, 1, 2 if neutral else 0))
         return replace(pool, predictions=negative_guidance(anchor, full, none, config.eta)[:, None])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from erasekit.deltas import Deltas, Dense
 from erasekit.errors import UsageError
 from erasekit.exchange import Exchanged
 from erasekit.method import RunContext
+
+if TYPE_CHECKING:
+    from erasekit_esd.method import EsdConfig
 
 # What counts as the layers that read text: in a UNet the cross-attentions, in a transformer that attends to text and picture
 # together every attention, its text stream's `add_*` projections among them.
@@ -29,7 +33,7 @@ class Student:
     """The denoiser in training.
 
     Attributes:
-        predict: its prediction for (x, tau, cond), at the guidance that sampling uses.
+        predict: its prediction for (x, tau, cond), at the guidance scale of the context that it was made with.
         parameters: what is trained, float32.
         deltas: what that has added to the base's weights by now, on the CPU.
     """
@@ -67,8 +71,8 @@ def full(ctx: RunContext, names: Sequence[str]) -> Student:
 
 
 @contextmanager
-def lora(ctx: RunContext, names: Sequence[str], *, rank: int) -> Iterator[Student]:
+def lora(ctx: RunContext, names: Sequence[str], config: EsdConfig) -> Iterator[Student]:
     """A student with a LoRA on some layers; it is taken off at the end."""
     with AdapterBank(ctx.backbone) as bank:
-        bank.add("esd", names, rank, ctx.generator("esd/init"))
+        bank.add("esd", names, config.rank, ctx.generator("esd/init"), init=config.init, alpha=config.alpha)
         yield Student(ctx.predict, bank.train_only("esd"), lambda: bank.deltas("esd"))

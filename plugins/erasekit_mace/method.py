@@ -3,47 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
+from erasekit.adapters import Init
 from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
-from erasekit.closedform import RANK_ERROR, Pairs, TextEdit, uce
+from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.concepts import Concept
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
-from erasekit.method import Method, RunContext
+from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
 from erasekit.prompts import phrased_prompts, preserve_prompts
 from erasekit.sites import held, kept_moment, site_deltas, site_weights
-from erasekit.training import Losses, TrainingConfig, train_lora
+from erasekit.training import LoraTrainingConfig, Losses, train_lora
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression
+from erasekit_mace.templates import wordings
+
+COCO = 616_767  # captions of COCO 2014, which the published caches of kept embeddings are made of
+# What erased the objects of the mini world on validation prompts.
+CLOSED_FORMS = {
+    "ridge": 1e-2,
+    "ridge_unit": "relative",
+    "refine_preserve": 1.0,
+    "fuse_preserve": 1.0,
+    "captions": None,
+    "domain": 1.0,
+    "templates": "own",
+}
+MINI = CLOSED_FORMS | {
+    "attention": "mean",
+    "window": (0.0, 1.0),
+    "pictures": 16,
+    "batch": 8,
+    "steps": 100,
+    "lr": 1e-2,
+    "init": "uniform",
+    "schedule": "cosine",
+    "warmup": 10,
+}
+# Nobody has published MACE for FLUX.1. Its LoRAs are trained as published for Stable Diffusion. The published weights of the
+# closed forms are made for CLIP's embeddings, and for caches of them: T5's have other lengths, and what the double blocks read
+# has others again, so that ridges are relative and every kept embedding counts as one of the concept's.
+FLUX = CLOSED_FORMS | {"scope": "add_kv"}
 
 
-class MaceConfig(TrainingConfig):
-    """Settings of MACE; steps, rate and so on are those of one concept's LoRA."""
+class MaceConfig(LoraTrainingConfig):
+    """Settings of MACE; steps, rate and so on are those of one concept's LoRA.
 
-    ridge: float = Field(1e-2, ge=0, description="ridge of both closed forms, relative to the size of their systems")
-    refine_preserve: float = Field(1.0, ge=0, description="weight of a preserved embedding in the refinement")
-    fuse_preserve: float = Field(1.0, ge=0, description="weight of a preserved embedding in the fusion")
+    The defaults are those of the published configurations (Shilin-LU/MACE) for one person; a hundred artists differ in
+    `domain`. Presets have those for objects and for explicit content.
+    """
+
+    ridge: float = Field(0.0, ge=0, description="ridge of both closed forms (published: 0; objects 10, 100 or 1000)")
+    ridge_unit: RidgeUnit = Field(
+        "absolute", description="of the ridge: relative to the mean of the system's diagonal, or absolute as published"
+    )
+    refine_preserve: float = Field(
+        1e-8, ge=0, description="weight of a kept caption in the refinement (published: 1e-4, which its code multiplies twice)"
+    )
+    fuse_preserve: float = Field(1e-4, ge=0, description="weight of a kept caption in the fusion (published: 1e-4)")
+    captions: Annotated[int | None, OrNone] = Field(
+        COCO, ge=1, description="how many captions the task's stand for (published: COCO's 616767); none, for themselves"
+    )
+    domain: float = Field(
+        8e3,
+        ge=0,
+        description="how much more than a caption a preserved prompt counts (published: 8e3, ten people or artists 8e4)",
+    )
+    templates: Literal["own", "thirty"] = Field(
+        "thirty", description="prompts of a concept: its own and the task's, or thirty (the paper's number, our words)"
+    )
+    attention: Literal["mean", "sum"] = Field(
+        "sum", description="attention to the concept as a sum over layers, heads, image and text tokens (the paper's) or a mean"
+    )
     rank_error: float = Field(
         RANK_ERROR, ge=0, lt=1, description="what a lower rank of the refinement may cost, relative, root mean square"
     )
-    scope: str = Field("kv", description="linear layers that carry the LoRAs, a scope of the backbone")
-    masks: str = Field("attention", description="where the concept is: attention, whole, grounded-sam or a registered one")
+    scope: str = Field("kv", description="linear layers that carry the LoRAs, a scope of the backbone (published: kv)")
+    masks: str = Field(
+        "attention", description="where the concept is: attention, whole, grounded-sam (the published one) or a registered one"
+    )
     detector: str = Field("IDEA-Research/grounding-dino-base", description="grounded-sam: hub id or folder of Grounding DINO")
     segmenter: str = Field("facebook/sam-vit-huge", description="grounded-sam: hub id or folder of SAM")
-    window: tuple[float, float] = Field((0.0, 1.0), description="the part of the way on which attention is suppressed")
-    pictures: int = Field(16, ge=1, description="pictures of each concept that the base draws to train on")
+    window: tuple[float, float] = Field(
+        (0.6, 0.8), description="the part of the way on which attention is suppressed (published: timesteps 400 to 200)"
+    )
+    pictures: int = Field(8, ge=1, description="pictures of each concept that the base draws to train on (published: 8)")
     kept_pictures: int = Field(32, ge=1, description="pictures of kept prompts, drawn where layers read more than raw text")
-    batch: int = Field(8, ge=1, description="pictures in a step")
-    steps: int = Field(100, ge=0, description="training steps per concept; 0 skips the LoRAs")
-    lr: float = Field(1e-2, gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    batch: int = Field(1, ge=1, description="pictures in a step (published: 1)")
+    steps: int = Field(
+        50, ge=0, description="training steps per concept (published: 50; explicit content 120); 0 skips the LoRAs"
+    )
+    lr: float = Field(
+        1e-4, gt=0, description="peak learning rate of AdamW (published: 1e-4; objects and explicit content 1e-5)"
+    )
+    init: Init = Field("gaussian", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient (published: 1); 0 does not clip")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW (published: 0.01)")
+
+
+def _published(**others: Any) -> dict[str, Any]:
+    """The published settings of Stable Diffusion, with others; each family has layers of its own."""
+    return MaceConfig(**others).model_dump(exclude={"scope"})
 
 
 class Pictures(NamedTuple):
@@ -70,16 +137,23 @@ class Mace(Method):
     word beside the concept; the LoRAs sit on `add_k_proj` and `add_v_proj` of the double blocks and suppress the image
     tokens' attention to the concept's T5 tokens; their fusion is fitted to what those layers read on the way to
     pictures, since that is no raw text.
+
+    The presets are the published runs but for three things: the masks (`masks=grounded-sam` draws them as published), the
+    thirty templates, whose words are ours, and the loss, which is the paper's sum of squares where the code takes the root in
+    each layer.
     """
 
     name = "mace"
     version = 2  # every pad counts in its closed forms
     Config = MaceConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": {"scope": "add_kv"}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": FLUX, "sd15-mini": MINI, "flux-mini": MINI}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {"steps": 50, "lr": 1e-4, "batch": 1, "pictures": 8, "warmup": 0, "window": (0.6, 0.8)},
-        "official-object": {"steps": 50, "lr": 1e-5, "batch": 1, "pictures": 8, "warmup": 0, "window": (0.6, 0.8)},
-        "official-explicit": {"steps": 120, "lr": 1e-5, "batch": 1, "pictures": 8, "warmup": 0},
+        "official": _published(),
+        "official-object": _published(lr=1e-5, ridge=100.0, refine_preserve=0.0, fuse_preserve=0.0),
+        # A window much wider than the way is uniform on it.
+        "official-explicit": _published(
+            lr=1e-5, steps=120, window=(-1.0, 2.0), refine_preserve=4.9e-13, fuse_preserve=7e-7, domain=0.0
+        ),
     }
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "without LoRAs": {"steps": 0},
@@ -113,19 +187,32 @@ class Mace(Method):
         config = self.config
         shares: dict[str, list[TextEdit]] = {}
         for reads in sorted({site.reads for site in ctx.backbone.text_sites()}):
-            kept_DD = config.refine_preserve * kept_moment(ctx.backbone, _kept(ctx), reads).total_DD
+            kept_DD = config.refine_preserve * self.kept(ctx, reads)
             pairs = [Pairs.empty(len(kept_DD), kept_DD.device) for _ in ctx.concepts]
             for concept, own in zip(ctx.concepts, pairs, strict=True):
-                for mine, goal in beside(ctx, concept, phrased_prompts(ctx, concept), reads):
+                for mine, goal in beside(ctx, concept, self.prompts(ctx, concept), reads):
                     own.add(mine, goal)
-            shares[reads] = uce(pairs, kept_DD, lamb=config.ridge, error=config.rank_error)
+            shares[reads] = uce(pairs, kept_DD, lamb=config.ridge, unit=config.ridge_unit, error=config.rank_error)
         return site_deltas(ctx, shares, site_weights(ctx.backbone))
+
+    def prompts(self, ctx: RunContext, concept: Concept) -> list[str]:
+        """Prompts that hold a phrase of the concept."""
+        return wordings(concept) if self.config.templates == "thirty" else phrased_prompts(ctx, concept)
+
+    def kept(self, ctx: RunContext, reads: str) -> torch.Tensor:
+        """The moment of what may not change, (width, width): preserved prompts and captions, each counting beside a caption."""
+        preserved, captions = _kept(ctx)
+        kept_DD = self.config.domain * kept_moment(ctx.backbone, preserved, reads).total_DD
+        if not captions:
+            return kept_DD
+        stands_for = (self.config.captions or len(captions)) / len(captions)
+        return kept_DD + stands_for * held(ctx.backbone, captions, reads).total_DD
 
     # Stage 2
 
     def pictures(self, ctx: RunContext, concept: Concept) -> Pictures:
         """Pictures of a concept by the base, with the tokens to suppress: its phrase, and in CLIP the prompt's end and pads."""
-        prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"mace/pictures/{concept.name}")
+        prompts, generator = self.prompts(ctx, concept), ctx.generator(f"mace/pictures/{concept.name}")
         x0, chosen = pictures_of(ctx, prompts, self.config.pictures, generator)
         cond, tokens = ctx.backbone.encode(chosen), token_positions(ctx.backbone, chosen, concept.phrases)
         masks = ctx.component("masks", self.config.masks)(ctx, concept, x0, cond, tokens, self.config)
@@ -135,9 +222,9 @@ class Mace(Method):
 
     def suppress(self, ctx: RunContext, concept: Concept, pictures: Pictures) -> dict[str, LowRank]:
         """Train a concept's rank-1 LoRA on top of the refined weights, the other concepts' left out."""
-        layers, init = ctx.backbone.lora_targets(self.config.scope), ctx.generator(f"mace/init/{concept.name}")
+        layers, generator = ctx.backbone.lora_targets(self.config.scope), ctx.generator(f"mace/init/{concept.name}")
         name = f"mace-{ctx.concepts.index(concept)}"
-        return train_lora(self.losses(ctx, pictures), layers, 1, self.config, ctx=ctx, name=name, init=init)
+        return train_lora(self.losses(ctx, pictures), layers, 1, self.config, ctx=ctx, name=name, generator=generator)
 
     def losses(self, ctx: RunContext, pictures: Pictures) -> Any:
         """The loss of a step as `train` asks for it: attention to the concept where it is, on the way to its pictures."""
@@ -147,7 +234,8 @@ class Mace(Method):
             tau = sample_tau(self.config.window, len(index), generator)
             with attention_maps(ctx.backbone.denoiser) as maps:
                 ctx.predict(noised(ctx, pictures.x0[index], tau, generator), tau, pictures.cond[index])
-            return {"attention": suppression(maps.values(), pictures.tokens[index], pictures.masks[index])}
+            where = pictures.tokens[index], pictures.masks[index]
+            return {"attention": suppression(maps.values(), *where, total=self.config.attention == "sum")}
 
         return losses
 
@@ -159,8 +247,8 @@ class Mace(Method):
         """Groups of layers that read the same, and what they read for each concept and for kept prompts."""
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
-            own = [held(ctx.backbone, phrased_prompts(ctx, concept), "tokens").total_DD for concept in ctx.concepts]
-            return [Read(targets, own, kept_moment(ctx.backbone, _kept(ctx), "tokens").total_DD)]
+            own = [held(ctx.backbone, self.prompts(ctx, concept), "tokens").total_DD for concept in ctx.concepts]
+            return [Read(targets, own, self.kept(ctx, "tokens"))]
         if kept is None:
             return []
         blocks: dict[str, list[str]] = {}
@@ -178,7 +266,8 @@ class Mace(Method):
         config = self.config
         fused: list[Deltas] = [{} for _ in ctx.concepts]
         for layers, own, kept in reads:
-            maps = fusion(own, kept, ridge=config.ridge, preserve_scale=config.fuse_preserve)
+            scale = config.fuse_preserve
+            maps = fusion(own, kept, ridge=config.ridge, unit=config.ridge_unit, preserve_scale=scale)
             for i, k_DD in enumerate(maps):
                 for layer in layers:
                     changes = [low for d in (refined, *loras[i : i + 1]) if isinstance(low := d.get(layer), LowRank)]
@@ -191,6 +280,7 @@ class Mace(Method):
         return sites.issuperset(ctx.backbone.lora_targets(self.config.scope))
 
 
-def _kept(ctx: RunContext) -> list[str]:
-    """What may not change: the empty prompt, what the concepts ask to keep, the task's preserved prompts and captions."""
-    return list(dict.fromkeys([*preserve_prompts(ctx), *(p.text for p in ctx.prompts("captions"))]))
+def _kept(ctx: RunContext) -> tuple[list[str], list[str]]:
+    """What may not change: the empty prompt, what the concepts ask to keep and the task's preserved prompts; captions."""
+    preserved = preserve_prompts(ctx)
+    return preserved, [text for text in dict.fromkeys(p.text for p in ctx.prompts("captions")) if text not in preserved]

@@ -20,7 +20,8 @@ class NegativePromptConfig(MethodConfig):
     scale: float = Field(
         2.0,
         ge=1,
-        description="scale of true guidance where the model's own guidance is embedded (FLUX); elsewhere the protocol's",
+        description="scale of true guidance where the model's own is embedded (FLUX.1, for which none is published: low, since "
+        "it comes on top of the embedded one); elsewhere the protocol's, as published",
     )
 
 

@@ -15,12 +15,33 @@ from erasekit.method import Method, MethodConfig, RunContext
 from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
+# Ridges mean what the published ones do where they are absolute.
+ABSOLUTE = {"adversary_ridge": 0.1, "round_ridge": 0.1}
+# What erased the objects of the mini world on validation prompts. For FLUX.1 too, for which nobody has published RECE: absolute
+# ridges are made for the length of CLIP's embeddings, and T5's have another.
+RELATIVE = {
+    "bare": False,
+    "ridge_unit": "relative",
+    "ridge": 1e-3,
+    "adversary_ridge": 1e-2,
+    "round_ridge": 1e-3,
+    "round_preserve_scale": 1.0,
+    "hold": True,
+}
+
 
 class Rounds(MethodConfig):
     """Settings of the rounds, whatever edit they follow."""
 
+    bare: bool = Field(False, description="the concept's phrases by themselves are its prompts, no templates or task's")
+    preserve: bool = Field(
+        True, description="preserve what the concepts and the task ask for; if not, the empty prompt alone, as published"
+    )
     tokens: Tokens = Field("all", description="edited positions: the concept's last token, the suffix from there, or all")
-    guides: tuple[str, ...] = Field((), description="what the concept becomes instead of its neutral words")
+    guides: tuple[str, ...] = Field(
+        (),
+        description="what the concept becomes instead of its neutral words: '' is the empty prompt (styles: 'art')",
+    )
     ridge_unit: RidgeUnit = Field(
         "relative", description="of all ridges: relative to the mean of the system's diagonal, or absolute as published"
     )
@@ -33,10 +54,31 @@ class Rounds(MethodConfig):
 
 
 class ReceConfig(Rounds):
-    """Settings of RECE; those of the first edit are UCE's."""
+    """Settings of RECE; those of the first edit are UCE's.
 
-    ridge: float = Field(1e-3, gt=0, description="lambda of the first edit")
-    preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings in the first edit")
+    The defaults are those of the published code (CharlesGong12/RECE, October 2024) for nudity and for objects that are easy
+    to erase; that has one round for objects and styles, two for unsafe concepts and three for nudity.
+    """
+
+    bare: bool = Field(
+        True, description="the concept's phrases by themselves are its prompts (published), no templates or task's"
+    )
+    ridge_unit: RidgeUnit = Field(
+        "absolute", description="of all ridges: relative to the mean of the system's diagonal, or absolute as published"
+    )
+    ridge: float = Field(0.5, gt=0, description="lambda of the first edit (published: 0.5)")
+    preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings in the first edit (published: 1)")
+    rounds: int = Field(
+        1, ge=0, description="how often adversarial embeddings are found and edited (published: 1, unsafe 2, nudity 3)"
+    )
+    adversary_ridge: float = Field(
+        0.1, gt=0, description="how small adversarial embeddings are held (published: 0.1, styles and hard objects 1e-3)"
+    )
+    round_ridge: float = Field(0.1, gt=0, description="lambda of the edits against them (published: 0.1)")
+    round_preserve_scale: float = Field(
+        0.1, ge=0, description="weight of the preserved embeddings in those edits (published: 0.1)"
+    )
+    hold: bool = Field(False, description="hold what earlier edits made of the concepts; the published rounds let it go")
 
 
 class Rece(Method):
@@ -49,25 +91,15 @@ class Rece(Method):
     name = "rece"
     version = 3  # all pads of preserved prompts are held; the rank is cut
     Config = ReceConfig
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {
-            "guides": [""],
-            "ridge_unit": "absolute",
-            "ridge": 0.5,
-            "rounds": 1,
-            "adversary_ridge": 0.1,
-            "round_ridge": 0.1,
-            "round_preserve_scale": 0.1,
-            "hold": False,
-        },
-    }
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": RELATIVE, "sd15-mini": RELATIVE}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": ReceConfig(guides=("",), preserve=False).model_dump()}
     config: ReceConfig
 
     def erase(self, ctx: RunContext) -> Erasure:
         """UCE's edit, then the rounds."""
         config, weights = self.config, site_weights(ctx.backbone)
         shares = {}
-        for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides).items():
+        for reads, e in site_embeddings(ctx, **_prompts(config)).items():
             kept_DD = config.preserve_scale * e.preserve.total_DD
             shares[reads] = _shares(e.pairs, kept_DD, config, ridge=config.ridge)
         deltas = robustify(ctx, site_deltas(ctx, shares, weights), config)
@@ -87,14 +119,16 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
         ctx: the run.
         deltas: {concept: deltas of the base weights}. Further names, e.g. of an adapter that concepts share, count for W'
             and stay as they are; so do deltas of other layers.
-        config: the settings of the method that calls. Those that `Rounds` has too are used, its defaults for the others.
+        config: the settings of the method that calls. Those that `Rounds` has too are used, its defaults for the others;
+            where ridges are absolute, the published ones.
 
     Returns:
         The deltas of the base weights with the rounds' added, which has each concept's share: a sum of low-rank ones
         stays low-rank.
     """
-    settings = Rounds(**{name: getattr(config, name) for name in Rounds.model_fields if hasattr(config, name)})
-    embeddings = site_embeddings(ctx, tokens=settings.tokens, guides=settings.guides)
+    own = {name: getattr(config, name) for name in Rounds.model_fields if hasattr(config, name)}
+    settings = Rounds(**(ABSOLUTE if own.get("ridge_unit") == "absolute" else {}) | own)
+    embeddings = site_embeddings(ctx, **_prompts(settings))
     base, total = site_weights(ctx.backbone), dict(deltas)
     kept = {reads: settings.round_preserve_scale * e.preserve.total_DD for reads, e in embeddings.items()}
     for reads, e in embeddings.items() if settings.hold else ():
@@ -114,6 +148,11 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
         added = site_deltas(ctx, shares, edited)
         total |= {name: concatenate([total.get(name, {}), own]) for name, own in added.items()}
     return total
+
+
+def _prompts(settings: Rounds) -> dict[str, Any]:
+    """Which embeddings of the concepts are edited, and to what."""
+    return {"tokens": settings.tokens, "guides": settings.guides, "bare": settings.bare, "preserve": settings.preserve}
 
 
 def _shares(pairs: Sequence[Pairs], kept_DD: torch.Tensor, settings: Rounds, *, ridge: float) -> list[TextEdit]:

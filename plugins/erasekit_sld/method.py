@@ -14,13 +14,23 @@ from erasekit.method import Method, MethodConfig, RunContext
 
 
 class Strength(MethodConfig):
-    """How strong the guidance is."""
+    """How strong the guidance is.
 
-    safety_scale: float = Field(1000.0, gt=0, description="s_S, how soon a difference to the concept counts in full")
-    threshold: float = Field(1.0, description="lambda, how far from the concept a value may be and still be bent")
-    warmup: float = Field(0.0, ge=0, le=1, description="delta, the share of the way before which nothing is bent")
-    momentum_scale: float = Field(0.25, ge=0, le=1, description="s_m, weight of the momentum")
-    momentum: float = Field(0.5, ge=0, lt=1, description="beta, how slowly the momentum forgets")
+    The defaults are the paper's Hyp-Medium, which are those of the published code (ml-research/safe-latent-diffusion) too; its
+    warm-up is 10 of 50 steps.
+    """
+
+    safety_scale: float = Field(
+        1000.0, gt=0, description="s_S, how soon a difference to the concept counts in full (published: 1000)"
+    )
+    threshold: float = Field(
+        0.01, description="lambda, how far from the concept a value may be and still be bent (published: 0.01)"
+    )
+    warmup: float = Field(
+        0.2, ge=0, le=1, description="delta, the share of the way before which nothing is bent (published: 0.2)"
+    )
+    momentum_scale: float = Field(0.3, ge=0, le=1, description="s_m, weight of the momentum (published: 0.3)")
+    momentum: float = Field(0.4, ge=0, lt=1, description="beta, how slowly the momentum forgets (published: 0.4)")
 
 
 class SldConfig(Strength):
@@ -32,6 +42,8 @@ class SldConfig(Strength):
 WEAK = {"safety_scale": 200.0, "threshold": 0.0, "warmup": 0.3, "momentum_scale": 0.0, "momentum": 0.0}
 MEDIUM = {"safety_scale": 1000.0, "threshold": 0.01, "warmup": 0.2, "momentum_scale": 0.3, "momentum": 0.4}
 STRONG = {"safety_scale": 2000.0, "threshold": 0.025, "warmup": 0.14, "momentum_scale": 0.5, "momentum": 0.7}
+# What erased the objects of the mini world on validation prompts: nothing is held back.
+MINI = {"safety_scale": 1000.0, "threshold": 1.0, "warmup": 0.0, "momentum_scale": 0.25, "momentum": 0.5}
 MAX = {"safety_scale": 5000.0, "threshold": 1.0, "warmup": 0.0, "momentum_scale": 0.5, "momentum": 0.7}
 
 
@@ -39,11 +51,13 @@ class Sld(Method):
     """Safe Latent Diffusion (arXiv:2211.05105), for any concept, with all concepts in one text.
 
     No weight changes, and whoever leaves it out has the base model. On FLUX.1, whose predictions are guided already, they
-    take the place of the guided noise estimates; that is erasekit's adaptation.
+    take the place of the guided noise estimates; that is erasekit's adaptation. Nobody has published settings for it, so it
+    has those of Stable Diffusion.
     """
 
     name = "sld"
     Config = SldConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     config: SldConfig
 

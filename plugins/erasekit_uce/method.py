@@ -19,24 +19,38 @@ from erasekit.pictures import pictures_of
 from erasekit.prompts import phrased_prompts
 from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 
+# What erased the objects of the mini world on validation prompts.
+MINI = {"tokens": "all", "bare": False, "ridge": 1e-3, "ridge_unit": "relative"}
+
 
 class UceConfig(MethodConfig):
-    """Settings of UCE."""
+    """Settings of UCE.
 
-    tokens: Tokens = Field("all", description="edited positions: the concept's last token, the suffix from there, or all")
+    The defaults are those of the published code (rohitgandikota/unified-concept-editing, April 2025), which has the same for
+    Stable Diffusion and FLUX.1.
+    """
+
+    tokens: Tokens = Field(
+        "last", description="edited positions: the concept's last token (published), the suffix from there, or all"
+    )
+    bare: bool = Field(
+        True, description="the concept's phrases by themselves are its prompts (published), no templates or task's"
+    )
     guides: OneOrSeveral = Field(
         (),
-        description="what the concept becomes instead of its neutral words: '' is the empty prompt (moderation), "
+        description="what the concept becomes instead of its neutral words: '' is the empty prompt (published; styles 'art'), "
         "several phrases share it equally, or as often as pictures show them (debiasing)",
     )
     debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what pictures show")
     debias_pictures: int = Field(32, ge=1, description="pictures of each concept that a round looks at")
-    ridge: float = Field(1e-3, ge=0, description="lambda, how strongly the weights are held")
+    ridge: float = Field(0.5, ge=0, description="lambda, how strongly the weights are held (published: 0.5)")
     ridge_unit: RidgeUnit = Field(
-        "relative", description="of the ridge: relative to the mean of the system's diagonal, or absolute as published"
+        "absolute", description="of the ridge: relative to the mean of the system's diagonal, or absolute as published"
     )
-    erase_scale: float = Field(1.0, gt=0, description="weight of the erased embeddings")
-    preserve_scale: float = Field(1.0, ge=0, description="weight of the preserved embeddings")
+    erase_scale: float = Field(1.0, gt=0, description="weight of the erased embeddings (published: 1)")
+    preserve_scale: float = Field(
+        1.0, ge=0, description="weight of the preserved embeddings (published: 1, on what the user names; if nothing is, none)"
+    )
     rank_error: float = Field(RANK_ERROR, ge=0, lt=1, description="what a lower rank may cost, relative, root mean square")
     robustify: OneOrSeveral = Field((), description="registered stages that harden the edit, e.g. rece")
 
@@ -45,17 +59,16 @@ class Uce(Method):
     """Unified Concept Editing (arXiv:2308.14761), the erasure of all concepts in one solve for each kind of text.
 
     On SD the sites are the K and V of every cross-attention, on FLUX.1 the two entrances. The published code edits one
-    token of each prompt (`tokens` last); its empty guide is the begin token, here it is a pad. Debiasing moves the shares of
-    the guides until pictures show each as often; the paper adds attributes to the concept, here guides hold both ("a
-    female doctor").
+    token of each prompt (`tokens` last); its empty guide is the begin token of CLIP and a pad of T5. The preset `official` is
+    a run that names nothing to preserve. Debiasing moves the shares of the guides until pictures show each as often; the
+    paper adds attributes to the concept, here guides hold both ("a female doctor").
     """
 
     name = "uce"
     version = 2  # all pads of preserved prompts are held; the rank is cut
     Config = UceConfig
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": {"tokens": "last", "guides": [""], "ridge": 0.5, "ridge_unit": "absolute"},
-    }
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": UceConfig(guides=("",), preserve_scale=0.0).model_dump()}
     slots = ("robustify",)
     config: UceConfig
 
@@ -112,7 +125,8 @@ class Uce(Method):
     def edit(self, ctx: RunContext, shares: Mapping[str, Sequence[float]]) -> dict[str, Deltas]:
         """Each concept's share of the joint edit (Eq. 7), its guides sharing the concept as they are told to."""
         config, parts = self.config, {}
-        for reads, e in site_embeddings(ctx, tokens=config.tokens, guides=config.guides, shares=shares).items():
+        prompts: dict[str, Any] = {"tokens": config.tokens, "guides": config.guides, "bare": config.bare}
+        for reads, e in site_embeddings(ctx, **prompts, shares=shares).items():
             parts[reads] = uce(
                 e.pairs,
                 e.preserve.total_DD,
