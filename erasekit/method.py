@@ -110,6 +110,16 @@ class Method:
         """Keep the validated settings, an instance of `Config`."""
         self.config = config
 
+    def texts(self, ctx: RunContext) -> list[str]:
+        """All prompts that `erase` may encode once the denoiser is loaded: on most GPUs the text encoders are gone by then.
+
+        Those that the concepts and the task give for training and for choosing settings, with their neutral forms. A
+        method that makes prompts of its own adds them.
+        """
+        from erasekit.sites import training_texts
+
+        return training_texts(ctx)
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Compute the erasure of `ctx.concepts` from `ctx.backbone`; leaves the backbone's own weights untouched."""
         raise NotImplementedError

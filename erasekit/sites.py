@@ -17,6 +17,7 @@ from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.tasks import Prompt
 
+SETS = ("erase", "synonyms", "preserve", "clean", "captions")
 Tokens = Literal["last", "suffix", "all"]
 
 
@@ -97,6 +98,19 @@ def preserve_prompts(ctx: RunContext) -> list[str]:
     return list(dict.fromkeys(["", *kept, *(p.text for p in ctx.prompts("preserve"))]))
 
 
+def training_texts(ctx: RunContext) -> list[str]:
+    """The prompts of the concepts and of the task's training and validation splits, and the neutral forms of all of them."""
+    asked = [p for split in ("train", "validation") for which in SETS for p in ctx.prompts(which, split)]
+    own = [prompt for concept in ctx.concepts for prompt in concept_prompts(concept, asked)]
+    found = [*preserve_prompts(ctx), *own, *(p.text for p in asked), *(c.neutral for c in ctx.concepts)]
+    found += [concept.neutralise(prompt) for concept in ctx.concepts for prompt in own]
+    for prompt in own:
+        for concept in ctx.concepts:
+            prompt = concept.neutralise(prompt)
+        found.append(prompt)
+    return list(dict.fromkeys(found))
+
+
 def rows(cond: Conditioning, reads: str) -> torch.Tensor:
     """All embeddings of prompts as rows (m, width), float64; of the pads only the first, which stands for the rest."""
     if cond.pooled is not None and reads == "pooled":
@@ -119,8 +133,8 @@ def kept_rows(backbone: Backbone, prompts: Sequence[str], reads: str) -> torch.T
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The base weight (out, width) of every text site, float64; the denoiser is not loaded for it."""
-    return {site.name: backbone.weight(site.name).double() for site in backbone.text_sites()}
+    """The base weight (out, width) of every text site, float64, on the CPU; the denoiser is not loaded for it."""
+    return {site.name: backbone.weight(site.name).cpu().double() for site in backbone.text_sites()}
 
 
 def site_deltas(

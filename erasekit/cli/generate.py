@@ -72,7 +72,8 @@ def _draw(
     usual = _usual(kind.domain, registries).model_dump() | dict(kind.sampling)
     protocol = settings_of(Protocol, usual | chosen.get("protocol", {}), "protocol.")
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
-    pipe = loaded.pipeline(encoders=False)
+    loaded.encode([*prompts, ""])
+    pipe = loaded.pipeline(encoders=False, shared=True)
     if erasure:
         load_into(pipe, erasure, concepts or None, base=loaded, component=registries.components.get)
     return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)

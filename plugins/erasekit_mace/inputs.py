@@ -30,7 +30,7 @@ def beside(ctx: RunContext, concept: Concept, prompts: Sequence[str], reads: str
     cond, neutral = (ctx.backbone.encode(p) for p in (prompts, [concept.neutralise(p) for p in prompts]))
     if reads == "pooled":
         return paired(cond, neutral, reads)
-    phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
+    phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases).cpu()  # as the embeddings are
     outside_NL = ~phrase_NL
     if ctx.backbone.capabilities.family == "unet":
         outside_NL &= phrase_NL.cumsum(1) > 0
