@@ -56,11 +56,12 @@ class Activations(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a model takes: GiB of its parts' weights, activations of a row, and how it is held."""
+    """What a model takes: GiB of its parts' weights, TFLOP and activations of a row, and how it is held."""
 
     denoiser: float
     encoders: float
     vae: float
+    tflop: float
     activations: Activations
     held: Holding
 
@@ -110,13 +111,11 @@ def predict(needs: Needs, step: Footprint, *, pictures: int, passes: int) -> Pre
     beside = needs.encoders if held.encoders == "kept" else 0.0
     base = denoiser_gb(held, needs.denoiser) + needs.vae + beside + CONTEXT_GB
     kept = (row.checkpointed if held.checkpointing else row.kept) + (row.maps if step.maps else 0.0)
-    maps = 0.7 * row.maps if step.maps else 0.0  # without gradients: the softmax itself
-    alone = held.rows * (row.forward + maps) if step.rows else 0.0
     decoding = row.decode * (1 if held.slicing else pictures)
     encoding = 0.0 if held.encoders == "cpu" else needs.encoders + 0.5 + CONTEXT_GB
     return Prediction(
         encode=encoding,
-        train=base + step.trained_gb + max(step.rows * kept, alone) if step.rows else 0.0,
+        train=base + step.trained_gb + max(step.rows * kept, held.rows * row.forward) if step.rows else 0.0,
         draw=base + max(pictures * passes * row.forward, decoding),
     )
 

@@ -15,8 +15,9 @@ from erasekit.concepts import Concept
 from erasekit.deltas import Deltas
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.tasks import Prompt
+from erasekit.tasks import Prompt, Split
 
+SPLITS: tuple[Split, ...] = ("train", "validation")
 SETS = ("erase", "synonyms", "preserve", "clean", "captions")
 Tokens = Literal["last", "suffix", "all"]
 
@@ -98,9 +99,15 @@ def preserve_prompts(ctx: RunContext) -> list[str]:
     return list(dict.fromkeys(["", *kept, *(p.text for p in ctx.prompts("preserve"))]))
 
 
+def guided_texts(ctx: RunContext, guides: Sequence[str]) -> list[str]:
+    """The training prompts of the concepts with each guide in the concept's place."""
+    guided = [(concept, concept.model_copy(update={"neutral": guide})) for concept in ctx.concepts for guide in guides]
+    return [g.neutralise(p) for concept, g in guided for p in concept_prompts(concept, ctx.prompts("erase"))]
+
+
 def training_texts(ctx: RunContext) -> list[str]:
     """The prompts of the concepts and of the task's training and validation splits, and the neutral forms of all of them."""
-    asked = [p for split in ("train", "validation") for which in SETS for p in ctx.prompts(which, split)]
+    asked = [p for split in SPLITS for which in SETS for p in ctx.prompts(which, split)]
     own = [prompt for concept in ctx.concepts for prompt in concept_prompts(concept, asked)]
     found = [*preserve_prompts(ctx), *own, *(p.text for p in asked), *(c.neutral for c in ctx.concepts)]
     found += [concept.neutralise(prompt) for concept in ctx.concepts for prompt in own]

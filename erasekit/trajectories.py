@@ -35,7 +35,7 @@ class Pool:
     cond: Conditioning
     row: torch.Tensor
     predictions: torch.Tensor
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         """The number of points."""

@@ -121,6 +121,12 @@ class Flux(PipelineBackbone):
         shares = (share, share, share, maps, (size / 512) ** 2)
         return Activations(*(gb * each for gb, each in zip(at_512, shares, strict=True)))
 
+    @classmethod
+    def tflop(cls, size: int) -> float:
+        """About how many TFLOP a forward pass of one row is: two for each weight and token."""
+        tokens = size // 16 * (size // 16) + cls.positions
+        return 2 * 11.9e-3 * tokens
+
     def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
         """Velocity (b, tokens, channels); square pictures only. With true guidance the model is told 1, as in sampling."""
         denoiser, told = self.denoiser, 1.0 if self._cfg else guidance

@@ -23,7 +23,8 @@ def tensor_files(folder: Path) -> tuple[dict[str, Path], str | None]:
     """
     for variant in (None, HALF):
         names = [stem if variant is None else f"{stem}.{variant}" for stem in STEMS]
-        paths = [p for name in names for p in sorted(folder.glob(f"{name}-*-of-*.safetensors")) or folder.glob(f"{name}.safetensors")]
+        found = (sorted(folder.glob(f"{n}-*-of-*.safetensors")) or [*folder.glob(f"{n}.safetensors")] for n in names)
+        paths = next((some for some in found if some), [])
         if paths:
             return {key: path for path in paths for key in read_header(path)[0]}, variant
     raise FileNotFoundError(f"There are no safetensors files in '{folder.name}'.")

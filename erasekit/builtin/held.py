@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,9 +63,9 @@ class HeldPipeline:
         named = (cls.prefix,), cls.encoders, ("vae",)
         found = [2 / GIB * sum(elements(folder / name) for name in names) for names in named]
         width = dtype.itemsize / 2
-        weights = [width * (gb or usual) for gb, usual in zip(found, cls.sizes_gb, strict=True)]
+        denoiser, encoders, vae = (width * (gb or usual) for gb, usual in zip(found, cls.sizes_gb, strict=True))
         row = Activations(*(width * gb for gb in cls.activations(size)))
-        return Needs(*weights, activations=row, held=cls.held(config))
+        return Needs(denoiser, encoders, vae, cls.tflop(size), row, cls.held(config))
 
     @classmethod
     def weights_gb(cls, config: BackboneConfig) -> float:
@@ -78,13 +79,22 @@ class HeldPipeline:
         raise NotImplementedError
 
     @classmethod
+    def tflop(cls, size: int) -> float:
+        """About how many TFLOP a forward pass of one row is."""
+        raise NotImplementedError
+
+    @classmethod
     def linears(cls, config: BackboneConfig) -> dict[str, int]:
         """The denoiser's linear layers and how many weights each has, from its configuration; nothing is loaded for it."""
-        model_class, values = cls.architecture
-        folder = Path(config.path or cls.path).expanduser()
-        if (folder / cls.prefix / "config.json").is_file():
-            values = part_config(folder, cls.prefix)
-        return {name: module.weight.numel() for name, module in skeleton(model_class, values).items()}
+        return _linears(cls, Path(config.path or cls.path).expanduser())
+
+
+@cache
+def _linears(kind: type[HeldPipeline], folder: Path) -> dict[str, int]:
+    model_class, values = kind.architecture
+    if (folder / kind.prefix / "config.json").is_file():
+        values = part_config(folder, kind.prefix)
+    return {name: module.weight.numel() for name, module in skeleton(model_class, values).items()}
 
 
 def skeleton(model_class: Any, config: Mapping[str, Any]) -> dict[str, nn.Linear]:

@@ -124,6 +124,11 @@ class StableDiffusion(PipelineBackbone):
         at_512 = Activations(forward=0.065, kept=0.73, checkpointed=0.215, maps=0.18, decode=0.38)
         return Activations(*(gb * (size / 512) ** 2 for gb in at_512))
 
+    @classmethod
+    def tflop(cls, size: int) -> float:
+        """About how many TFLOP a forward pass of one row is."""
+        return 0.8 * (size / 512) ** 2
+
     def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
         """Epsilon (b, 4, h, w); no guidance is built into the model."""
         timestep = ddpm_timestep(tau, self._ddim.config.num_train_timesteps).to(x.device)

@@ -11,14 +11,18 @@ import torch
 from pydantic import Field
 
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.erasure import Erasure
+from erasekit.memory import GIB, LORA_GB, Footprint
 from erasekit.method import Method, RunContext
 from erasekit.training import Losses, TrainingConfig, squared_error, train
 from erasekit.trajectories import Pool, concept_pool, negative_guidance
-from erasekit_esd.student import Student, full, lora, modules
+from erasekit_esd.student import Student, full, lora, matching, modules
 
 # Both say so, though the code calls its eta 2.
 PUBLISHED = {"variant": "auto", "anchor": "empty", "eta": 1.0, "guidance": 3.0, "batch": 1, "warmup": 0}
+
+BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
 class EsdConfig(TrainingConfig):
@@ -61,6 +65,15 @@ class Esd(Method):
     }
     config: EsdConfig
 
+    def footprint(self, plan: Plan) -> Footprint:
+        """Points of one concept."""
+        config, trained = self.config, LORA_GB
+        if config.weights == "full":
+            sizes, family = plan.backbone.linears(plan.backbone_config), plan.backbone.capabilities.family
+            names = matching(sizes, family, "all" if config.variant == "auto" else config.variant)
+            trained = BYTES * sum(sizes[name] for name in names) / GIB
+        return Footprint(rows=config.batch, trained_gb=trained)
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
@@ -89,7 +102,7 @@ class Esd(Method):
         """The loss of a step as `train` asks for it: |f_student(x, tau, c) - target|^2; concepts take turns."""
 
         def losses(batch: int, generator: torch.Generator) -> Losses:
-            points = pools[batch % len(pools)].sample(self.config.batch, generator)
+            points = pools[batch // self.config.accumulate % len(pools)].sample(self.config.batch, generator)
             return {"erase": squared_error(student.predict(points.x, points.tau, points.cond), points.predictions[:, 0])}
 
         return losses

@@ -12,9 +12,11 @@ from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
 from erasekit.closedform import TextEdit, uce
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
+from erasekit.memory import LORA_GB, Footprint
 from erasekit.method import Method, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
 from erasekit.sites import kept_rows, phrased_prompts, preserve_prompts, rows, site_deltas, site_weights
@@ -82,6 +84,11 @@ class Mace(Method):
     }
     slots = ("masks",)
     config: MaceConfig
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """Pictures with their attention maps."""
+        config = self.config
+        return Footprint(rows=config.batch if config.steps else 0, maps=True, trained_gb=LORA_GB * len(plan.concepts))
 
     def erase(self, ctx: RunContext) -> Erasure:
         """The three stages; what the fusion leaves of the refinement is a part of its own."""

@@ -12,7 +12,7 @@ from erasekit.closedform import RidgeUnit, TextEdit, uce
 from erasekit.deltas import Deltas, concatenate, to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import Method, MethodConfig, RunContext
-from erasekit.sites import SiteEmbeddings, Tokens, site_deltas, site_embeddings, site_weights
+from erasekit.sites import SiteEmbeddings, Tokens, guided_texts, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
 
@@ -61,6 +61,10 @@ class Rece(Method):
         },
     }
     config: ReceConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also what the guides make of the concepts' prompts."""
+        return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """UCE's edit, then the rounds."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from erasekit.erasure import Erasure
-from erasekit.guidance import Guidance, Step
+from erasekit.guidance import Guidance, Step, away_text
 from erasekit.method import Method, MethodConfig, RunContext
 
 
@@ -46,6 +46,10 @@ class Sld(Method):
     Config = SldConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     config: SldConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """The text that is steered away from, and the empty prompt."""
+        return ["", away_text(ctx, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""

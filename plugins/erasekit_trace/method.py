@@ -16,9 +16,11 @@ from erasekit.adapters import AdapterBank
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.deltas import Deltas, merged, scale
 from erasekit.deltas import concatenate as concatenate_deltas
 from erasekit.erasure import Erasure
+from erasekit.memory import LORA_GB, Footprint
 from erasekit.method import Method, OneOrSeveral, RunContext
 from erasekit.near import near_words
 from erasekit.sites import concept_prompts, paired, rows, site_deltas, site_weights
@@ -99,6 +101,19 @@ class Trace(Method):
     }
     slots = ("refine", "window", "bank", "divergence", "robustify")
     config: TraceConfig
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """Concept and clean points in one pass, and a pass for two concepts beside it."""
+        config = self.config
+        joint = max(2, config.batch // 2) if config.integration == "pairs" and len(plan.concepts) > 1 else 0
+        rows = 2 * config.batch + joint if config.steps else 0
+        return Footprint(rows=rows, trained_gb=LORA_GB * len(plan.concepts))
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the words that the text encoder names, and prompts with two concepts."""
+        ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
+        pairs = [texts for i, j in itertools.combinations(range(len(ctx.concepts)), 2) for texts in _pair_texts(ctx, i, j)]
+        return [*super().texts(ctx), *(text for texts in pairs for text in texts)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Stage 1 in closed form, stage 2 by training, then what hardens them; each concept's parts are kept apart."""
@@ -206,12 +221,9 @@ class Trace(Method):
         pools, encode = {}, ctx.backbone.encode
         for i, j in itertools.combinations(range(len(ctx.concepts)), 2):
             a, b = ctx.concepts[i], ctx.concepts[j]
-            phrases = [(t, a.phrases[0], b.phrases[0]) for t in a.templates]
-            both = [t.format(f"{p} and {q}") for t, p, q in phrases]
-            neutral = [_neutralised(ctx, text) for text in both]
-            prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
+            *prompts, neutral = (encode(texts) for texts in _pair_texts(ctx, i, j))
             seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", max(2, self.config.trajectories // 8))
-            pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, encode(neutral), seeds)
+            pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, neutral, seeds)
         return pools
 
 
@@ -241,7 +253,9 @@ class TraceStep:
 
     def __call__(self, batch: int, generator: torch.Generator) -> Losses:
         """The named losses of batch number `batch`."""
-        config, turn = self.config, batch % len(self.pools)
+        config = self.config
+        step = batch // config.accumulate  # the parts of a step's batch belong to one concept
+        turn, round_ = step % len(self.pools), step // len(self.pools)
         self.bank.train_only(self.owner[turn])
         erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
         keep = self.clean.sample(config.batch, generator)
@@ -256,7 +270,6 @@ class TraceStep:
             "preserve": config.preserve
             * losses.weighted_error(kept, keep.predictions[:, 0], losses.preserve_weight(keep.tau, config.preserve_early)),
         }
-        round_ = batch // len(self.pools)
         if self.divergences[turn] and round_ % config.divergence_every == 0:
             x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
             for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
@@ -327,6 +340,14 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
         if cost < best - 1e-6:
             best, choice = cost.item(), eta
     return choice
+
+
+def _pair_texts(ctx: RunContext, i: int, j: int) -> list[list[str]]:
+    """Prompts that hold two concepts, those of each alone, and their neutral form, row by row."""
+    a, b = ctx.concepts[i], ctx.concepts[j]
+    phrases = (f"{a.phrases[0]} and {b.phrases[0]}", a.phrases[0], b.phrases[0])
+    both, *alone = ([t.format(phrase) for t in a.templates] for phrase in phrases)
+    return [both, *alone, [_neutralised(ctx, text) for text in both]]
 
 
 def _neutralised(ctx: RunContext, prompt: str) -> str:

@@ -16,7 +16,7 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
 from erasekit.pictures import pictures_of
-from erasekit.sites import Tokens, phrased_prompts, site_deltas, site_embeddings, site_weights
+from erasekit.sites import Tokens, guided_texts, phrased_prompts, site_deltas, site_embeddings, site_weights
 
 
 class UceConfig(MethodConfig):
@@ -55,6 +55,10 @@ class Uce(Method):
     }
     slots = ("robustify",)
     config: UceConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also what the guides make of the concepts' prompts."""
+        return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Solve, then harden."""
