@@ -124,8 +124,7 @@ class Flux(PipelineBackbone):
     @classmethod
     def tflop(cls, size: int) -> float:
         """About how many TFLOP a forward pass of one row is: two for each weight and token."""
-        tokens = size // 16 * (size // 16) + cls.positions
-        return 2 * 11.9e-3 * tokens
+        return float(2 * 11.9e-3 * ((size // 16) ** 2 + cls.positions))
 
     def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
         """Velocity (b, tokens, channels); square pictures only. With true guidance the model is told 1, as in sampling."""
@@ -145,7 +144,7 @@ class Flux(PipelineBackbone):
         return velocity
 
     def _share_of(self, x: torch.Tensor) -> float:
-        return (x.shape[1] + self._length) / (1024 + 512)
+        return float(x.shape[1] + self._length) / (1024 + 512)
 
     def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
         """One Euler step, from step `k` to the next."""
