@@ -35,8 +35,8 @@ class NegativePrompt(Method):
     config: NegativePromptConfig
 
     def texts(self, ctx: RunContext) -> list[str]:
-        """The text that is steered away from, and the empty prompt."""
-        return ["", away_text(ctx, self.config.text)]
+        """Also the text that is steered away from."""
+        return [*super().texts(ctx), away_text(ctx, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""

@@ -48,8 +48,8 @@ class Sld(Method):
     config: SldConfig
 
     def texts(self, ctx: RunContext) -> list[str]:
-        """The text that is steered away from, and the empty prompt."""
-        return ["", away_text(ctx, self.config.text)]
+        """Also the text that is steered away from."""
+        return [*super().texts(ctx), away_text(ctx, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""

@@ -289,8 +289,8 @@ class TraceStep:
         pool = self.pairs[mine[int(torch.randint(len(mine), (1,), generator=generator))]]
         n, third = max(2, self.config.batch // 2), len(pool.cond) // 3
         index = torch.randint(len(pool), (n,), generator=generator)
-        x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
-        one, two, neutral = pool.predictions[index].unbind(1)
+        x, tau, row = pool.x[index].to(pool.device), pool.tau[index], pool.row[index]
+        one, two, neutral = pool.predictions[index].to(pool.device).unbind(1)
         both = self.predict(x, tau, pool.cond[row])
         with torch.no_grad():
             alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])
