@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
+from erasekit.memory import Needs
 from erasekit.schedule import Schedule
 
 
@@ -105,7 +106,7 @@ class BackboneConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the weights; auto is float32 on a CPU"
     )
-    vram: Literal["auto", "8", "16", "24", "48", "80"] = Field(
+    vram: Literal["auto", "8", "12", "16", "24", "32", "48", "80", "141"] = Field(
         "auto", description="GPU memory in GB to get along with; auto takes what the GPU has"
     )
 
@@ -137,6 +138,14 @@ class Backbone(Protocol):
     def weights_gb(cls, config: BackboneConfig) -> float:
         """About how many GB of weights are held at once under these settings; nothing is loaded or downloaded for it."""
 
+    @classmethod
+    def needs(cls, config: BackboneConfig, size: int) -> Needs:
+        """What the model takes under these settings for pictures of `size` pixels; nothing is loaded for it."""
+
+    @classmethod
+    def linears(cls, config: BackboneConfig) -> dict[str, int]:
+        """The denoiser's linear layers and how many weights each has; nothing is loaded for it."""
+
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer, frozen and in evaluation mode; loaded when it is first used."""
@@ -160,7 +169,14 @@ class Backbone(Protocol):
         """SHA-256 over the weights of some layers: an erasure of them fits two bases if this is equal. None: over all."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with the pipeline's own encoders (cached per prompt)."""
+        """Encode prompts with the pipeline's own encoders, once each; what is encoded lies on the CPU.
+
+        Raises:
+            ErasekitError: a new prompt comes after the encoders have made room for the denoiser.
+        """
+
+    def expect(self, texts: Callable[[], Sequence[str]]) -> None:
+        """Encode these prompts too, if and when the text encoders have to make room for the denoiser."""
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt`."""
@@ -187,9 +203,13 @@ class Backbone(Protocol):
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
         """Initial noise, one picture per seed; the same as the pipeline draws for a generator with that seed."""
 
-    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
-        """The denoiser's own prediction (epsilon or velocity), differentiable.
+    def rows(self, x: torch.Tensor) -> int:
+        """The most rows like those of `x` that are predicted at once without gradients."""
 
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
+        """The denoiser's own prediction (epsilon or velocity), differentiable, on the device of `x`.
+
+        Without gradients it goes through the denoiser in chunks of at most `rows`. All may lie on the CPU.
         `guidance` is the scale that a model with embedded guidance is told; other models have no use for it.
         """
 
@@ -205,8 +225,14 @@ class Backbone(Protocol):
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Pictures (b, 3, h, w) in [-1, 1], differentiable."""
 
-    def pipeline(self, *, encoders: bool = True) -> Any:
-        """A fresh, unmodified diffusers pipeline of the same base, with its own weights; without text encoders if so told."""
+    def pipeline(self, *, encoders: bool = True, shared: bool = False) -> Any:
+        """A fresh, unmodified diffusers pipeline of the same base, with its own weights; without text encoders if so told.
+
+        A `shared` one has the backbone's own denoiser and VAE, so that there is one copy of them.
+        """
+
+    def unchanged(self) -> bool:
+        """Whether the denoiser, if it is loaded, still is what was loaded: the same tensors, with the same bits."""
 
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Keyword arguments that give the pipeline already encoded prompts and a guidance scale.

@@ -78,6 +78,13 @@ def certify(
     return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], protocol=protocol, drift=drift)
 
 
+def texts(concepts: Sequence[Concept], task: Task, *, prompts: int = 12) -> list[str]:
+    """The prompts that `certify` asks for."""
+    clean = task.prompts("clean", concepts, "evaluation", prompts)
+    own = [p for c in concepts for p in c.prompts()]
+    return [*own, *(c.neutralise(p) for c in concepts for p in c.prompts()), *(p.text for p in clean)]
+
+
 def _sites(
     backbone: Backbone, deltas: Deltas, *, concept: Conditioning, neutral: Conditioning, clean: Conditioning
 ) -> dict[str, dict[str, float]]:
@@ -90,7 +97,7 @@ def _sites(
     result = {}
     for site in backbone.text_sites():
         w_ND, u_ND, o_MD = embeddings[site.reads]
-        weight = backbone.weight(site.name).double()
+        weight = backbone.weight(site.name).cpu().double()
         delta = deltas.get(site.name)
         change = torch.zeros_like(weight) if delta is None else to_dense(delta).to(weight)
         reach = _rms((w_ND - u_ND) @ weight.T)

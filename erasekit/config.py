@@ -225,6 +225,8 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
         UsageError: one line for each mistake.
         BrokenPlugin: a chosen name belongs to a plugin that cannot be loaded.
     """
+    from erasekit.preflight import fitted
+
     faults = _Mistakes()
     method_entry = faults.attempt(registries.methods.entry, config.method)
     backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
@@ -249,7 +251,8 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
-    return Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+    plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+    return fitted(plan)
 
 
 def _sampling(task: Any, backbone: Any) -> dict[str, Any]:

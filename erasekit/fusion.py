@@ -46,7 +46,7 @@ def input_moments(
 
     handles = [module.register_forward_pre_hook(record(layer)) for layer, module in modules.items()]
     try:
-        for chunk in torch.arange(len(x)).split(ctx.protocol.batch):
+        for chunk in torch.arange(len(x)).split(min(ctx.protocol.batch, ctx.backbone.rows(x))):
             ctx.predict(x[chunk], tau[chunk], cond[chunk])
     finally:
         for handle in handles:

@@ -51,7 +51,7 @@ class Guidance:
         Raises:
             UsageError: the text is one that erasekit refuses.
         """
-        text = text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
+        text = away_text(ctx, text)
         reject_unsafe([text])
         return cls(scheme, settings, ("", text), ctx.backbone.encode(["", text]), scale)
 
@@ -70,6 +70,11 @@ class Guidance:
         tensors = load_file(folder / PROMPTS)
         prompts = Conditioning(tensors["tokens"], tensors.get("pooled"), tensors["ids"], tensors["lengths"])
         return cls(**record | {"texts": tuple(record["texts"]), "prompts": prompts})
+
+
+def away_text(ctx: RunContext, text: str) -> str:
+    """The text that is steered away from; if it is empty the phrases of all concepts."""
+    return text or ", ".join(phrase for concept in ctx.concepts for phrase in concept.phrases)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""How much memory and disk there is, and how much was used."""
+"""How much memory and disk there is, how much a run is predicted to take, and how much was used."""
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
@@ -10,28 +11,118 @@ from typing import Any, Literal, NamedTuple
 
 from erasekit.errors import EnvironmentProblem
 
-VRAM_GB = (8, 16, 24, 48, 80)
+GIB = 2**30
+VRAM_GB = (8, 12, 16, 24, 32, 48, 80, 141)
+CONTEXT_GB = 0.7  # what a GPU's driver and its libraries keep for themselves
+USABLE = 0.93  # of a GPU: the allocator cannot use the last of it
+LORA_GB = 0.05  # a concept's LoRA with its gradient and its moments
 
 
 class Holding(NamedTuple):
     """How a model is held on a GPU of some size.
 
     Attributes:
-        weights: of the denoiser: `whole`, `nf4` (4 bits, bitsandbytes) or `offload` (in RAM, brought layer by layer).
+        rows: the most rows that are predicted at once without gradients, at the model's reference size.
+        weights: of the denoiser: `whole`, `nf4` (4 bits, bitsandbytes) or `offload` (in RAM, brought layer by layer; such
+            a model draws pictures, but nothing of it can be trained).
         encoders: the text encoders: `kept`, `released` before the denoiser is loaded, or on the `cpu`.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        slicing: decode one picture at a time.
     """
 
+    rows: int
     weights: Literal["whole", "nf4", "offload"] = "whole"
     encoders: Literal["kept", "released", "cpu"] = "kept"
     checkpointing: bool = False
+    slicing: bool = False
+
+
+class Activations(NamedTuple):
+    """GiB that one row (latents with a prompt) takes beside the weights, at the peak of a pass.
+
+    Attributes:
+        forward: without gradients.
+        kept: with gradients, all activations kept.
+        checkpointed: with gradients, activations recomputed.
+        maps: attention maps with their gradients, for methods that look at them, on top.
+        decode: the VAE's decoding of a picture.
+    """
+
+    forward: float
+    kept: float
+    checkpointed: float
+    maps: float
+    decode: float
+
+
+class Needs(NamedTuple):
+    """What a model takes: GiB of its parts' weights, TFLOP and activations of a row, and how it is held."""
+
+    denoiser: float
+    encoders: float
+    vae: float
+    tflop: float
+    activations: Activations
+    held: Holding
+
+
+class Footprint(NamedTuple):
+    """What a method's training step holds at once.
+
+    Attributes:
+        rows: rows of the denoiser whose activations are kept until the backward pass; 0 if nothing is trained.
+        maps: whether attention maps are kept with them.
+        trained_gb: GiB of what is trained, with gradients and moments.
+    """
+
+    rows: int = 0
+    maps: bool = False
+    trained_gb: float = 0.0
+
+
+class Prediction(NamedTuple):
+    """The predicted peaks of a run's stages in GiB; nobody has measured them."""
+
+    encode: float
+    train: float
+    draw: float
+
+    @property
+    def peak(self) -> float:
+        """The largest."""
+        return max(self)
 
 
 def weights_gb(holding: Holding, denoiser: float, encoders: float, rest: float) -> float:
     """GB of weights on the GPU at once, given those of the model's parts in the type that they are held in."""
-    held = {"whole": denoiser, "nf4": denoiser / 3.5, "offload": denoiser / 20}[holding.weights]
+    held = denoiser_gb(holding, denoiser)
     together = {"kept": held + encoders, "released": max(held, encoders), "cpu": held}[holding.encoders]
     return together + rest
+
+
+def denoiser_gb(holding: Holding, whole: float) -> float:
+    """GB of the denoiser's weights on the GPU at once."""
+    return {"whole": whole, "nf4": whole / 3.5, "offload": whole / 20}[holding.weights]
+
+
+def predict(needs: Needs, step: Footprint, *, pictures: int, passes: int) -> Prediction:
+    """The peaks of encoding, of a training step, and of drawing `pictures` at once with `passes` rows each."""
+    held, row = needs.held, needs.activations
+    beside = needs.encoders if held.encoders == "kept" else 0.0
+    base = denoiser_gb(held, needs.denoiser) + needs.vae + beside + CONTEXT_GB
+    kept = (row.checkpointed if held.checkpointing else row.kept) + (row.maps if step.maps else 0.0)
+    decoding = row.decode * (1 if held.slicing else pictures)
+    encoding = 0.0 if held.encoders == "cpu" else needs.encoders + 0.5 + CONTEXT_GB
+    return Prediction(
+        encode=encoding,
+        train=base + step.trained_gb + max(step.rows * kept, held.rows * row.forward) if step.rows else 0.0,
+        draw=base + max(pictures * passes * row.forward, decoding),
+    )
+
+
+def budget_gb(gb: float) -> float:
+    """How much of a GPU of `gb` GB a prediction may take."""
+    return USABLE * gb
 
 
 def vram_gb(setting: str, device: Any) -> int:
@@ -42,8 +133,21 @@ def vram_gb(setting: str, device: Any) -> int:
         return VRAM_GB[-1]
     import torch
 
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
     return max((gb for gb in VRAM_GB if gb <= total * 1.1), default=VRAM_GB[0])
+
+
+def there_gb(device: Any) -> float:
+    """The memory in GiB that the device has: of a GPU all of it, of the machine what is free."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.get_device_properties(device).total_memory / GIB)
+    lines = Path("/proc/meminfo")
+    if lines.is_file():
+        found = dict(line.split(":", 1) for line in lines.read_text().splitlines())
+        return int(found["MemAvailable"].split()[0]) / 2**20
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB)
 
 
 def out_of_memory(error: BaseException, gb: int) -> EnvironmentProblem:
@@ -70,7 +174,8 @@ def check_disk(folder: Path, *, pictures: int, size: int) -> None:
         EnvironmentProblem: they do not.
     """
     need_mb = 100 + pictures * size * size * 3 / 1e6
-    free_mb = shutil.disk_usage(folder).free / 1e6
+    there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < need_mb:
         numbers = f"The run needs about {need_mb:.0f} MB in '{folder}', which has {free_mb:.0f} MB free."
         raise EnvironmentProblem(f"{numbers} Free some or choose another folder with --out.")

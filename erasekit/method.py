@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from erasekit.memory import LORA_GB, Footprint
+
 if TYPE_CHECKING:
     from erasekit.backbone import Backbone, Conditioning
     from erasekit.concepts import Concept
+    from erasekit.config import Plan
     from erasekit.erasure import Erasure
     from erasekit.tasks import Prompt, Protocol, Split, Task
 
@@ -119,6 +122,25 @@ class Method:
     def __init__(self, config: Any) -> None:
         """Keep the validated settings, an instance of `Config`."""
         self.config = config
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """What a training step holds at once, from which its memory is predicted.
+
+        By default one row for each of the settings' `batch` and a LoRA for each concept, if the settings train at all.
+        """
+        config = self.config
+        rows = getattr(config, "batch", 1) if getattr(config, "steps", 0) else 0
+        return Footprint(rows=rows, trained_gb=LORA_GB * len(plan.concepts))
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """All prompts that `erase` may encode once the denoiser is loaded: on most GPUs the text encoders are gone by then.
+
+        Those that the concepts and the task give for training and for choosing settings, with their neutral forms. A
+        method that makes prompts of its own adds them.
+        """
+        from erasekit.prompts import training_texts
+
+        return training_texts(ctx)
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Compute the erasure of `ctx.concepts` from `ctx.backbone`; leaves the backbone's own weights untouched."""

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from erasekit.concepts import EMPTY_PROMPT, Concept
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
-from erasekit.tasks import Prompt
+from erasekit.tasks import Prompt, Split
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+SETS = ("erase", "synonyms", "preserve", "clean", "captions")
 
 
 def concept_prompts(concept: Concept, asked: Sequence[Prompt]) -> list[str]:
@@ -57,3 +60,21 @@ def preserve_prompts(ctx: RunContext) -> list[str]:
     erased = {phrase for concept in ctx.concepts for phrase in concept.phrases}
     kept = [t.format(p) for c in ctx.concepts for p in c.preserve if p not in erased for t in c.templates]
     return list(dict.fromkeys(["", *kept, *(p.text for p in ctx.prompts("preserve"))]))
+
+
+def guided_texts(ctx: RunContext, guides: Sequence[str]) -> list[str]:
+    """The training prompts of the concepts with each guide in the concept's place."""
+    guided = [(concept, concept.model_copy(update={"neutral": guide})) for concept in ctx.concepts for guide in guides]
+    return [g.neutralise(p) for concept, g in guided for p in concept_prompts(concept, ctx.prompts("erase"))]
+
+
+def training_texts(ctx: RunContext) -> list[str]:
+    """The prompts of the concepts and of the task's training and validation splits, and the neutral forms of all of them."""
+    asked = [p for split in SPLITS for which in SETS for p in ctx.prompts(which, split)]
+    found = [*preserve_prompts(ctx), *(p.text for p in asked)]
+    found += [neutral_of(p, ctx.concepts) for p in asked if p.concept]
+    for concept in ctx.concepts:
+        found += [text for pair in concept_pairs(concept, asked) for text in pair]
+        found += [concept.neutralise(text) for text in concept_prompts(concept, asked)]
+        found += [*concept.phrases, *map(concept.neutralise, concept.phrases)]
+    return list(dict.fromkeys(found))

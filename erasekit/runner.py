@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from erasekit.atomic import linked, replacing
 from erasekit.backbone import Backbone, Conditioning
 from erasekit.certificate import certify
+from erasekit.certificate import texts as certificate_texts
 from erasekit.config import Plan, RunConfig, resolve
 from erasekit.erasure import MANIFEST, Erasure, load_into, read_manifest
 from erasekit.evaluate import Evaluation, evaluate
@@ -34,6 +36,7 @@ from erasekit.memory import check_disk, out_of_memory, peak_memory_mb, vram_gb
 from erasekit.method import RunContext
 from erasekit.modelcard import model_card
 from erasekit.plugins import Registries, default
+from erasekit.preflight import preflight
 from erasekit.report import write_report
 from erasekit.results import RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.rundir import RunDirectory, open_run, write_json
@@ -82,12 +85,15 @@ def run(
         emit = Dispatcher(registries.manager, directory, listener)
         with _announced(plan, directory, emit):
             prompts = evaluation_prompts(plan)
+            if erasure is None:
+                preflight(plan)
             check_disk(directory.path, pictures=2 * len(prompts), size=plan.protocol.size)
             evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]  # what they lack shows now
             with _stage("load", directory, emit):
                 backbone = plan.backbone.load(plan.backbone_config)
             with _stage("encode", directory, emit):
                 encoded, empty = backbone.encode([p.text for p in prompts]), backbone.encode([""])
+                _expect(plan, context(plan, backbone, registries))
             with _stage("base_images", directory, emit):
                 base = base_images(plan, backbone, prompts, encoded, empty, directory, out / "cache" / "base", emit)
             with _stage("erase", directory, emit):
@@ -185,7 +191,7 @@ def base_images(
 ) -> list[Path]:
     """Pictures of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
     folder = cache / base_key(backbone, plan.protocol, prompts)
-    pipe = backbone.pipeline(encoders=False)
+    pipe = backbone.pipeline(encoders=False, shared=True)
     cached = sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("base", emit))
     return [linked(path, directory.path / "images" / "base" / path.name) for path in cached]
 
@@ -234,20 +240,19 @@ def compute(
     directory: Path | None = None,
     log: Callable[[int, int, Mapping[str, float]], None] = lambda step, total, values: None,
 ) -> Erasure:
-    """The method's own work: the erasure of the plan's concepts."""
+    """The method's own work: the erasure of the plan's concepts.
+
+    Raises:
+        EnvironmentProblem: the GPU ran out of memory.
+    """
     torch.manual_seed(plan.config.seed)  # methods name their generators; this is for libraries that draw from the global one
-    ctx = RunContext(
-        backbone=backbone,
-        concepts=plan.concepts,
-        task=plan.task,
-        protocol=plan.protocol,
-        seed=plan.config.seed,
-        directory=directory,
-        log=log,
-        component=registries.components.get,
-    )
-    erasure = plan.method(plan.method_config).erase(ctx)
-    remains = remains_of(ctx, erasure) if _predicts(plan, backbone) else None
+    ctx = context(plan, backbone, registries, directory=directory, log=log)
+    _expect(plan, ctx)
+    try:
+        erasure = plan.method(plan.method_config).erase(ctx)
+        remains = remains_of(ctx, erasure) if _predicts(plan, backbone) else None
+    except torch.OutOfMemoryError as error:
+        raise _named(error, plan) from error
     left = remains.warnings() if remains else []
     return replace(erasure, remains=remains, warnings=(*ctx.warnings, *left))
 
@@ -256,6 +261,25 @@ def _predicts(plan: Plan, backbone: Backbone) -> bool:
     """Whether the erasure is measured by predictions: not a closed form of a large model on a CPU, which would take hours."""
     slow = backbone.device.type == "cpu" and plan.backbone.weights_gb(plan.backbone_config) > 1
     return not slow or getattr(plan.method_config, "steps", 0) > 0
+
+
+def context(plan: Plan, backbone: Backbone, registries: Registries, **more: Any) -> RunContext:
+    """What the plan's method is handed; `more` are the directory and the log of a run."""
+    return RunContext(
+        backbone=backbone,
+        concepts=plan.concepts,
+        task=plan.task,
+        protocol=plan.protocol,
+        seed=plan.config.seed,
+        component=registries.components.get,
+        **more,
+    )
+
+
+def _expect(plan: Plan, ctx: RunContext) -> None:
+    """Tell the backbone all that the method and the certificate will ask for, before the encoders may have to go."""
+    method = plan.method(plan.method_config)
+    ctx.backbone.expect(lambda: [*method.texts(ctx), *certificate_texts(plan.concepts, plan.task)])
 
 
 def write_certificate(plan: Plan, backbone: Backbone, directory: RunDirectory) -> None:
@@ -275,10 +299,13 @@ def erased_images(
     directory: RunDirectory,
     emit: Dispatcher,
 ) -> list[Path]:
-    """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure."""
-    for part in ("text_encoders", "vae", "denoiser"):
-        backbone.release(part)
-    pipe = backbone.pipeline(encoders=False)
+    """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure.
+
+    Its denoiser is the backbone's, every bit of it as it was loaded.
+    """
+    if not backbone.unchanged():  # a method left something on it
+        backbone.release("denoiser")
+    pipe = backbone.pipeline(encoders=False, shared=True)
     load_into(pipe, directory.path / "erasure", base=backbone, component=registries.components.get)
     folder = directory.path / "images" / "erased"
     return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=_drawn("erased", emit))

@@ -181,8 +181,8 @@ def pair_rows(
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The base weight (out, width) of every text site, float64; the denoiser is not loaded for it."""
-    return {site.name: backbone.weight(site.name).double() for site in backbone.text_sites()}
+    """The base weight (out, width) of every text site, float64, on the CPU; the denoiser is not loaded for it."""
+    return {site.name: backbone.weight(site.name).cpu().double() for site in backbone.text_sites()}
 
 
 def site_deltas(

@@ -20,14 +20,15 @@ Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 
 @dataclass(frozen=True)
 class Pool:
-    """Points of trajectories with predictions there; all tensors have n rows.
+    """Points of trajectories with predictions there; all tensors have n rows and lie on the CPU.
 
     Attributes:
         x: latents.
-        tau: progress, on the CPU as `row` is, and in double: half precision would shift timesteps.
+        tau: progress, in double: half precision would shift timesteps.
         cond: the prompts, one row each; `row` says which one a point belongs to.
         row: index into `cond`.
         predictions: (n, k, ...), in the order they were asked for.
+        device: where `sample` brings latents and predictions.
     """
 
     x: torch.Tensor
@@ -35,6 +36,7 @@ class Pool:
     cond: Conditioning
     row: torch.Tensor
     predictions: torch.Tensor
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         """The number of points."""
@@ -46,10 +48,11 @@ class Pool:
         return replace(self, **points)
 
     def sample(self, n: int, generator: torch.Generator, weight: torch.Tensor | None = None) -> Pool:
-        """`n` random points (drawn where `weight` is positive), each with its own row of `cond`."""
+        """`n` random points (drawn where `weight` is positive), on `device`, each with its own row of `cond`."""
         candidates = torch.arange(len(self)) if weight is None else (weight > 0).nonzero().flatten()
         drawn = self.at(candidates[torch.randint(len(candidates), (n,), generator=generator)])
-        return replace(drawn, cond=self.cond[drawn.row], row=torch.arange(n))
+        x, predictions = drawn.x.to(self.device), drawn.predictions.to(self.device)
+        return replace(drawn, x=x, predictions=predictions, cond=self.cond[drawn.row], row=torch.arange(n))
 
 
 def follow(
@@ -73,11 +76,11 @@ def follow(
             progress("trajectories", int(chunk[0]) * len(schedule) + k * len(chunk), len(seeds) * len(schedule))
             tau = schedule.tau[k].expand(len(x))
             direction, predictions = step(x, tau, rows[chunk])
-            points.append((x, tau, rows[chunk], predictions))
+            points.append((x.cpu(), tau, rows[chunk], predictions.cpu()))
             x = backbone.step(direction, x, k, schedule)
     progress("trajectories", len(seeds) * len(schedule), len(seeds) * len(schedule))
     x, tau, row, predictions = (torch.cat(column) for column in zip(*points, strict=True))
-    return Pool(x, tau, cond, row, predictions)
+    return Pool(x, tau, cond, row, predictions, backbone.device)
 
 
 @torch.no_grad()

@@ -83,6 +83,6 @@ def test_out_of_memory_names_the_next_smaller_setting(tiny_folder, tmp_path, wor
     registries = plugins.load([world, tmp_path / "greedy.py"])
     flags = {"method": "greedy", "backbone": "tiny", "task": "words", "concepts": ("cat",)}
     overrides = [f"backbone.path={tiny_folder}", "backbone.device=cpu", "backbone.vram=48"]
-    with pytest.raises(EnvironmentProblem, match=r"ran out of memory with --vram 48 .* Try --vram 24\."):
+    with pytest.raises(EnvironmentProblem, match=r"ran out of memory with --vram 48 .* Try --vram 32\."):
         run(build(flags, overrides=overrides), out=tmp_path / "runs", registries=registries)
     assert "Use a smaller batch" in str(out_of_memory(RuntimeError("full"), 8))

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
 from erasekit.builtin.flux import Flux, FluxConfig
+from erasekit.memory import Holding
 from tests.tiny import WIDTH, WORDS, text_config, tokenizer
 
 POSITIONS = 12
@@ -22,7 +23,9 @@ class TinyFlux(Flux):
     name: ClassVar[str] = "tiny-flux"
     domain: ClassVar[Literal["natural", "mini"]] = "mini"
     sampling: ClassVar[dict[str, Any]] = {"sampler": "default"}
+    on_cpu: ClassVar[Holding] = Holding(rows=64)
     size: ClassVar[int] = 16
+    positions: ClassVar[int] = POSITIONS
 
 
 def t5_tokenizer() -> T5TokenizerFast:

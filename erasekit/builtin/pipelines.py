@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -18,48 +18,39 @@ from safetensors import SafetensorError
 from torch import nn
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, concatenate
-from erasekit.builtin.shards import read_header, read_tensor
-from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.builtin.folders import download, first_line, local_folder, part_config, tensor_files
+from erasekit.builtin.held import HeldPipeline, check_nf4, find_device, skeleton
+from erasekit.builtin.shards import read_tensor
+from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import progress
-from erasekit.memory import VRAM_GB, Holding, vram_gb, weights_gb
+from erasekit.memory import vram_gb
 from erasekit.quiet import quiet
 
 _LOADING = (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, RuntimeError)
 
 
-class PipelineBackbone:
+class PipelineBackbone(HeldPipeline):
     """A backbone over a diffusers pipeline in a folder; its models are loaded when they are first used.
 
     A subclass with a `name`, a `domain` and a `path` of its own is another model of the same class.
 
     Attributes:
-        path: hub id or local folder that is loaded if the config names none.
         pipeline_class: the diffusers pipeline.
-        encoders: names of the pipeline's text encoders.
         unused: parts of the pipeline that erasekit never loads.
         scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
-        holding: how it is held on a GPU of each size.
-        sizes_gb: of the denoiser, the text encoders and the VAE on the hub, at 16 bits.
-        cpu_dtype: what `dtype = "auto"` means on a CPU.
         source: hub id, or the name of the local folder.
         revision: the commit on the hub, "" for a local folder.
     """
 
     name: ClassVar[str]
     domain: ClassVar[Literal["natural", "mini"]] = "natural"
-    path: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    prefix: ClassVar[str]
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
     pipeline_class: ClassVar[Any]
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     unused: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
-    holding: ClassVar[Mapping[int, Holding]] = dict.fromkeys(VRAM_GB, Holding()) | {8: Holding(checkpointing=True)}
-    sizes_gb: ClassVar[tuple[float, float, float]]
-    cpu_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(
         self, folder: Path, config: BackboneConfig, *, source: str, revision: str, device: torch.device, dtype: torch.dtype
@@ -71,11 +62,16 @@ class PipelineBackbone:
         """
         self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
         self.vram_gb = vram_gb(config.vram, device)
-        self._folder, self._held = folder, self.holding[self.vram_gb]
+        self._folder, self._held = folder, self.held(config)
         self._pipe = self._from_folder(**dict.fromkeys((self.prefix, "vae", *self.encoders)))
         self._files()  # a cut or missing file shows now, not after an hour
         self._parts: dict[str, Any] = {}
         self._encoded: dict[str, Conditioning] = {}
+        self._near: dict[tuple[str, int], list[str]] = {}
+        self._summed: dict[str, torch.Tensor] = {}
+        self._expected: Callable[[], Sequence[str]] = tuple
+        self._alone = False  # the encoders have made room for the denoiser
+        self._sum = 0
         self._fingerprints: dict[tuple[str, ...] | None, str] = {}
 
     @classmethod
@@ -88,26 +84,11 @@ class PipelineBackbone:
         path = config.path or cls.path
         device = find_device(config.device)
         folder = cls.folder(config)
-        if config.dtype != "auto":
-            dtype: torch.dtype = getattr(torch, config.dtype)
-        else:
-            dtype = cls.cpu_dtype if device.type == "cpu" else torch.bfloat16
+        dtype = cls.dtype_of(config, device)
         local = Path(path).expanduser()
         # A download lies in a folder that is named by its commit.
         source, revision = (local.resolve().name, "") if local.exists() else (path, folder.name)
         return cls(folder, config, source=source, revision=revision, device=device, dtype=dtype)
-
-    @classmethod
-    def weights_gb(cls, config: BackboneConfig) -> float:
-        """About how many GB of weights are held at once under these settings; nothing is loaded or downloaded for it."""
-        device = find_device(config.device)
-        folder = Path(config.path or cls.path).expanduser()
-        parts = (cls.prefix,), cls.encoders, ("vae",)
-        files = [[f for name in names for f in (folder / name).glob("*.safetensors")] for names in parts]
-        on_disk = tuple(sum(f.stat().st_size for f in found) / 2**30 for found in files)
-        width = 2 if config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu") else 1
-        denoiser, encoders, rest = (width * gb for gb in (on_disk if folder.is_dir() else cls.sizes_gb))
-        return weights_gb(cls.holding[vram_gb(config.vram, device)], denoiser, encoders, rest)
 
     @property
     def embedded_guidance(self) -> bool:
@@ -124,14 +105,23 @@ class PipelineBackbone:
         """The autoencoder, frozen and in evaluation mode."""
         return self._part("vae")
 
-    def pipeline(self, *, encoders: bool = True) -> Any:
+    def pipeline(self, *, encoders: bool = True, shared: bool = False) -> Any:
         """A fresh pipeline of the same base with weights of its own, on the backbone's device; its text encoders if needed.
+
+        A `shared` one has no weights of its own: its denoiser and its VAE are the backbone's.
 
         Raises:
             EnvironmentProblem: a file is missing, broken or of another kind of model.
         """
-        named = (self.prefix, *(self.encoders if encoders else ()))
-        return self._from_folder(**(dict.fromkeys(self.encoders) | {name: self._load(name) for name in named}))
+        if not encoders:
+            self._make_room()
+        named = [self.prefix, "vae", *(self.encoders if encoders else ())]
+        take = self._part if shared else self._load
+        return self._from_folder(**(dict.fromkeys(self.encoders) | {name: take(name) for name in named}))
+
+    def unchanged(self) -> bool:
+        """Whether the denoiser, if it is loaded, still is what was loaded: the same tensors, with the same bits."""
+        return self.prefix not in self._parts or _sum_of(self.denoiser) == self._sum
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
@@ -155,41 +145,76 @@ class PipelineBackbone:
         return self._fingerprints[wanted]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with the pipeline's own `encode_prompt`, each once.
+        """Encode prompts with the pipeline's own `encode_prompt`, each once; what is encoded lies on the CPU.
 
         One prompt at a time: what a prompt encodes to must not depend on the batch that it comes in.
+
+        Raises:
+            ErasekitError: a new prompt comes after the encoders have made room for the denoiser.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         for i, prompt in enumerate(missing):
+            self._refuse_late(prompt)
             progress("encoding", i, len(missing))
             for name in self.encoders:
                 setattr(self._pipe, name, self._part(name))
             with torch.no_grad(), quiet():
-                self._encoded[prompt] = self._encode(prompt).to(self.device, self.dtype)
+                self._encoded[prompt] = self._encode(prompt).to("cpu", self.dtype)
         if missing:
             progress("encoding", len(missing), len(missing))
         if not prompts:
             return self.encode([""])[:0]
         return concatenate([self._encoded[prompt] for prompt in prompts])
 
+    def expect(self, texts: Callable[[], Sequence[str]]) -> None:
+        """Encode these prompts too, if and when the text encoders have to make room for the denoiser."""
+        self._expected = texts
+
     def vocabulary(self, near: str, n: int) -> list[str]:
         """The `n` whole words of the CLIP tokenizer that its encoder embeds nearest to the words of a text, nearest first.
 
         Pieces that end many words and begin hardly any ("lly", "tion") are none.
         """
-        tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
-        whole = {token: i for token, i in tokenizer.get_vocab().items() if re.fullmatch("[a-z]{3,}</w>", token)}
-        pieces = fragments(tokenizer.get_vocab())
-        whole = {token: i for token, i in whole.items() if token.removesuffix("</w>") not in pieces}
-        table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float(), dim=1)
-        own = table[tokenizer(near, add_special_tokens=False).input_ids]
-        nearness = (table[list(whole.values())] @ own.T).amax(1)
-        words = [token.removesuffix("</w>") for token in whole]
-        return [words[i] for i in nearness.argsort(descending=True)[:n].tolist()]
+        if (near, n) not in self._near:
+            self._refuse_late(near)
+            tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
+            whole = {token: i for token, i in tokenizer.get_vocab().items() if re.fullmatch("[a-z]{3,}</w>", token)}
+            pieces = fragments(tokenizer.get_vocab())
+            whole = {token: i for token, i in whole.items() if token.removesuffix("</w>") not in pieces}
+            table = nn.functional.normalize(encoder.get_input_embeddings().weight.detach().float(), dim=1)
+            own = table[tokenizer(near, add_special_tokens=False).input_ids]
+            nearness = (table[list(whole.values())] @ own.T).amax(1)
+            words = [token.removesuffix("</w>") for token in whole]
+            self._near[near, n] = [words[i] for i in nearness.argsort(descending=True)[:n].tolist()]
+        return self._near[near, n]
 
-    @torch.no_grad()
+    def rows(self, x: torch.Tensor) -> int:
+        """The most rows like those of `x` that are predicted at once without gradients."""
+        return max(1, int(self._held.rows / self._share_of(x)))
+
+    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
+        """The denoiser's own prediction for latents `x` (b, ...) at progress `tau` (b,), on the device of `x`.
+
+        Without gradients in chunks of at most `rows`. Latents and encoded prompts may lie on the CPU.
+        """
+        most = max(1, len(x)) if torch.is_grad_enabled() else self.rows(x)
+        parts = []
+        for first in range(0, max(1, len(x)), most):
+            here = slice(first, first + most)
+            text = cond[here].to(self.device, self.dtype)
+            parts.append(self._predict(x[here].to(self.device), tau[here], text, guidance).to(x.device))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def summaries(self, prompts: Sequence[str]) -> torch.Tensor:
         """What the CLIP encoder makes of each prompt as a whole (n, width), float64 on the CPU; no other encoder runs."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._summed]
+        for i in range(0, len(missing), 32):
+            self._refuse_late(missing[i])
+            self._summed |= dict(zip(missing[i : i + 32], self._summarise(missing[i : i + 32]), strict=True))
+        return torch.stack([self._summed[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _summarise(self, prompts: Sequence[str]) -> torch.Tensor:
         tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
         ids = tokenizer(
             list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -218,7 +243,12 @@ class PipelineBackbone:
         return picture
 
     def release(self, part: Literal["text_encoders", "vae", "denoiser"]) -> None:
-        """Free the memory of a part; encoded prompts stay, and the part is loaded again if it is used."""
+        """Free the memory of a part; encoded prompts stay, and the part is loaded again if it is used.
+
+        The text encoders come back only where the denoiser does not need their room.
+        """
+        if part == "denoiser":
+            self._alone = False
         for name in {"text_encoders": self.encoders, "vae": ("vae",), "denoiser": (self.prefix,)}[part]:
             dropped = self._parts.pop(name, None)
             if dropped is not None and self._held.weights == "whole":  # others may not be moved; they go when nobody holds them
@@ -232,9 +262,31 @@ class PipelineBackbone:
         """One prompt, encoded."""
         raise NotImplementedError
 
+    def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
+        """The prediction for rows that are on the device and go through the denoiser together."""
+        raise NotImplementedError
+
+    def _share_of(self, x: torch.Tensor) -> float:
+        """What a row of latents takes, in units of the reference size."""
+        raise NotImplementedError
+
+    def _refuse_late(self, prompt: str) -> None:
+        if self._alone:
+            raise ErasekitError(
+                f"'{prompt}' is to be encoded after the text encoders have made room for the denoiser. A method names all its "
+                f"prompts before (Method.texts)."
+            )
+
+    def _make_room(self) -> None:
+        """Encode what is expected, and let the text encoders go, if there is no room for them beside the denoiser."""
+        if self._held.encoders == "released" and not self._alone:
+            self.encode(list(self._expected()))
+            self.release("text_encoders")
+            self._alone = True
+
     def _side(self, size: int) -> int:
         """The side of the latents of a picture of `size` pixels."""
-        config = json.loads((self._folder / "vae" / "config.json").read_text())
+        config = part_config(self._folder, "vae")
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
         return size // int(2 ** (len(blocks) - 1))
 
@@ -253,31 +305,38 @@ class PipelineBackbone:
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
-            if name == self.prefix and self._held.encoders == "released":
-                self.release("text_encoders")
-            self._parts[name] = self._load(name).eval().requires_grad_(False)
+            if name == self.prefix:
+                self._make_room()
+            self._parts[name] = self._load(name)
+            if name == self.prefix:
+                self._sum = _sum_of(self._parts[name])
         return self._parts[name]
 
-    def _load(self, name: str) -> Any:
-        """A model of the pipeline, held as the size of the GPU allows."""
+    def _class_of(self, name: str) -> Any:
         library, kind = json.loads((self._folder / "model_index.json").read_text())[name]
-        model_class = getattr(importlib.import_module(library), kind)
-        main = name == self.prefix
+        return getattr(importlib.import_module(library), kind)
+
+    def _load(self, name: str) -> Any:
+        """A model of the pipeline, frozen and in evaluation mode, held as the size of the GPU allows."""
+        model_class, main = self._class_of(name), name == self.prefix
         extra = {"quantization_config": self._nf4()} if main and self._held.weights == "nf4" else {}
         try:
+            _, variant = tensor_files(self._folder / name)
             with quiet():
                 model = model_class.from_pretrained(
-                    self._folder, subfolder=name, torch_dtype=self.dtype, use_safetensors=True, **extra
+                    self._folder, subfolder=name, torch_dtype=self.dtype, use_safetensors=True, variant=variant, **extra
                 )
             if main and self._held.checkpointing:
                 model.enable_gradient_checkpointing()
+            if name == "vae" and self._held.slicing:
+                model.enable_slicing()
             if main and self._held.weights == "offload":
                 model.enable_group_offload(onload_device=self.device, offload_type="leaf_level")
             elif not extra:
                 model.to("cpu" if name in self.encoders and self._held.encoders == "cpu" else self.device)
         except _LOADING as error:
             raise self._unloadable(error) from error
-        return model
+        return model.eval().requires_grad_(False)
 
     def _nf4(self) -> Any:
         """Four bits for all layers but those that read text, which a closed form edits.
@@ -285,8 +344,7 @@ class PipelineBackbone:
         Raises:
             EnvironmentProblem: bitsandbytes is not installed.
         """
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise EnvironmentProblem(f"--vram {self.vram_gb} needs bitsandbytes: pip install 'erasekit[nf4]'.")
+        check_nf4(self._held, self.vram_gb)
         skipped = [site.name for site in self.text_sites()]
         return diffusers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype, llm_int8_skip_modules=skipped
@@ -298,9 +356,8 @@ class PipelineBackbone:
 
     @cached_property
     def _linears(self) -> list[str]:
-        """The denoiser's linear layers by the names they have without adapters: those are put around layers."""
-        names = (name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear))
-        return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+        """The denoiser's linear layers by the names they have without adapters; it is not loaded for them."""
+        return list(skeleton(self._class_of(self.prefix), part_config(self._folder, self.prefix)))
 
     def _from_folder(self, **parts: Any) -> Any:
         """A pipeline from the folder, with the parts that are given instead of its own, None for leaving one out."""
@@ -309,8 +366,6 @@ class PipelineBackbone:
                 pipe = self.pipeline_class.from_pretrained(
                     self._folder, dtype=self.dtype, use_safetensors=True, **dict.fromkeys(self.unused), **parts
                 )
-            if getattr(pipe, "vae", None) is not None:
-                pipe.vae.to(self.device)
         except _LOADING as error:
             raise self._unloadable(error) from error
         pipe.set_progress_bar_config(disable=True)
@@ -321,16 +376,11 @@ class PipelineBackbone:
         return EnvironmentProblem(f"'{self.source}' could not be loaded as a {kind}: {first_line(error)}")
 
     def _files(self) -> dict[str, Path]:
-        """The file that holds each tensor of the denoiser, sharded or not, of the main variant."""
-        folder, name = self._folder / self.prefix, "diffusion_pytorch_model"
-        paths = sorted(folder.glob(f"{name}-*-of-*.safetensors")) or [folder / f"{name}.safetensors"]
-        where: dict[str, Path] = {}
+        """The file that holds each tensor of the denoiser, sharded or not."""
         try:
-            for path in paths:
-                where.update(dict.fromkeys(read_header(path)[0], path))
+            return tensor_files(self._folder / self.prefix)[0]
         except (OSError, ValueError) as error:
             raise self._unloadable(error) from error
-        return where
 
     @classmethod
     def folder(cls, config: BackboneConfig) -> Path:
@@ -340,40 +390,7 @@ class PipelineBackbone:
             EnvironmentProblem: there is no such folder, or the download failed.
         """
         path = config.path or cls.path
-        folder = Path(path).expanduser()
-        if folder.is_dir():
-            if not (folder / "model_index.json").is_file():
-                raise EnvironmentProblem(
-                    f"'{path}' has no model_index.json; 'backbone.path' needs a diffusers folder or a hub id."
-                )
-            return folder
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise EnvironmentProblem(f"There is no folder '{path}'; 'backbone.path' needs a diffusers folder or a hub id.")
-        return cls._download(path, config.revision)
-
-    @classmethod
-    def _download(cls, repo: str, revision: str | None) -> Path:
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        try:
-            # Parts that are given (as None) are not downloaded.
-            parts: dict[str, Any] = dict.fromkeys(cls.unused)
-            return Path(cls.pipeline_class.download(repo, revision=revision, use_safetensors=True, **parts))
-        except GatedRepoError as error:
-            raise EnvironmentProblem(
-                f"{repo} is gated: accept its licence at huggingface.co/{repo}, then run 'hf auth login'."
-            ) from error
-        except RevisionNotFoundError as error:
-            raise EnvironmentProblem(f"{repo} has no revision '{revision}'; check 'backbone.revision'.") from error
-        except RepositoryNotFoundError as error:
-            raise EnvironmentProblem(
-                f"The hub has no repository '{repo}', or it is private: check the name, or run 'hf auth login'."
-            ) from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EnvironmentProblem(
-                f"'{repo}' could not be downloaded ({first_line(error)}). "
-                f"Check the network, or give a local folder: -s backbone.path=FOLDER"
-            ) from error
+        return local_folder(path) or download(cls.pipeline_class, path, config.revision, **dict.fromkeys(cls.unused))
 
 
 def fragments(tokens: Iterable[str]) -> set[str]:
@@ -385,23 +402,9 @@ def fragments(tokens: Iterable[str]) -> set[str]:
     return {word for word in words if ends[word] > 4 * (1 + begins[word])}
 
 
-def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU if there is one.
-
-    Raises:
-        EnvironmentProblem: this machine has no such device.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise EnvironmentProblem(
-            f"Device '{name}' cannot be used ({first_line(error)}); 'backbone.device' takes auto, cpu, cuda, cuda:1, mps."
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _sum_of(model: nn.Module) -> int:
+    """A sum over the names and bits of all tensors: any adapter or changed weight shows, at the cost of reading each once."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = model.state_dict().items()
+    sums = [(name, int(t.view(integer[t.element_size()]).sum(dtype=torch.int64))) for name, t in tensors]
+    return hash(tuple(sums))

@@ -10,12 +10,19 @@ def register_backbones(register: Register) -> None:
     """Stable Diffusion 1.x and FLUX.1."""
     sd = "erasekit.builtin.sd"
     register("sd15", f"{sd}:StableDiffusion", aliases=("sd1.5",), summary="Stable Diffusion 1.5, 860 M UNet, 512 x 512")
-    register("sd14", f"{sd}:StableDiffusion14", aliases=("sd1.4",), summary="Stable Diffusion 1.4, the base of most papers")
+    register(
+        "sd14",
+        f"{sd}:StableDiffusion14",
+        aliases=("sd1.4",),
+        summary="Stable Diffusion 1.4, 512 x 512, the base of most papers",
+    )
     flux = "erasekit.builtin.flux"
     register(
-        "flux", f"{flux}:Flux", aliases=("flux-dev", "flux.1-dev"), summary="FLUX.1-dev, 12 B transformer, 1024 x 1024, gated"
+        "flux", f"{flux}:Flux", aliases=("flux-dev", "flux.1-dev"), summary="FLUX.1-dev, 12 B transformer, 512 x 512, gated"
     )
-    register("flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps")
+    register(
+        "flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps, 512 x 512"
+    )
 
 
 @hookimpl

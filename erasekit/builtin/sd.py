@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 
 from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site
+from erasekit.builtin.folders import part_config
 from erasekit.builtin.pipelines import PipelineBackbone
 from erasekit.builtin.single_file import unpack
 from erasekit.errors import EnvironmentProblem
+from erasekit.memory import Activations, Holding
 from erasekit.schedule import Schedule, ddpm_tau, ddpm_timestep
 
 _DDIM: Any = DDIMScheduler  # Any: diffusers is untyped
@@ -49,8 +51,21 @@ class StableDiffusion(PipelineBackbone):
         "attention": r"\.attn[12]\.",
         "all": r"",
     }
-
+    holding: ClassVar[Mapping[int, Holding]] = {
+        8: Holding(rows=8, checkpointing=True, slicing=True),
+        12: Holding(rows=8, checkpointing=True, slicing=True),
+        16: Holding(rows=16),
+        24: Holding(rows=32),
+        32: Holding(rows=32),
+        48: Holding(rows=64),
+        80: Holding(rows=64),
+        141: Holding(rows=64),
+    }
     sizes_gb: ClassVar[tuple[float, float, float]] = (1.6, 0.23, 0.16)
+    architecture: ClassVar[tuple[Any, Mapping[str, Any]]] = (
+        UNet2DConditionModel,
+        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    )
 
     def __init__(self, folder: Path, config: BackboneConfig, **where: Any) -> None:
         """See `PipelineBackbone`.
@@ -96,18 +111,32 @@ class StableDiffusion(PipelineBackbone):
 
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
         """Initial noise (n, 4, h, w), the same as the pipeline draws for CPU generators with these seeds."""
-        config = self.denoiser.config
-        side = config.sample_size if size is None else self._side(size)
+        config = part_config(self._folder, self.prefix)
+        side = config["sample_size"] if size is None else self._side(size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (len(seeds), config.in_channels, side, side)
+        shape = (len(seeds), config["in_channels"], side, side)
         noise: torch.Tensor = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
         return noise
 
-    def predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, guidance: float = 1.0) -> torch.Tensor:
-        """Epsilon (b, 4, h, w) for latents `x` at progress `tau` (b,); no guidance is built into the model."""
+    @classmethod
+    def activations(cls, size: int) -> Activations:
+        """What a row takes at 16 bits, for a picture of `size` pixels: found with fake tensors at 512, in proportion else."""
+        at_512 = Activations(forward=0.065, kept=0.73, checkpointed=0.215, maps=0.18, decode=0.38)
+        return Activations(*(gb * (size / 512) ** 2 for gb in at_512))
+
+    @classmethod
+    def tflop(cls, size: int) -> float:
+        """About how many TFLOP a forward pass of one row is."""
+        return 0.8 * (size / 512) ** 2
+
+    def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
+        """Epsilon (b, 4, h, w); no guidance is built into the model."""
         timestep = ddpm_timestep(tau, self._ddim.config.num_train_timesteps).to(x.device)
         prediction: torch.Tensor = self.denoiser(x, timestep, encoder_hidden_states=cond.tokens, return_dict=False)[0]
         return prediction
+
+    def _share_of(self, x: torch.Tensor) -> float:
+        return x.shape[-1] * x.shape[-2] / 64**2
 
     def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
         """One deterministic step of diffusers' DDIM, from step `k` to the next."""
@@ -128,11 +157,8 @@ class StableDiffusion(PipelineBackbone):
 
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Arguments of the pipeline's call for encoded prompts."""
-        return {
-            "prompt_embeds": cond.tokens,
-            "negative_prompt_embeds": empty.repeat(len(cond)).tokens,
-            "guidance_scale": guidance,
-        }
+        given, none = (c.to(self.device, self.dtype) for c in (cond, empty.repeat(len(cond))))
+        return {"prompt_embeds": given.tokens, "negative_prompt_embeds": none.tokens, "guidance_scale": guidance}
 
     @property
     def _tokenizer(self) -> tuple[Any, int]:

@@ -48,9 +48,13 @@ def command(
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
     from erasekit.erasure import read_manifest
+    from erasekit.memory import check_disk
     from erasekit.modelcard import model_card
+    from erasekit.preflight import preflight
     from erasekit.runner import compute
 
+    preflight(plan)
+    check_disk(out, pictures=0, size=0)
     with listener() as told, heard(told):
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)

@@ -76,7 +76,7 @@ def _draw(
     protocol = settings_of(Protocol, usual | chosen.get("protocol", {}), "protocol.")
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
     loaded.encode([*prompts, ""])  # before the denoiser comes, which may need the room of the text encoders
-    pipe = loaded.pipeline(encoders=False)
+    pipe = loaded.pipeline(encoders=False, shared=True)
     if erasure:
         load_into(pipe, erasure, concepts or None, base=loaded, component=registries.components.get)
     return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)

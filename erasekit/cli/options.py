@@ -62,7 +62,9 @@ Set = Annotated[
 ]
 Vram = Annotated[
     str | None,
-    typer.Option("--vram", metavar="GB", help="GPU memory to get along with: auto, 8, 16, 24, 48, 80.", show_default=False),
+    typer.Option(
+        "--vram", metavar="GB", help="GPU memory to get along with: auto, 8, 12, 16, 24, 32, 48, 80, 141.", show_default=False
+    ),
 ]
 
 

@@ -80,6 +80,8 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
         "sample": f"{pictures} pictures{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
     }
+    if plan.backbone.domain == "natural":
+        stages["memory"] = _memory(plan)
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
     if as_json:
         settings = {part: values.model_dump(mode="json") for part, values in parts.items()}
@@ -92,6 +94,21 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     show(["setting", "value", "meaning"], rows)
     show(["stage", "of each run"], [list(row) for row in stages.items()])
     show(["run", "concepts"], [[path, ", ".join(concepts)] for path, concepts in runs.items()])
+
+
+def _memory(plan: Plan) -> str:
+    """The predicted peak, and what stands in the way of a run."""
+    from erasekit.errors import EnvironmentProblem
+    from erasekit.preflight import prediction, preflight
+
+    found = prediction(plan)
+    stages = ", ".join(f"{stage} {gb:.1f}" for stage, gb in found._asdict().items())
+    text = f"predicted peak {found.peak:.1f} GB ({stages})"
+    try:
+        preflight(plan)
+    except EnvironmentProblem as problem:
+        return f"{text}. {problem}"
+    return text
 
 
 def earlier(out: Path, plan: Plan) -> dict[str, list[float]]:

@@ -10,16 +10,20 @@ from pydantic import Field
 
 from erasekit.backbone import Conditioning, concatenate
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.deltas import Deltas, LowRank
 from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.fusion import fusion, input_moments, share
+from erasekit.memory import GIB, LORA_GB, Footprint
 from erasekit.method import Method, OrNone, RunContext
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
 from erasekit.trajectories import Pool, concept_pool
 from erasekit_ant import maths
 from erasekit_ant.student import MaskedWeights
 
+# For each weight that `single` trains: change, gradient, moments, mask, the changed weight, and that twice in bf16.
+BYTES = 4 + 4 + 8 + 1 + 4 + 2 * 2
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
@@ -144,6 +148,14 @@ class Ant(Method):
     }
     config: AntConfig
 
+    def footprint(self, plan: Plan) -> Footprint:
+        """Late and early points, each under two prompts."""
+        config = self.config
+        trained = LORA_GB * len(plan.concepts)
+        if config.form == "single":
+            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
+        return Footprint(rows=4 * config.batch, trained_gb=trained)
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Train on the base's trajectories in one of the two forms."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
@@ -179,7 +191,9 @@ class Ant(Method):
 
         def losses(batch: int, generator: torch.Generator) -> Losses:
             out = {}
-            for name, pool, weight in zip(("late", "early"), ends[batch % len(ends)], (1.0, config.early_weight), strict=True):
+            for name, pool, weight in zip(
+                ("late", "early"), ends[batch // config.accumulate % len(ends)], (1.0, config.early_weight), strict=True
+            ):
                 points = pool.sample(config.batch, generator)
                 cond = concatenate([points.cond, nothing.repeat(config.batch)])
                 concept, empty = predict(torch.cat([points.x] * 2), torch.cat([points.tau] * 2), cond).chunk(2)
@@ -210,7 +224,7 @@ class Ant(Method):
         for turn in range(concepts):
             kept = {name: torch.ones_like(mask) for name, mask in union.items()}
             for draws in range(self.config.saliency_draws):
-                late = losses(turn, ctx.generator(f"ant/saliency/{turn}/{draws}"))["late"]
+                late = losses(turn * self.config.accumulate, ctx.generator(f"ant/saliency/{turn}/{draws}"))["late"]
                 for name, gradient in zip(kept, torch.autograd.grad(late, list(student.change.values())), strict=True):
                     kept[name] &= maths.salient(gradient, self.config.saliency)
             for name, mask in kept.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from erasekit.attention import token_positions
 from erasekit.backbone import Conditioning
 from erasekit.concepts import Concept
 from erasekit.method import RunContext
-from erasekit.pictures import pictures_of
+from erasekit.pictures import draw
 from erasekit.prompts import phrased_prompts
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
 
@@ -70,31 +70,65 @@ def unrelated_to(concepts: Sequence[Concept], concept: Concept, given: Sequence[
     return next(words for words in lists if words)
 
 
+class Wordings(NamedTuple):
+    """What is drawn and said of one concept: its pictures' prompts and seeds, (text, phrase, frame) of each wording, words."""
+
+    chosen: list[str]
+    seeds: list[int]
+    said: list[tuple[str, str, str]]
+    synonyms: list[str]
+    compared: list[str]
+
+
+def wordings(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> Wordings:
+    """Choose prompts and seeds of the pictures of one concept, and reword them.
+
+    Raises:
+        UsageError: no prompt holds a phrase of the concept.
+    """
+    prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"eraseanything/{concept.name}")
+    chosen = [prompts[i % len(prompts)] for i in range(config.pictures)]
+    seeds = torch.randint(2**31, (config.pictures,), generator=generator).tolist()
+    synonyms, said = synonyms_of(concept, config.synonyms), []
+    for prompt in chosen:
+        for often in (0.0, *[1.0] * (config.versions - 1)):  # the prompt as it is, then rewordings of it
+            chances = {"shuffle": often * config.shuffle, "swap": often * config.swap}
+            said.append(reword(prompt, concept.find(prompt), synonyms, generator, **chances))
+    compared = [concept.neutral] if concept.neutral else []
+    return Wordings(chosen, seeds, said, synonyms, compared + unrelated_to(ctx.concepts, concept, config.unrelated))
+
+
+def material_texts(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> list[str]:
+    """All prompts that `material` encodes."""
+    chosen, _, said, synonyms, compared = wordings(ctx, concept, config)
+    words = [t.format(word) for word in (concept.phrases[0], *synonyms, *compared) for t in concept.templates[:TEMPLATES]]
+    return [*chosen, *(text for text, _, _ in said), *_neutral(concept, said), *words]
+
+
 def material(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> Material:
     """Draw the pictures and encode all prompts of one concept.
 
     Raises:
         UsageError: no prompt holds a phrase of the concept.
     """
-    encode, generator = ctx.backbone.encode, ctx.generator(f"eraseanything/{concept.name}")
-    x0, chosen = pictures_of(ctx, phrased_prompts(ctx, concept), config.pictures, generator)
-    synonyms, said = synonyms_of(concept, config.synonyms), []
-    for prompt in chosen:
-        for often in (0.0, *[1.0] * (config.versions - 1)):  # the prompt as it is, then rewordings of it
-            chances = {"shuffle": often * config.shuffle, "swap": often * config.swap}
-            said.append(reword(prompt, concept.find(prompt), synonyms, generator, **chances))
+    encode = ctx.backbone.encode
+    chosen, seeds, said, synonyms, compared = wordings(ctx, concept, config)
+    x0 = draw(ctx, encode(chosen), seeds)
     tokens = [token_positions(ctx.backbone, [text], [phrase]) for text, phrase, _ in said]
-    compared = [concept.neutral] if concept.neutral else []
-    compared += unrelated_to(ctx.concepts, concept, config.unrelated)
     return Material(
         x0=x0,
         wordings=Prompts(encode([text for text, _, _ in said]), torch.cat(tokens)),
-        neutral=encode([frame.replace("{}", concept.neutral) if concept.neutral else "" for _, _, frame in said]),
+        neutral=encode(_neutral(concept, said)),
         versions=config.versions,
         itself=_in_templates(ctx, concept, concept.phrases[0]),
         synonyms=[_in_templates(ctx, concept, word) for word in synonyms],
         others=[_in_templates(ctx, concept, word) for word in compared],
     )
+
+
+def _neutral(concept: Concept, said: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The wordings with the neutral word."""
+    return [frame.replace("{}", concept.neutral) if concept.neutral else "" for _, _, frame in said]
 
 
 def _in_templates(ctx: RunContext, concept: Concept, word: str) -> Prompts:

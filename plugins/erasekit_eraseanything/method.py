@@ -13,13 +13,15 @@ from pydantic import Field
 from erasekit.adapters import AdapterBank, Init
 from erasekit.attention import attention_maps
 from erasekit.backbone import Conditioning, concatenate
+from erasekit.config import Plan
 from erasekit.erasure import Erasure
+from erasekit.memory import LORA_GB, Footprint
 from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
-from erasekit_eraseanything.material import Material, Prompts, material
+from erasekit_eraseanything.material import Material, Prompts, material, material_texts
 
 # What erased the objects of the mini world on validation prompts.
 MINI = {
@@ -105,6 +107,16 @@ class EraseAnything(Method):
     }
     config: EraseAnythingConfig
 
+    def footprint(self, plan: Plan) -> Footprint:
+        """The upper level's two passes, attention maps with them."""
+        config = self.config
+        rows = config.batch + max(1, config.batch // 2) if config.steps else 0
+        return Footprint(rows=rows, maps=True, trained_gb=LORA_GB * len(plan.concepts))
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the wordings of the pictures' prompts, and the words that are compared."""
+        return [*super().texts(ctx), *(text for concept in ctx.concepts for text in material_texts(ctx, concept, self.config))]
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Train a LoRA for each concept, all of them active, one in turn."""
         config = self.config.model_copy(update={"steps": self.config.steps * len(ctx.concepts)})
@@ -146,7 +158,8 @@ class Step:
 
     def __call__(self, batch: int, generator: torch.Generator) -> Losses:
         """The named losses of batch number `batch`."""
-        turn, level = batch // 2 % len(self.materials), batch % 2
+        step = batch // self.config.accumulate  # the parts of a step's batch belong to one level of one concept
+        turn, level = step // 2 % len(self.materials), step % 2
         self.bank.train_only(self.bank.names[turn])
         if level == 0:
             return self.lower(self.materials[turn], generator)

@@ -11,11 +11,13 @@ import torch
 from pydantic import Field
 
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.erasure import Erasure
+from erasekit.memory import GIB, LORA_GB, Footprint
 from erasekit.method import Method, OrNone, RunContext
 from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.trajectories import Pool, at_scale, concept_pool, negative_guidance
-from erasekit_esd.student import Student, full, lora, modules
+from erasekit_esd.student import Student, full, lora, matching, modules
 
 # What erased the objects of the mini world on validation prompts.
 MINI = {
@@ -31,6 +33,8 @@ MINI = {
 # Nobody has published ESD for FLUX.1; these are the values that forks of its code have in common (LoRAs on attention, the
 # model told a scale of 1 in training). The rank is ours.
 FLUX = {"weights": "lora", "variant": "x", "told": 1.0, "lr": 1e-4, "steps": 1400}
+
+BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
 class EsdConfig(LoraTrainingConfig):
@@ -88,6 +92,15 @@ class Esd(Method):
     }
     config: EsdConfig
 
+    def footprint(self, plan: Plan) -> Footprint:
+        """Points of one concept."""
+        config, trained = self.config, LORA_GB
+        if config.weights == "full":
+            sizes, family = plan.backbone.linears(plan.backbone_config), plan.backbone.capabilities.family
+            names = matching(sizes, family, "all" if config.variant == "auto" else config.variant)
+            trained = BYTES * sum(sizes[name] for name in names) / GIB
+        return Footprint(rows=config.batch, trained_gb=trained)
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
@@ -121,7 +134,7 @@ class Esd(Method):
         """The loss of a step as `train` asks for it: |f_student(x, tau, c) - target|^2; concepts take turns."""
 
         def losses(batch: int, generator: torch.Generator) -> Losses:
-            points = pools[batch % len(pools)].sample(self.config.batch, generator)
+            points = pools[batch // self.config.accumulate % len(pools)].sample(self.config.batch, generator)
             return {"erase": squared_error(student.predict(points.x, points.tau, points.cond), points.predictions[:, 0])}
 
         return losses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,13 +49,17 @@ def modules(backbone: Backbone, variant: str) -> list[str]:
     Raises:
         UsageError: the denoiser has none.
     """
-    family = backbone.capabilities.family
     linear = [name for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    pattern = {"x": TEXT, "x-strict": KEYS_AND_VALUES, "u": TEXT}.get(variant, {}).get(family, "")
-    names = [name for name in linear if bool(re.search(pattern, name)) != (variant == "u")]
+    names = matching(linear, backbone.capabilities.family, variant)
     if not names:
         raise UsageError(f"Variant '{variant}' of ESD matches no linear layer of '{backbone.source}'.")
     return names
+
+
+def matching(names: Iterable[str], family: str, variant: str) -> list[str]:
+    """Those of a denoiser's linear layers that a variant trains."""
+    pattern = {"x": TEXT, "x-strict": KEYS_AND_VALUES, "u": TEXT}.get(variant, {}).get(family, "")
+    return [name for name in names if bool(re.search(pattern, name)) != (variant == "u")]
 
 
 def full(ctx: RunContext, names: Sequence[str]) -> Student:

@@ -24,7 +24,7 @@ def beside(
 
     In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
     """
-    phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases)
+    phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases).cpu()  # as the embeddings are
     turned = [(prompt, concept.neutralise(prompt)) for prompt in prompts]
     outside_NL = ~phrase_NL
     if ctx.backbone.capabilities.family == "unet":

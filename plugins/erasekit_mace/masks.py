@@ -43,7 +43,7 @@ def attention(
     noun_NT, generator = positions & ~F.pad(positions[:, 1:], (0, 1)), ctx.generator(f"mace/masks/{concept.name}")
     heat = []
     with attention_maps(ctx.backbone.denoiser) as maps:
-        for chunk in torch.arange(len(x0)).split(ctx.protocol.batch):
+        for chunk in torch.arange(len(x0)).split(1):  # a picture's maps are larger than all else that it takes
             layers = []
             for tau in TAUS:
                 at = torch.full((len(chunk),), tau)

@@ -13,9 +13,11 @@ from erasekit.attention import attention_maps, token_positions
 from erasekit.backbone import Conditioning
 from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.deltas import Deltas, LowRank, concatenate, merged
 from erasekit.erasure import Erasure
 from erasekit.fusion import fusion, share
+from erasekit.memory import LORA_GB, Footprint
 from erasekit.method import Method, OrNone, RunContext
 from erasekit.pictures import kept_pictures, noised, pictures_of
 from erasekit.prompts import phrased_prompts, preserve_prompts
@@ -161,6 +163,11 @@ class Mace(Method):
     }
     slots = ("masks",)
     config: MaceConfig
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """Pictures with their attention maps."""
+        config = self.config
+        return Footprint(rows=config.batch if config.steps else 0, maps=True, trained_gb=LORA_GB * len(plan.concepts))
 
     def erase(self, ctx: RunContext) -> Erasure:
         """The three stages; what the fusion leaves of the refinement is a part of its own."""

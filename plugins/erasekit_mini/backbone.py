@@ -10,6 +10,7 @@ import torch
 
 from erasekit.builtin.flux import Flux
 from erasekit.builtin.sd import StableDiffusion
+from erasekit.memory import Holding
 
 MODELS = Path(__file__).parent / "models"
 
@@ -30,4 +31,6 @@ class FluxMini(Flux):
     path: ClassVar[str] = str(MODELS / "flux-mini")
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default"}
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
+    on_cpu: ClassVar[Holding] = Holding(rows=64)
     size: ClassVar[int] = 64
+    positions: ClassVar[int] = 24

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from erasekit.erasure import Erasure
-from erasekit.guidance import Guidance, Step
+from erasekit.guidance import Guidance, Step, away_text
 from erasekit.method import Method, MethodConfig, RunContext
 
 
@@ -34,6 +34,10 @@ class NegativePrompt(Method):
     name = "negative-prompt"
     Config = NegativePromptConfig
     config: NegativePromptConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the text that is steered away from."""
+        return [*super().texts(ctx), away_text(ctx, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""

@@ -12,6 +12,7 @@ from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.deltas import Deltas, concatenate, to_dense
 from erasekit.erasure import Erasure
 from erasekit.method import Method, MethodConfig, RunContext
+from erasekit.prompts import guided_texts
 from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
@@ -94,6 +95,10 @@ class Rece(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": RELATIVE, "sd15-mini": RELATIVE}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": ReceConfig(guides=("",), preserve=False).model_dump()}
     config: ReceConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also what the guides make of the concepts' prompts."""
+        return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """UCE's edit, then the rounds."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from erasekit.erasure import Erasure
-from erasekit.guidance import Guidance, Step
+from erasekit.guidance import Guidance, Step, away_text
 from erasekit.method import Method, MethodConfig, RunContext
 
 
@@ -60,6 +60,10 @@ class Sld(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     config: SldConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the text that is steered away from."""
+        return [*super().texts(ctx), away_text(ctx, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""

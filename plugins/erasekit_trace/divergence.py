@@ -38,7 +38,7 @@ def probe(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    network.requires_grad_(False)
+    network.requires_grad_(False).to(ctx.backbone.device)
     return lambda student, goal: network(student.flatten(1)).sigmoid().mean()
 
 

@@ -13,9 +13,11 @@ import torch
 from erasekit.adapters import AdapterBank
 from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
+from erasekit.config import Plan
 from erasekit.deltas import Deltas, concatenate, merged, scale
 from erasekit.erasure import Erasure
 from erasekit.events import note
+from erasekit.memory import LORA_GB, Footprint
 from erasekit.method import Method, RunContext
 from erasekit.near import near_words
 from erasekit.prompts import concept_pairs, neutral_of
@@ -75,6 +77,19 @@ class Trace(Method):
     slots = ("refine", "window", "bank", "divergence", "robustify")
     config: TraceConfig
 
+    def footprint(self, plan: Plan) -> Footprint:
+        """Concept and clean points in one pass, and a pass for two concepts beside it."""
+        config = self.config
+        joint = max(2, config.batch // 2) if config.integration == "pairs" and len(plan.concepts) > 1 else 0
+        rows = 2 * config.batch + joint if config.steps else 0
+        return Footprint(rows=rows, trained_gb=LORA_GB * len(plan.concepts))
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the words that the text encoder names, and prompts with two concepts."""
+        ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
+        pairs = [texts for i, j in _ring(len(ctx.concepts)) for texts in _pair_texts(ctx, i, j)]
+        return [*super().texts(ctx), *(text for texts in pairs for text in texts)]
+
     def erase(self, ctx: RunContext) -> Erasure:
         """Stage 1 in closed form, stage 2 by training, then what hardens them; each concept's parts are kept apart."""
         ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
@@ -98,8 +113,10 @@ class Trace(Method):
         return refined
 
     def _widened(self, ctx: RunContext, concept: Concept) -> Concept:
-        """A concept with the other words for it that the text encoder names; proper names have none."""
-        if concept.kind in ("identity", "style") or not self.config.near_words:
+        """A concept with the other words for it that the text encoder names: proper names have none, and for explicit content
+        its own phrases are the list, beside which nothing of its kind is preserved.
+        """
+        if concept.kind not in ("object", "free") or not self.config.near_words:
             return concept
         if not concept.preserve:
             note(
@@ -185,13 +202,18 @@ class Trace(Method):
         n = max(2, min(self.config.trajectories // 8, self.config.trajectories // (2 * len(ctx.concepts))))
         for i, j in _ring(len(ctx.concepts)):
             a, b = ctx.concepts[i], ctx.concepts[j]
-            phrases = [(t, a.phrases[0], b.phrases[0]) for t in a.templates]
-            both = [t.format(f"{p} and {q}") for t, p, q in phrases]
-            neutral = [neutral_of(Prompt(text, 0, concept=f"{a.name}+{b.name}"), ctx.concepts) for text in both]
-            prompts = [encode(both), encode([t.format(p) for t, p, _ in phrases]), encode([t.format(q) for t, _, q in phrases])]
+            *prompts, neutral = (encode(texts) for texts in _pair_texts(ctx, i, j))
             seeds = _seeds(ctx, f"trace/pair/{a.name}/{b.name}", n)
-            pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, encode(neutral), seeds)
+            pools[i, j] = pair_pool(ctx.backbone, ctx.protocol, prompts, neutral, seeds)
         return pools
+
+
+def _pair_texts(ctx: RunContext, i: int, j: int) -> list[list[str]]:
+    """Prompts that hold two concepts, those of each alone, and their neutral form, row by row."""
+    a, b = ctx.concepts[i], ctx.concepts[j]
+    phrases = (f"{a.phrases[0]} and {b.phrases[0]}", a.phrases[0], b.phrases[0])
+    both, *alone = ([t.format(phrase) for t in a.templates] for phrase in phrases)
+    return [both, *alone, [neutral_of(Prompt(text, 0, concept=f"{a.name}+{b.name}"), ctx.concepts) for text in both]]
 
 
 def _ring(n: int) -> list[tuple[int, int]]:

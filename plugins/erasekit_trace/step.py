@@ -43,7 +43,9 @@ class TraceStep:
 
     def __call__(self, batch: int, generator: torch.Generator) -> Losses:
         """The named losses of batch number `batch`."""
-        config, turn = self.config, batch % len(self.pools)
+        config = self.config
+        step = batch // config.accumulate  # the parts of a step's batch belong to one concept
+        turn, round_ = step % len(self.pools), step // len(self.pools)
         self.bank.train_only(self.owner[turn])
         erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
         keep = self.clean.sample(config.batch, generator)
@@ -58,7 +60,6 @@ class TraceStep:
             "preserve": config.preserve
             * losses.weighted_error(kept, keep.predictions[:, 0], losses.preserve_weight(keep.tau, config.preserve_early)),
         }
-        round_ = batch // len(self.pools)
         if self.divergences[turn] and round_ % config.divergence_every == 0:
             x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
             for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
@@ -78,8 +79,8 @@ class TraceStep:
         pool = self.pairs[mine[int(torch.randint(len(mine), (1,), generator=generator))]]
         n, third = max(2, self.config.batch // 2), len(pool.cond) // 3
         index = torch.randint(len(pool), (n,), generator=generator)
-        x, tau, row = pool.x[index], pool.tau[index], pool.row[index]
-        one, two, neutral = pool.predictions[index].unbind(1)
+        x, tau, row = pool.x[index].to(pool.device), pool.tau[index], pool.row[index]
+        one, two, neutral = pool.predictions[index].to(pool.device).unbind(1)
         both = self.predict(x, tau, pool.cond[row])
         with torch.no_grad():
             alone = self._student([x, x], [tau, tau], [pool.cond[row + third], pool.cond[row + 2 * third]])

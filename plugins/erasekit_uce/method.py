@@ -16,7 +16,7 @@ from erasekit.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
 from erasekit.pictures import pictures_of
-from erasekit.prompts import phrased_prompts
+from erasekit.prompts import guided_texts, phrased_prompts
 from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
 
 # What erased the objects of the mini world on validation prompts.
@@ -71,6 +71,10 @@ class Uce(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": UceConfig(guides=("",), preserve_scale=0.0).model_dump()}
     slots = ("robustify",)
     config: UceConfig
+
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also what the guides make of the concepts' prompts."""
+        return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Solve, then harden."""

@@ -1,0 +1,53 @@
+"""Every method in bfloat16: its losses are those of float32 to the precision of the type, and what it saves is finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from erasekit import plugins
+from erasekit.config import build, resolve
+from erasekit.deltas import to_dense
+from erasekit.runner import compute
+from tests.conftest import THIRD_PARTY
+from tests.test_rows import METHODS, SHORT
+
+REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py"])
+# bfloat16 keeps 8 bits. A prediction of size 1 is off by up to 2^-7 after its layers have been rounded: a loss that is
+# the square of a difference is off by the square of that, and by a tenth of itself.
+RELATIVE, FLOOR = 0.1, 2.0**-14
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-flux"])
+def folder(request, tiny_folder, tiny_flux_folder):
+    return request.param, {"tiny": tiny_folder, "tiny-flux": tiny_flux_folder}[request.param]
+
+
+def erased(folder, method, dtype):
+    """The losses of every step, and the total change of each layer."""
+    name, path = folder
+    held = [f"backbone.path={path}", "backbone.device=cpu", f"backbone.dtype={dtype}"]
+    settings = [*held, *SHORT.get(method, []), *(["method.eta=1.0"] if method == "trace" else [])]
+    plan = resolve(
+        build({"method": method, "backbone": name, "task": "words", "concepts": ("cat",)}, overrides=settings), REGISTRIES
+    )
+    logged = []
+    backbone = plan.backbone.load(plan.backbone_config)
+    erasure = compute(plan, backbone, REGISTRIES, log=lambda step, total, values: logged.append(dict(values)))
+    assert backbone.unchanged()
+    return logged, erasure
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_in_bf16_are_those_in_fp32(folder, method):
+    (coarse, half), (fine, whole) = (erased(folder, method, dtype) for dtype in ("bfloat16", "float32"))
+    assert len(coarse) == len(fine)
+    for mine, theirs in zip(coarse, fine, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            assert value == pytest.approx(theirs[name], rel=RELATIVE, abs=FLOOR), name
+    if half.guidance:
+        return
+    assert half.total().keys() == whole.total().keys()
+    for name, delta in half.total().items():
+        assert torch.isfinite(to_dense(delta)).all(), name

@@ -1,0 +1,73 @@
+"""What is predicted of a pass at full size is what fake tensors of the real configurations take; no GPU is needed for it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from erasekit.attention import attention_maps
+from erasekit.builtin.flux import Flux
+from erasekit.builtin.sd import StableDiffusion
+from tests.fake_memory import Peak, fake, flux_call, gib, unet_call
+
+SD = (StableDiffusion, unet_call, ("attn2.to_k", "attn2.to_v"))
+FLUX = (Flux, flux_call, ("attn.add_k_proj", "attn.add_v_proj"))
+
+
+def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
+    """GiB of a forward pass, or of one with its backward pass."""
+    backbone, call, targets = model
+    with fake(*backbone.architecture, targets, checkpointing=checkpointing) as (denoiser, own):
+        watch = attention_maps(denoiser) if maps else nullcontext({})
+        with Peak(own) as peak, torch.set_grad_enabled(grad), watch as seen:
+            losses = [t.float().square().mean() for t in (call(denoiser, size, rows), *seen.values())]
+            del seen, watch
+            if grad:
+                torch.stack(losses).sum().backward()
+    return gib(peak)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "what", "how"),
+    [
+        (SD, 512, "forward", {"grad": False, "rows": 2}),
+        (SD, 512, "kept", {"rows": 2}),
+        (SD, 512, "checkpointed", {"rows": 2, "checkpointing": True}),
+        (FLUX, 512, "forward", {"grad": False}),
+        (FLUX, 512, "kept", {}),
+        (FLUX, 512, "checkpointed", {"checkpointing": True}),
+        (FLUX, 1024, "checkpointed", {"checkpointing": True}),
+    ],
+)
+def test_a_row_takes_what_is_predicted(model, size, what, how):
+    found = taken(model, size, **how) / how.get("rows", 1)
+    said = getattr(model[0].activations(size), what)
+    assert found <= said < 1.06 * found
+
+
+@pytest.mark.parametrize(("model", "size"), [(SD, 512), (FLUX, 512)])
+def test_attention_maps_take_what_is_predicted(model, size):
+    found, said = taken(model, size, maps=True), model[0].activations(size)
+    assert found <= said.kept + said.maps < 1.06 * found
+
+
+def test_decoding_takes_what_is_predicted():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    config = {**blocks, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    with fake(AutoencoderKL, config, "", checkpointing=False) as (vae, own), Peak(own) as peak, torch.no_grad():
+        vae.decode(torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16))
+    for backbone in (StableDiffusion, Flux):
+        assert gib(peak) <= backbone.activations(512).decode < 1.06 * gib(peak)
+
+
+@pytest.mark.parametrize(("backbone", "scope"), [(StableDiffusion, "kv"), (Flux, "add_kv")])
+def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(backbone, scope):
+    model_class, config = backbone.architecture
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    elements = sum(p.numel() for p in model.parameters())
+    assert backbone.sizes_gb[0] == pytest.approx(2 * elements / 2**30, rel=0.01)
+    sizes = backbone.linears(backbone.Config())
+    assert sum(sizes.values()) < elements
+    assert all(model.get_submodule(name).weight.numel() == n for name, n in sizes.items())

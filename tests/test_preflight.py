@@ -1,0 +1,205 @@
+"""What a plan is predicted to take, and what is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasekit import plugins, preflight
+from erasekit.builtin.flux import Flux, FluxConfig
+from erasekit.builtin.sd import StableDiffusion, StableDiffusionConfig
+from erasekit.config import build, resolve
+from erasekit.errors import EnvironmentProblem
+from erasekit.memory import VRAM_GB, Footprint, budget_gb, predict
+from tests import tiny, tiny_flux
+
+REGISTRIES = plugins.default()
+CPU = {"device": "cpu"}
+
+
+def planned(method, backbone, *settings, **flags):
+    wanted = build({"method": method, "backbone": backbone, "concepts": ("a dog",), **flags}, overrides=settings)
+    return resolve(wanted, REGISTRIES)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return preflight.table(REGISTRIES)
+
+
+def test_the_table_has_every_method_on_every_size_of_gpu(table):
+    methods = {entry.name for entry in REGISTRIES.methods.entries()}
+    models = {("sd15", 512), ("flux", 512), ("flux", 1024)}
+    found = {(row["method"], row["backbone"], row["size"], row["vram"]) for row in table}
+    assert found == {(m, *model, gb) for m in methods for model in models for gb in VRAM_GB}
+
+
+def test_defaults_are_predicted_to_lie_under_every_preset_or_are_refused(table):
+    """At 512 pixels only small GPUs are refused, and for training alone: whole weights, attention maps, or 8 GB for FLUX."""
+    for row in table:
+        if row["fits"]:
+            assert row["predicted_gb"] <= budget_gb(row["vram"]) + 0.05  # shown to a tenth
+        if row["vram"] >= 48 and row["size"] == 512:
+            assert row["fits"], row
+        if not row["batch"]:
+            assert row["fits"], row
+    refused = {(r["method"], r["backbone"], r["vram"]) for r in table if not r["fits"] and r["size"] == 512}
+    assert {method for method, backbone, gb in refused if gb > 8} <= {"eraseanything", "mace", "ant", "esd"}
+    assert all(backbone == "flux" or gb <= 12 for _, backbone, gb in refused)
+
+
+@pytest.mark.parametrize(("method", "gb"), [("eraseanything", 12), ("trace", 8), ("ant", 8)])
+def test_what_is_predicted_not_to_fit_is_refused(table, method, gb):
+    row = next(r for r in table if (r["method"], r["backbone"], r["size"], r["vram"]) == (method, "flux", 512, gb))
+    assert not row["fits"]
+    with pytest.raises(EnvironmentProblem) as error:
+        preflight.preflight(planned(method, "flux", f"backbone.vram={gb}", "backbone.device=cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_is_cut_so_that_the_gradient_stays():
+    whole = planned("esd", "flux", "method.batch=8", "protocol.size=1024", "backbone.device=cpu")
+    cut = planned("esd", "flux", "method.batch=8", "protocol.size=1024", "backbone.vram=24", "backbone.device=cpu")
+    assert whole.method_config.batch == 8, "no size of GPU is planned for on a CPU"
+    assert cut.method_config.batch < 8
+    assert cut.method_config.batch * cut.method_config.accumulate == 8
+    assert preflight.prediction(cut).peak <= budget_gb(24)
+
+
+def test_the_prediction_is_the_sum_of_its_parts():
+    needs = Flux.needs(FluxConfig(vram="48", **CPU), 512)
+    row = needs.activations
+    found = predict(needs, Footprint(rows=3, maps=True, trained_gb=2.0), pictures=4, passes=1)
+    held = needs.denoiser + needs.vae + 0.7
+    assert found.train == pytest.approx(held + 2.0 + 3 * (row.checkpointed + row.maps))
+    assert found.draw == pytest.approx(held + max(4 * row.forward, 4 * row.decode))
+    assert found.encode == pytest.approx(needs.encoders + 0.5 + 0.7)
+    assert found.peak == max(found)
+    in_fp32 = Flux.needs(FluxConfig(vram="48", dtype="float32", **CPU), 512)
+    assert in_fp32.denoiser == pytest.approx(2 * needs.denoiser)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "config", "gb"),
+    [
+        (Flux, FluxConfig(dtype="bfloat16", vram="80", **CPU), 22.2),  # encoders are gone when the transformer comes
+        (StableDiffusion, StableDiffusionConfig(**CPU), 3.97),
+        (StableDiffusion, StableDiffusionConfig(dtype="bfloat16", **CPU), 1.99),
+    ],
+)
+def test_the_weights_of_the_real_models(backbone, config, gb):
+    assert backbone.weights_gb(config) == pytest.approx(gb, rel=0.02)
+
+
+def test_the_weights_of_a_folder_are_counted_in_the_type_they_are_held_in(tiny_folder, tmp_path):
+    elements = sum(p.numel() for f in ("unet", "text_encoder", "vae") for p in _tensors(tiny_folder / f).values())
+    half = _halved(tiny_folder, tmp_path / "half")
+    for folder in (tiny_folder, half):
+        for dtype, width in (("float32", 4), ("bfloat16", 2)):
+            config = StableDiffusionConfig(path=str(folder), dtype=dtype, device="cpu")
+            assert tiny.TinySD.weights_gb(config) == pytest.approx(width * elements / 2**30)
+
+
+def _tensors(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def _halved(folder, target):
+    """The same pipeline with nothing but fp16 files, as some folders are."""
+    shutil.copytree(folder, target)
+    for file in target.glob("*/*.safetensors"):
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}, file, {"format": "pt"})
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_a_folder_of_fp16_files_loads(kind, tiny_folder, tiny_flux_folder, tmp_path):
+    module, folder = (tiny, tiny_folder) if kind == "sd" else (tiny_flux, tiny_flux_folder)
+    whole, half = module.load(folder), module.load(_halved(folder, tmp_path / "half"))
+    cond, x, tau = whole.encode(["a cat"]), whole.latents([0]), torch.tensor([0.5])
+    with torch.no_grad():
+        predicted = [b.predict(x, tau, cond) for b in (whole, half)]
+    torch.testing.assert_close(*predicted, rtol=0.05, atol=0.02)
+    assert half.pipeline().vae is not None
+    assert len(half.fingerprint([site.name for site in half.text_sites()])) == 64
+
+
+def test_four_bits_without_bitsandbytes_are_noticed_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    plan = planned("trace", "flux", "backbone.vram=24", "backbone.device=cpu")
+    with pytest.raises(EnvironmentProblem, match=r"--vram 24 needs bitsandbytes: pip install 'erasekit\[nf4\]'"):
+        preflight.preflight(plan)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if bitsandbytes were there."""
+    monkeypatch.setattr("erasekit.builtin.held.importlib.util.find_spec", lambda name: object())
+
+
+def test_flux_is_not_trained_layer_by_layer(installed):
+    with pytest.raises(EnvironmentProblem, match=r"'flux' cannot be trained with --vram 8: .* e.g. uce"):
+        preflight.preflight(planned("trace", "flux", "backbone.vram=8", "backbone.device=cpu"))
+    preflight.preflight(planned("uce", "flux", "backbone.vram=8", "backbone.device=cpu"))
+
+
+def test_too_small_a_gpu_names_the_next_larger_one(installed):
+    plan = planned("eraseanything", "flux", "backbone.vram=12", "backbone.device=cpu")
+    with pytest.raises(EnvironmentProblem, match=r"is predicted to take \d+ GB, more than --vram 12 allows. Use --vram 24"):
+        preflight.preflight(plan)
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    monkeypatch.setattr(preflight, "there_gb", lambda device: 4.0)
+    with pytest.raises(EnvironmentProblem, match="4 GB is free in this machine's memory"):
+        preflight.preflight(planned("esd", "sd15", "backbone.device=cpu"))
+
+
+def test_days_on_a_cpu_are_refused_unless_a_cpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(preflight, "there_gb", lambda device: 1000.0)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    plan = planned("esd", "flux", "method.steps=1000", "method.batch=8")
+    hours = 3 * 1000 * 8 * 2 * 11.9e-3 * 1536 / preflight.CORE_TFLOPS / 3600
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert preflight.cpu_hours(plan) == pytest.approx(hours / 4)
+    with pytest.raises(EnvironmentProblem, match=rf"would take about {hours / 4 / 24:.0f} days"):
+        preflight.preflight(plan)
+    preflight.preflight(planned("esd", "flux", "method.steps=1000", "method.batch=8", "backbone.device=cpu"))
+
+
+def test_a_download_that_has_no_room_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40, 2**30))
+    with pytest.raises(EnvironmentProblem, match=r"'black-forest-labs/FLUX.1-dev' is about 31 GB; .* has 1 GB free"):
+        preflight.preflight(planned("uce", "flux", "backbone.vram=80", "backbone.device=cpu"))
+
+
+def test_the_size_of_pictures_is_one_setting_that_ls_states():
+    for entry in REGISTRIES.backbones.entries():
+        if entry.load().domain == "natural":
+            size = planned("uce", entry.name).protocol.size
+            assert f"{size} x {size}" in entry.summary
+    assert Flux.sampling["size"] == Flux.size
+
+
+def test_the_commands_show_the_prediction(erasekit):
+    shown = json.loads(erasekit("doctor", "--plan", "--json").stdout)
+    row = next(r for r in shown if (r["method"], r["backbone"], r["size"], r["vram"]) == ("trace", "flux", 512, 48))
+    assert row["checkpointing"]
+    assert row["weights"] == "whole"
+    dry = ("--method", "trace", "--backbone", "flux", "-c", "a dog", "--vram", "48", "-s", "backbone.device=cpu", "--dry-run")
+    plan = json.loads(erasekit("run", *dry, "--json").stdout)
+    assert f"predicted peak {row['predicted_gb']:.1f} GB" in plan["stages"]["memory"]
+    told = erasekit(
+        "erase", "--method", "trace", "--backbone", "flux", "-c", "a dog", "--vram", "8", "-s", "backbone.device=cpu"
+    )
+    assert told.returncode == 3
+    assert "cannot be trained with --vram 8" in told.stderr
+    assert len(told.stderr.strip().splitlines()) == 1
