@@ -14,11 +14,11 @@ from erasekit.training import TrainingConfig
 class TraceConfig(TrainingConfig):
     """Settings of TRACE. Each slot names a registered component."""
 
-    steps: int = Field(120, ge=0, description="training steps for each concept; 0 leaves stage 2 out")
+    steps: int = Field(1000, ge=0, description="training steps for each concept (paper: 1000 to 2000); 0 leaves stage 2 out")
     refine: str = Field("uce", description="stage 1: uce, whitened, eq1, delta, none or a registered one")
     eta: float | None = Field(None, ge=0, le=1, description="damping of stage 1; left out, it is chosen on validation prompts")
     near_words: int = Field(
-        0, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
+        16, ge=0, description="most other words for a concept, named by the model's own text encoder, that are erased with it"
     )
     e_u: Literal["neutral", "end"] = Field(
         "neutral",
@@ -39,7 +39,7 @@ class TraceConfig(TrainingConfig):
     tau0: float = Field(0.15, ge=0, le=1, description="share of the sampler's steps before the window")
     early_anchor: bool = Field(False, description="before tau0, hold the concept prompts at the teacher (ANT); undoes stage 1")
     bank: str = Field("per-concept", description="LoRAs: per-concept, shared or a registered one")
-    rank: int = Field(4, ge=1, description="rank of each LoRA")
+    rank: int = Field(4, ge=1, description="rank of each LoRA (paper: 4)")
     scope: str = Field("kv", description="linear layers that carry a LoRA, a scope of the backbone")
     eta_neg: float = Field(0.0, ge=0, description="how far the target is pushed away from the concept")
     preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
@@ -50,7 +50,7 @@ class TraceConfig(TrainingConfig):
     divergence: OneOrSeveral = Field((), description="further divergences, on the one-step x0: probe, clip, lpips")
     divergence_every: int = Field(4, ge=1, description="steps between them")
     divergence_weight: float = Field(0.05, ge=0, description="their weight")
-    batch: int = Field(16, ge=1, description="concept points and clean points in a step, each")
+    batch: int = Field(4, ge=1, description="concept points and clean points in a step, each (paper: 4)")
     trajectories: int = Field(32, ge=1, description="teacher trajectories per concept")
     clean_trajectories: int = Field(96, ge=1, description="teacher trajectories of clean prompts")
     robustify: OneOrSeveral = Field((), description="registered stages that harden the text sites at the end, e.g. rece")
