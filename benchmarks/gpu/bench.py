@@ -35,6 +35,7 @@ ROWS = (
     *(Row("flux", method, 512, "80") for method in TRAINED),
     Row("flux", "trace", 512, "48"),
     Row("flux", "trace", 512, "24"),
+    Row("flux", "trace", 512, "32"),
     Row("flux", "uce", 512, "24", sampled=True),
     *(Row("sd15", method, 512, "8") for method in TRAINED),
     Row("sd15", "uce", 512, "8", sampled=True),
@@ -45,7 +46,7 @@ ROWS = (
     *(Row("flux", method, 1024, "80") for method in TRAINED[1:]),
     *(Row("flux", method, 512, "24") for method in TRAINED[1:]),
     Row("flux", "trace", 1024, "24"),
-    *(Row("flux", "trace", 512, vram) for vram in ("16", "8")),
+    *(Row("flux", "trace", 512, vram) for vram in ("16", "12")),
     Row("flux", "uce", 512, "8", sampled=True),
     *(Row("sd15", method, 512, "80") for method in TRAINED),
 )

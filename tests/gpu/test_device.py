@@ -59,13 +59,14 @@ def test_every_method_erases_in_bfloat16(base, device, tmp_path, method):
     assert not torch.equal(erased, drawn(backbone, plain, plan)), "the erasure changes nothing"
 
 
-@pytest.mark.parametrize("vram", sorted(TinyFlux.holding))
-def test_every_preset_of_memory_trains(tiny_flux_folder, device, tmp_path, vram):
+@pytest.mark.parametrize("method", ["pull", "trace", "esd", "mace", "eraseanything", "ant"])
+@pytest.mark.parametrize("vram", sorted(gb for gb, held in TinyFlux.holding.items() if held.weights != "offload"))
+def test_every_method_trains_under_every_preset_of_memory(tiny_flux_folder, device, tmp_path, vram, method):
     if TinyFlux.holding[vram].weights == "nf4" and (device == "cpu" or not find_spec("bitsandbytes")):
         pytest.skip("four bits need a GPU and bitsandbytes")
     settings = [f"backbone.vram={vram}", "backbone.dtype=bfloat16"]
-    plan = resolve(planned("pull", ("tiny-flux", tiny_flux_folder), device, *settings), REGISTRIES)
+    plan = resolve(planned(method, ("tiny-flux", tiny_flux_folder), device, *settings), REGISTRIES)
     backbone = plan.backbone.load(plan.backbone_config)
-    losses = []
-    compute(plan, backbone, REGISTRIES, log=lambda step, total, values: losses.append(values["pull"])).save(tmp_path / "e")
-    assert len(losses) == plan.method_config.steps
+    steps = []
+    compute(plan, backbone, REGISTRIES, log=lambda step, total, values: steps.append(step)).save(tmp_path / "erasure")
+    assert len(steps) == plan.method_config.steps

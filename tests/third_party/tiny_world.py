@@ -88,8 +88,9 @@ class Pull(Method):
     config: PullConfig
 
     def erase(self, ctx: RunContext) -> Erasure:
-        bank, backbone = AdapterBank(ctx.backbone), ctx.backbone
+        backbone = ctx.backbone
         word, neutral = (backbone.encode([f"a {w}"]) for w in (ctx.concepts[0].name, "thing"))
+        bank = AdapterBank(backbone)  # loads the denoiser, which may need the room of the text encoders
         scope = "kv" if backbone.capabilities.family == "unet" else "add_kv"
         bank.add("pull", backbone.lora_targets(scope), self.config.rank, ctx.generator("init"))
 
