@@ -48,7 +48,7 @@ def test_results_have_exactly_the_keys_of_the_schema(tmp_path):
     stored = json.loads((tmp_path / "results.json").read_text())
     assert list(stored) == [
         *("schema_version", "method", "backbone", "task", "domain", "concepts", "seed", "config_hash", "protocol"),
-        *("counts", "metrics", "timings_s", "peak_memory_mb", "erasure_sha256"),
+        *("counts", "metrics", "timings_s", "peak_memory_mb", "erasure_sha256", "warnings"),
     ]
     assert list(stored["metrics"]["acc_e"]) == ["value", "base", "ci95", "n", "higher_is_better", "evaluator"]
     assert stored["schema_version"] == 1

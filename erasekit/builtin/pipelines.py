@@ -6,8 +6,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -21,6 +20,7 @@ from erasekit.backbone import BackboneConfig, Capabilities, Conditioning, Site, 
 from erasekit.builtin.folders import download, first_line, local_folder, part_config, tensor_files
 from erasekit.builtin.held import HeldPipeline, check_nf4, find_device, skeleton
 from erasekit.builtin.shards import read_tensor
+from erasekit.builtin.words import fragments
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import progress
 from erasekit.memory import vram_gb
@@ -207,7 +207,7 @@ class PipelineBackbone(HeldPipeline):
 
     def summaries(self, prompts: Sequence[str]) -> torch.Tensor:
         """What the CLIP encoder makes of each prompt as a whole (n, width), float64 on the CPU; no other encoder runs."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._summed]
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._summed]
         for i in range(0, len(missing), 32):
             self._refuse_late(missing[i])
             self._summed |= dict(zip(missing[i : i + 32], self._summarise(missing[i : i + 32]), strict=True))
@@ -216,9 +216,8 @@ class PipelineBackbone(HeldPipeline):
     @torch.no_grad()
     def _summarise(self, prompts: Sequence[str]) -> torch.Tensor:
         tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
-        ids = tokenizer(
-            list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
+        length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        ids = tokenizer(list(prompts), return_tensors="pt", **length)
         pooled: torch.Tensor = encoder(ids.input_ids.to(encoder.device)).pooler_output
         return pooled.double().cpu()
 
@@ -391,15 +390,6 @@ class PipelineBackbone(HeldPipeline):
         """
         path = config.path or cls.path
         return local_folder(path) or download(cls.pipeline_class, path, config.revision, **dict.fromkeys(cls.unused))
-
-
-def fragments(tokens: Iterable[str]) -> set[str]:
-    """Tokens of a byte-pair vocabulary that end a word, but are no words: over four times as many end in them as begin."""
-    bare = {token.removesuffix("</w>") for token in tokens}
-    words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
-    ends = Counter(word[k:] for word in words for k in range(1, len(word) - 2))
-    begins = Counter(token[:k] for token in bare for k in range(3, len(token)))
-    return {word for word in words if ends[word] > 4 * (1 + begins[word])}
 
 
 def _sum_of(model: nn.Module) -> int:
