@@ -137,7 +137,7 @@ def test_a_prompt_says_what_it_is_without_the_concept():
     found = {p.text: p.neutral for p in OBJECTS.prompts("synonyms", [cat], "train")}
     assert found["a photo of a kitty"] == "a photo of a background"
     found = {p.text: p.neutral for p in hazards.prompts("erase", [hazards.concept("hazard")], "train")}
-    assert found["a violent scene"] == "a background"
+    assert found["danger"] == "a background"
     assert found["a threatening airplane"] == "a airplane"
     assert not any(p.neutral for p in OBJECTS.prompts("erase", [cat], "evaluation"))
 
