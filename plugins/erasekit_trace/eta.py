@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from erasekit.deltas import Deltas, merged, scale
+from erasekit.events import progress
 from erasekit.method import RunContext
 from erasekit.remains import Remains
 from erasekit.validation import validation
@@ -11,16 +14,24 @@ ETAS = (1.0, 0.85, 0.7, 0.5, 0.25)
 
 
 def choose_eta(ctx: RunContext, refined: Deltas) -> float:
-    """The damping with the least cost on validation prompts."""
+    """The damping with the least cost on validation prompts, from 1 downwards until the cost rises."""
     drawn = validation(ctx)  # before the denoiser is edited
-    found = {}
-    for eta in ETAS:
+    best, least = ETAS[0], math.inf
+    for i, eta in enumerate(ETAS):
+        progress("eta", i, len(ETAS))
         with merged(ctx.backbone.denoiser, scale(refined, eta)):
-            found[eta] = drawn.measure()
-    return min(ETAS, key=lambda eta: cost(found[eta], ctx.protocol.guidance))
+            found = cost(drawn.measure(), ctx.protocol.guidance)
+        if found >= least:
+            break
+        best, least = eta, found
+    progress("eta", len(ETAS), len(ETAS))
+    return best
 
 
 def cost(remains: Remains, guidance: float) -> float:
-    """(guidance x residual)^2 + drift^2: guidance multiplies what is left of a concept until it shows."""
+    """(guidance x residual)^2 + drift^2: guidance multiplies what is left of a concept until it shows.
+
+    Nothing is clamped, so that the cost tells two dampings apart however high the guidance scale is.
+    """
     left = max((r.most for r in remains.residual.values()), default=0.0)
     return (max(1.0, guidance) * left) ** 2 + (remains.drift or 0.0) ** 2
