@@ -4,7 +4,10 @@ import torch
 
 from erasekit.deltas import Dense, to_dense
 from erasekit.method import RunContext
-from erasekit_trace.method import ETAS, Trace, TraceConfig, choose_eta
+from erasekit.remains import Remains, Residual
+from erasekit_trace.config import TraceConfig
+from erasekit_trace.eta import ETAS, choose_eta, cost
+from erasekit_trace.method import Trace
 from tests import tiny
 from tests.third_party.tiny_world import Words
 
@@ -45,3 +48,24 @@ def test_eta_left_out_is_chosen_and_given_is_used(sd):
         tolerance = {"rtol": 1e-3, "atol": 1e-5 * full.abs().max().item()}
         torch.testing.assert_close(to_dense(half[module]), 0.5 * full, **tolerance)
         torch.testing.assert_close(to_dense(chosen[module]), eta * full, **tolerance)
+
+
+def test_a_high_guidance_scale_does_not_turn_stage_1_off():
+    """What the old criterion did at 7.5: a drift of 13 % counted as much as the whole concept."""
+
+    def of(residual, drift):
+        return Remains(residual={"cat": Residual(prompts=residual, other_words=None)}, drift=drift)
+
+    for guidance in (0.0, 1.0, 3.5, 7.5):
+        assert cost(of(0.02, 0.3), guidance) < cost(of(1.0, 0.0), guidance)
+    assert cost(of(0.3, 0.1), 7.5) > cost(of(0.02, 0.5), 7.5)  # a third of the concept shows at 7.5
+    assert cost(of(0.02, 0.3), 7.5) < cost(of(0.02, 0.6), 7.5)
+
+
+def test_a_stage_1_that_is_nearly_off_is_a_warning(sd):
+    task = Words()
+    for eta, warned in ((0.0, True), (0.25, True), (0.85, False)):
+        ctx = RunContext(sd, (task.concept("cat"),), task)
+        Trace(TraceConfig(eta=eta)).refine(ctx)
+        assert bool(ctx.warnings) == warned
+        assert ctx.shared["eta"] == eta

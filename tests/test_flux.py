@@ -126,7 +126,8 @@ def edit(backbone, concept, neutral):
     for site in backbone.text_sites():
         rows = pairs[site.reads]
         eye = torch.eye(rows[0].shape[1], dtype=torch.float64)
-        deltas[site.name] = closedform.whitened(*rows, eye).delta(backbone.weight(site.name))
+        sums = closedform.Pairs.empty(len(eye)).add(*rows)
+        deltas[site.name] = closedform.whitened([sums], eye, error=0)[0].delta(backbone.weight(site.name))
     return deltas
 
 

@@ -10,7 +10,7 @@ from erasekit.method import RunContext
 from erasekit.remains import Remains
 from erasekit.validation import validation
 
-ETAS = (1.0, 0.85, 0.7, 0.5, 0.25)
+ETAS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
 
 
 def choose_eta(ctx: RunContext, refined: Deltas) -> float:
