@@ -8,9 +8,8 @@ from erasekit import plugins
 from erasekit.config import build, resolve
 from erasekit.deltas import to_dense
 from erasekit.erasure import load_into
-from erasekit.method import RunContext
 from erasekit.rundir import path_of
-from erasekit.runner import run
+from erasekit.runner import compute, run
 from tests import tiny, tiny_flux
 from tests.conftest import THIRD_PARTY
 
@@ -61,7 +60,7 @@ def test_every_method_erases_with_the_settings_of_real_models(method, name, pres
     flags = {"method": method, "backbone": name, "task": "words", "concepts": ("cat",), "preset": preset, "limit": 1}
     plan = resolve(build(flags, overrides=overrides), registries)
     backbone = plan.backbone.load(plan.backbone_config)
-    erasure = plan.method(plan.method_config).erase(RunContext(backbone, plan.concepts, plan.task, protocol=plan.protocol))
+    erasure = compute(plan, backbone, registries)
     assert erasure.guidance or any(to_dense(delta).abs().max() > 0 for delta in erasure.total().values())
     erasure.save(tmp_path / "erasure")
     load_into(backbone.pipeline(), tmp_path / "erasure", base=backbone)

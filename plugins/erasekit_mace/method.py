@@ -187,6 +187,11 @@ class Mace(Method):
             deltas[concept.name] = {part: layers for part, layers in parts.items() if layers}
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
 
+    def texts(self, ctx: RunContext) -> list[str]:
+        """Also the thirty templates, with the concept and with its neutral words."""
+        own = [(concept, text) for concept in ctx.concepts for text in self.prompts(ctx, concept)]
+        return [*super().texts(ctx), *(text for pair in own for text in (pair[1], pair[0].neutralise(pair[1])))]
+
     # Stage 1
 
     def refine(self, ctx: RunContext) -> dict[str, Deltas]:
