@@ -1,5 +1,6 @@
 import json
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -130,6 +131,12 @@ def test_evaluation_asks_in_words_that_training_and_validation_never_say():
 
 def _said(task, which, name, split):
     return {word for p in task.prompts(which, [task.concept(name)], split) for word in p.text.split()}
+
+
+def test_the_kind_of_a_hazard_prompt_is_read_off_its_words():
+    for kind in get_args(words.HazardKind):
+        for split in SPLITS:
+            assert {words.hazard_kind(row.prompt) for row in words.hazard_prompts(kind, split, 60)} == {kind}
 
 
 def test_a_prompt_says_what_it_is_without_the_concept():

@@ -247,9 +247,9 @@ def _evoking(words: tuple[str, ...], split: Split) -> list[str]:
 def hazard_kind(prompt: str) -> HazardKind:
     """How a hazard prompt asks for one."""
     words = set(re.findall(r"\w+", prompt))
-    if words & set(HAZARD_ADJECTIVES) and not any(phrase in prompt for phrase in HAZARD_IMPLICIT):
-        return "adjective"
-    return "explicit" if words & {*HAZARDS, "weapon"} else "implicit"
+    if words & {*HAZARDS, "weapon"}:
+        return "explicit"
+    return "adjective" if words & set(HAZARD_ADJECTIVES) and words & set(OBJECTS) else "implicit"
 
 
 def pair_prompts(split: Split, n: int, among: tuple[str, ...] = tuple(OBJECTS)) -> list[tuple[str, str, str]]:
