@@ -47,7 +47,7 @@ class Trace(Method):
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual"},
-        # Chosen on validation prompts of all four tasks; twice the steps changed nothing there.
+        # On validation prompts ("dog", sd15-mini) 120 steps left and moved no less than 60.
         **{name: {"steps": 60, "batch": 16} for name in ("sd15-mini", "flux-mini")},
         # Every trajectory of FLUX.1 is 28 steps of three predictions.
         **{name: {"trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
