@@ -48,7 +48,8 @@ def certificate(
     Returns:
         `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|, `neutral_drift`
         |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|; over those that read tokens, the drift
-        of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads`;
+        of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads` (left out where
+        no prompt has any);
         `sites`: [{"site", ...}], the same for each site; and with `drift`
         `prediction_drift`: [{"tau", "clean", "concept"}], |f' - f| / |f| at every step;
         `early_drift`: {"tau0", "clean", "concept"}, the mean of those with tau < tau0 (with `LateGate` it is 0).
@@ -58,7 +59,8 @@ def certificate(
     neutral = backbone.encode([c.neutralise(p) for c in concepts for p in c.prompts()])
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
-    over_sites = {key: [row[key] for row in sites.values() if key in row] for key in (*PER_SITE, *PER_POSITION)}
+    keys = [key for key in (*PER_SITE, *PER_POSITION) if any(key in row for row in sites.values())]
+    over_sites = {key: [row[key] for row in sites.values() if key in row] for key in keys}
     content: dict[str, Any] = {
         "max": {key: max(values) for key, values in over_sites.items()},
         "mean": {key: _mean(values) for key, values in over_sites.items()},

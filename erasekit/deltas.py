@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,12 +107,15 @@ def merge_(denoiser: nn.Module, deltas: Deltas) -> None:
     """Add the deltas to the denoiser's weights in place, in float32 before the cast to the weights' own type.
 
     Raises:
-        ErasekitError: a module is missing or has another shape; nothing is changed then.
+        ErasekitError: a module is missing, has another shape, or holds its weight in four bits; nothing is changed then.
     """
-    weights = _weights(denoiser, deltas)
+    layers = _layers(denoiser, deltas)
+    packed = next((name for name, layer in layers.items() if _packed(layer)), None)
+    if packed is not None:
+        raise ErasekitError(f"'{packed}' holds its weight in four bits: nothing can be merged into it. Load it in 16 bits.")
     with torch.no_grad():
         for name, delta in deltas.items():
-            weight = weights[name]
+            weight = layers[name].weight
             weight.copy_(weight.float() + to_dense(delta).to(weight.device, torch.float32))
 
 
@@ -119,29 +123,63 @@ def merge_(denoiser: nn.Module, deltas: Deltas) -> None:
 def merged(denoiser: nn.Module, deltas: Deltas) -> Iterator[None]:
     """The denoiser with the deltas merged; the exact bits of the original weights come back at the end.
 
+    A layer that holds its weight in four bits has its delta added to what it gives instead.
+
     Raises:
         ErasekitError: a module is missing or has another shape.
     """
-    weights = _weights(denoiser, deltas)
-    originals = {name: weight.detach().clone() for name, weight in weights.items()}
-    merge_(denoiser, deltas)
+    layers = _layers(denoiser, deltas)
+    whole = {name: delta for name, delta in deltas.items() if not _packed(layers[name])}
+    originals = {name: layers[name].weight.detach().clone() for name in whole}
+    hooks = [layers[name].register_forward_hook(_beside(deltas[name])) for name in deltas.keys() - whole.keys()]
+    merge_(denoiser, whole)
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         with torch.no_grad():
             for name, original in originals.items():
-                weights[name].copy_(original)
+                layers[name].weight.copy_(original)
 
 
-def _weights(denoiser: nn.Module, deltas: Deltas) -> dict[str, torch.Tensor]:
-    """The weight that each delta belongs to, its shape checked."""
+def _packed(layer: Any) -> bool:
+    """Whether a layer holds its weight in four bits, as bitsandbytes does: integers in a shape of their own."""
+    return not layer.weight.is_floating_point()
+
+
+def _beside(delta: Delta) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
+    """A hook that adds a delta to what a layer gives, in float32."""
+    factors = [delta.weight] if isinstance(delta, Dense) else [delta.down, delta.up]
+
+    def hook(layer: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:
+        change = given[0].float()
+        for factor in factors:
+            change = nn.functional.linear(change, factor.to(change))
+        changed: torch.Tensor = out + change.to(out)
+        return changed
+
+    return hook
+
+
+def _layers(denoiser: nn.Module, deltas: Deltas) -> dict[str, Any]:
+    """The linear layer that each delta belongs to, its shape checked."""
     modules = dict(denoiser.named_modules())
-    weights: dict[str, torch.Tensor] = {}
+    layers: dict[str, Any] = {}
     for name, delta in deltas.items():
-        weight = getattr(modules.get(name), "weight", None)
-        shape = delta.weight.shape if isinstance(delta, Dense) else (delta.up.shape[0], delta.down.shape[1])
-        if not isinstance(weight, torch.Tensor) or weight.shape != shape:
-            have = f"is {tuple(weight.shape)} there" if isinstance(weight, torch.Tensor) else "is not there"
-            raise ErasekitError(f"The delta of '{name}' is {tuple(shape)}, the module {have}. Was it made for another base?")
-        weights[name] = weight
-    return weights
+        layer: Any = modules.get(name)
+        shape = tuple(delta.weight.shape) if isinstance(delta, Dense) else (delta.up.shape[0], delta.down.shape[1])
+        there = _shape(layer)
+        if there != shape:
+            have = f"is {there} there" if there else "is not there"
+            raise ErasekitError(f"The delta of '{name}' is {shape}, the module {have}. Was it made for another base?")
+        layers[name] = layer
+    return layers
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a layer's weight (out, in), as it is when it is not packed; () if it has none."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return ()
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(weight.shape)

@@ -12,7 +12,7 @@ from erasekit.alignment import align
 from erasekit.backbone import Backbone, Conditioning
 from erasekit.closedform import Moment, Pairs, TextEdit, add_products_, layer_deltas
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas
+from erasekit.deltas import Deltas, LowRank
 from erasekit.errors import UsageError
 from erasekit.method import RunContext
 from erasekit.prompts import concept_pairs, preserve_prompts
@@ -181,14 +181,14 @@ def pair_rows(
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The base weight (out, width) of every text site, float64, on the CPU; the denoiser is not loaded for it."""
-    return {site.name: backbone.weight(site.name).cpu().double() for site in backbone.text_sites()}
+    """The base weight (out, width) of every text site, float64, on the device; the denoiser is not loaded for it."""
+    return {site.name: backbone.weight(site.name).to(backbone.device).double() for site in backbone.text_sites()}
 
 
 def site_deltas(
     ctx: RunContext, shares: Mapping[str, Sequence[TextEdit]], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Deltas]:
-    """The deltas of each concept at every text site.
+    """The deltas of each concept at every text site, on the CPU.
 
     Args:
         ctx: the run.
@@ -199,7 +199,7 @@ def site_deltas(
     for site in ctx.backbone.text_sites():
         parts = layer_deltas(shares[site.reads], weights[site.name])
         for own, delta in zip(deltas.values(), parts, strict=True):
-            own[site.name] = delta
+            own[site.name] = LowRank(delta.up.cpu(), delta.down.cpu())
     return deltas
 
 

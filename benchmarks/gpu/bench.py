@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from metadata import write_metadata
-from models import DONE
-from row import Row
-
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
+
+import torch  # noqa: E402
+from metadata import write_metadata  # noqa: E402
+from models import DONE  # noqa: E402
+from row import Row  # noqa: E402
+
 TRAINED = ("trace", "esd", "mace", "eraseanything", "ant")
 
 # The most telling come first: a budget may end the list anywhere.

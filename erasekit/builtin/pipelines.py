@@ -61,6 +61,8 @@ class PipelineBackbone(HeldPipeline):
             EnvironmentProblem: the folder does not hold a pipeline of this class.
         """
         self.source, self.revision, self.device, self.dtype = source, revision, device, dtype
+        if device.type == "cuda":  # cuDNN's backward pass gives NaN or a crash on Hopper (seen; pytorch/pytorch#196678)
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.vram_gb = vram_gb(config.vram, device)
         self._folder, self._held = folder, self.held(config)
         self._pipe = self._from_folder(**dict.fromkeys((self.prefix, "vae", *self.encoders)))

@@ -59,7 +59,11 @@ def command(
 
 
 def _show(content: dict[str, Any], title: str) -> None:
-    rows = [[key, f"{content['max'][key]:.2e}", f"{content['mean'][key]:.2e}", text] for key, text in MEANING.items()]
+    rows = [
+        [key, f"{content['max'][key]:.2e}", f"{content['mean'][key]:.2e}", text]
+        for key, text in MEANING.items()
+        if key in content["max"]
+    ]
     show(["per site", "max", "mean", "relative to |W(e_w - e_u)|"], rows, title=title)
     if "prediction_drift" not in content:
         typer.echo("How far predictions drift was not measured: --drift does it.")

@@ -30,8 +30,8 @@ class Direction(Method):
             phrase = concept.phrases[0]
             cond, neutral = ctx.backbone.encode([phrase]), ctx.backbone.encode([concept.neutralise(phrase)])
             d_D = cond.tokens[0, cond.lengths[0] - 1] - neutral.tokens[0, neutral.lengths[0] - 1]
-            d_D = d_D / d_D.norm()
-            weights = {name: ctx.backbone.weight(name) for name in sites}
+            d_D = d_D.float() / d_D.float().norm()
+            weights = {name: ctx.backbone.weight(name).cpu().float() for name in sites}
             edit = {name: LowRank(-self.config.strength * (w @ d_D)[:, None], d_D[None]) for name, w in weights.items()}
             deltas[concept.name] = {"direction": edit}
         return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)

@@ -87,6 +87,9 @@ class Pull(Method):
     presets = {"short": {"steps": 2}}
     config: PullConfig
 
+    def texts(self, ctx: RunContext) -> list[str]:
+        return [*super().texts(ctx), *(f"a {word}" for word in (ctx.concepts[0].name, "thing"))]
+
     def erase(self, ctx: RunContext) -> Erasure:
         backbone = ctx.backbone
         word, neutral = (backbone.encode([f"a {w}"]) for w in (ctx.concepts[0].name, "thing"))
