@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+# Tests run side by side, a process for each core: more threads than cores would wait for one another. Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 THIRD_PARTY = Path(__file__).parent / "third_party"
 

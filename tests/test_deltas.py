@@ -103,3 +103,32 @@ def test_a_delta_of_another_model_is_refused_and_changes_nothing(name, delta):
     with pytest.raises(ErasekitError, match=f"'{name}'.*another base"):
         merge_(net, {"0": low_rank(5, 1, 6), name: delta})
     assert torch.equal(net[0].weight, before)
+
+
+class Packed(nn.Linear):
+    """A layer that holds its weight as bytes in another shape, as four-bit layers do."""
+
+    def __init__(self, whole: nn.Linear):
+        super().__init__(whole.in_features, whole.out_features, bias=False)
+        self.range = whole.weight.detach().abs().max() / 127
+        packed = (whole.weight.detach() / self.range).round().to(torch.int8).reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.view(self.out_features, self.in_features) * self.range)
+
+
+def test_a_packed_layer_has_the_delta_beside_it_and_is_never_written_to():
+    whole = model()
+    net = nn.Sequential(Packed(whole[0]), whole[1])
+    deltas = {"0": low_rank(5, 2, 6, dtype=torch.float32), "1": Dense(torch.ones(4, 5))}
+    x, bits = torch.randn(3, 6), net[0].weight.clone()
+    before = net(x)
+    with merged(net, deltas):
+        hidden = net[0].forward(x) + x @ to_dense(deltas["0"]).T
+        torch.testing.assert_close(net(x), hidden @ (whole[1].weight).T)
+    assert torch.equal(net(x), before)
+    assert torch.equal(net[0].weight, bits)
+    with pytest.raises(ErasekitError, match="'0' holds its weight in four bits"):
+        merge_(net, deltas)
+    assert torch.equal(net(x), before)
