@@ -26,12 +26,12 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import record
-from erasekit import closedform
-from erasekit.backbone import Conditioning, Site, concatenate
-from erasekit.builtin.free import Free
-from erasekit.deltas import to_dense
-from erasekit.method import RunContext
-from erasekit.plugins import default
+from erasekit.backbones.protocol import Conditioning, Site, concatenate
+from erasekit.erasures.deltas import to_dense
+from erasekit.evaluation.free import Free
+from erasekit.methods import closedform
+from erasekit.methods.context import RunContext
+from erasekit.registration.plugins import default
 from gpu import bench
 
 WIDTH = 768
@@ -127,7 +127,7 @@ def erase(size: str) -> dict[str, Any]:
 
 def _encode_all(ctx: RunContext) -> None:
     """All prompts that the closed form will ask for."""
-    from erasekit.prompts import concept_prompts, preserve_prompts
+    from erasekit.methods.prompts import concept_prompts, preserve_prompts
 
     (concept,) = ctx.concepts
     prompts = concept_prompts(concept, ctx.prompts("erase"))

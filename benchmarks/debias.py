@@ -18,11 +18,12 @@ from typing import Any
 
 import record
 from erasekit.concepts import Concept
-from erasekit.config import build, resolve
-from erasekit.deltas import concatenate, merged
-from erasekit.method import RunContext
-from erasekit.plugins import default
-from erasekit.tasks import Prompt
+from erasekit.erasures.deltas import concatenate, merged
+from erasekit.evaluation.tasks import Prompt
+from erasekit.methods.context import RunContext
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit_mini.tasks import Objects
 from erasekit_uce.method import Uce
 
@@ -42,7 +43,7 @@ def measure(backbone: str, rounds: int, looked_at: int, counted: int) -> dict[st
     """The shares of both guides after debiasing, and what is drawn with and without."""
     plan = resolve(build({"method": "uce", "backbone": backbone, "task": "objects", "concepts": ("cat",)}), default())
     loaded = plan.backbone.load(plan.backbone_config)
-    ctx = RunContext(loaded, (CONCEPT,), NoPrompts(), protocol=plan.protocol)
+    ctx = RunContext(loaded, (CONCEPT,), NoPrompts(), protocol=plan.protocol, component=default().components.get)
     config = plan.method_config.model_copy(update={"guides": GUIDES, "debias_rounds": rounds, "debias_pictures": looked_at})
     shares = Uce(config).shares(ctx)
     judge = Uce(config.model_copy(update={"debias_pictures": counted}))

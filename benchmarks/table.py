@@ -26,11 +26,12 @@ import numpy as np
 
 import record
 import show
-from erasekit.config import build, resolve
-from erasekit.plugins import default
-from erasekit.results import Metric, RunResult
-from erasekit.rundir import path_of
-from erasekit.runner import run
+from erasekit.evaluation.results import Metric, RunResult
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import path_of
+from erasekit.runs.runner import run
 
 RESAMPLES = 2000
 FILES = ("all.safetensors", "guidance.json", "guidance.safetensors")  # what a user loads

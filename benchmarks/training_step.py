@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 
 import record
-from erasekit.backbone import BackboneConfig, concatenate
-from erasekit.method import RunContext
-from erasekit.training import train
+from erasekit.backbones.protocol import BackboneConfig, concatenate
+from erasekit.methods.context import RunContext
+from erasekit.methods.training import train
+from erasekit.registration.plugins import default
 from erasekit_mini.backbone import Sd15Mini
 from erasekit_mini.tasks import Objects
 from erasekit_trace.method import Trace, TraceConfig
+
+COMPONENT = default().components.get
 
 
 def main() -> None:
@@ -33,7 +36,9 @@ def main() -> None:
     args = args.parse_args()
     config = TraceConfig(steps=args.steps, refine="none", trajectories=16, clean_trajectories=16)
     task = Objects()
-    ctx = RunContext(backbone=Sd15Mini.load(BackboneConfig()), concepts=(task.concept("cat"),), task=task)
+    ctx = RunContext(
+        backbone=Sd15Mini.load(BackboneConfig()), concepts=(task.concept("cat"),), task=task, component=default().components.get
+    )
     whole, bare = [], []
     with Trace(config).student(ctx, {}) as (_, step, parameters):
         batch = (

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 import record
-from erasekit.config import build, resolve
-from erasekit.evaluators import Batch
-from erasekit.plugins import default
-from erasekit.prompts import neutral_of
-from erasekit.trajectories import predict_each, steer
+from erasekit.evaluation.evaluators import Batch
+from erasekit.methods.prompts import neutral_of
+from erasekit.methods.trajectories import predict_each, steer
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit_mini.evaluators import Classifier
 
 

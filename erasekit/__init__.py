@@ -8,29 +8,30 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from erasekit.hookspecs import hookimpl
+from erasekit.registration.hookspecs import hookimpl
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "run": "erasekit.runner",
-    "RunConfig": "erasekit.config",
-    "RunResult": "erasekit.results",
+    "run": "erasekit.runs.runner",
+    "RunConfig": "erasekit.runs.config",
+    "RunResult": "erasekit.evaluation.results",
     "Concept": "erasekit.concepts",
-    "Method": "erasekit.method",
-    "MethodConfig": "erasekit.method",
-    "RunContext": "erasekit.method",
-    "Backbone": "erasekit.backbone",
-    "BackboneConfig": "erasekit.backbone",
-    "Capabilities": "erasekit.backbone",
-    "Conditioning": "erasekit.backbone",
-    "Site": "erasekit.backbone",
-    "Task": "erasekit.tasks",
-    "Prompt": "erasekit.tasks",
-    "Protocol": "erasekit.tasks",
-    "Evaluator": "erasekit.evaluators",
-    "Erasure": "erasekit.erasure",
-    "load_into": "erasekit.erasure",
+    "Method": "erasekit.methods.method",
+    "MethodConfig": "erasekit.methods.method",
+    "RunContext": "erasekit.methods.context",
+    "Backbone": "erasekit.backbones.protocol",
+    "BackboneConfig": "erasekit.backbones.protocol",
+    "Capabilities": "erasekit.backbones.protocol",
+    "Conditioning": "erasekit.backbones.protocol",
+    "Site": "erasekit.backbones.protocol",
+    "Task": "erasekit.evaluation.tasks",
+    "Prompt": "erasekit.evaluation.tasks",
+    "Protocol": "erasekit.evaluation.tasks",
+    "Evaluator": "erasekit.evaluation.evaluators",
+    "Erasure": "erasekit.erasures.erasure",
+    "load": "erasekit.runs.loading",
+    "load_into": "erasekit.erasures.loading",
 }
 
 __all__ = ["__version__", "hookimpl", *_PUBLIC]

@@ -8,14 +8,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pluggy
 
-    from erasekit.rundir import RunDirectory
+
+class Run(Protocol):
+    """What events know of the run that they happen in."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+
+    def log(self, event: Event) -> None:
+        """Write an event to its log."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def heard(listener: Listener) -> Iterator[None]:
 class Dispatcher:
     """Hands each event to the log of the run, to one local listener, and to the plugins."""
 
-    def __init__(self, manager: pluggy.PluginManager, run: RunDirectory, listener: Listener | None) -> None:
+    def __init__(self, manager: pluggy.PluginManager, run: Run, listener: Listener | None) -> None:
         """`listener` is the command line's own progress display, or None."""
         self.manager = manager
         self.run = run

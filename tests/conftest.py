@@ -10,7 +10,7 @@ from pathlib import Path
 # Tests run side by side, a process for each core: more threads than cores would wait for one another. Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 THIRD_PARTY = Path(__file__).parent / "third_party"
 

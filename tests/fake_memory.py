@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erasekit.memory import GIB
+from erasekit.backbones.memory import GIB
 
 RANK = 4
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.deltas import Dense, LowRank, concatenate, merged, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, concatenate, merged, to_dense
 from erasekit.errors import UsageError
+from erasekit.methods.adapters import AdapterBank
 from tests import tiny
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from erasekit.alignment import align
-from erasekit.backbone import Conditioning
+from erasekit.backbones.alignment import align
+from erasekit.backbones.protocol import Conditioning
 from tests import tiny
 
 PADS = list(range(7, tiny.LENGTH))

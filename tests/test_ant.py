@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.deltas import Dense, LowRank, to_dense
-from erasekit.erasure import Erasure, load_into
+from erasekit.backbones.schedule import ddpm_tau, flow_tau
+from erasekit.erasures.deltas import Dense, LowRank, to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
-from erasekit.schedule import ddpm_tau, flow_tau
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
 from erasekit_ant import maths
 from erasekit_ant.method import Ant, AntConfig
 from erasekit_ant.student import MaskedWeights

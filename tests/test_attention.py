@@ -11,11 +11,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
-from erasekit.adapters import AdapterBank
-from erasekit.attention import attention_maps, token_positions
+from erasekit.backbones.attention import attention_maps, token_positions
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
-from erasekit.pictures import draw, noised
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
+from erasekit.methods.pictures import draw, noised
 from tests.third_party.tiny_world import Words
 
 PROMPTS = ["a photo of a cat", "cat by the red ship"]

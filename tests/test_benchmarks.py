@@ -13,7 +13,7 @@ import pytest
 
 import show
 import table
-from erasekit.results import Metric, RunResult
+from erasekit.evaluation.results import Metric, RunResult
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit import plugins
-from erasekit.config import build, resolve
-from erasekit.deltas import to_dense
-from erasekit.runner import compute
+from erasekit.erasures.deltas import to_dense
+from erasekit.registration import plugins
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from tests.conftest import THIRD_PARTY
 from tests.test_rows import METHODS, SHORT
 

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from erasekit import closedform
-from erasekit.alignment import align
-from erasekit.certificate import certificate
+from erasekit.backbones.alignment import align
 from erasekit.concepts import Concept
-from erasekit.deltas import Dense, merged
-from erasekit.erasure import Erasure
-from erasekit.tasks import Protocol
+from erasekit.erasures.certificate import certificate
+from erasekit.erasures.deltas import Dense, merged
+from erasekit.erasures.erasure import Erasure
+from erasekit.evaluation.tasks import Protocol
+from erasekit.methods import closedform
 from tests import tiny
 
 CAT = Concept(name="cat", phrases=("a cat",), neutral="a thing", templates=("{}",))

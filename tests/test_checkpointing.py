@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit import plugins
-from erasekit.attention import attention_maps
-from erasekit.config import build
-from erasekit.deltas import to_dense
-from erasekit.erasure import Erasure
-from erasekit.exchange import Exchanged
-from erasekit.method import RunContext
-from erasekit.runner import run
+from erasekit.backbones.attention import attention_maps
+from erasekit.erasures.deltas import to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.context import RunContext
+from erasekit.methods.exchange import Exchanged
+from erasekit.registration import plugins
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.runner import run
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
@@ -88,7 +89,7 @@ def test_gradients_of_attention_are_the_same_after_the_hooks_are_gone(pair):
 def test_gradients_of_exchanged_weights_are_the_same_after_the_call(pair):
     gradients = []
     for backbone in pair:
-        ctx = RunContext(backbone, (Words().concept("cat"),), Words())
+        ctx = RunContext(backbone, (Words().concept("cat"),), Words(), component=default().components.get)
         linear = [n for n, m in backbone.denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
         weights = {name: (backbone.weight(name) * 1.1).requires_grad_() for name in linear}
         x, cond = backbone.latents([0]), backbone.encode(["a photo of a cat"])

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from erasekit.cli import main
-from erasekit.results import RunResult, write_result
+from erasekit.evaluation.results import RunResult, write_result
 from tests.conftest import THIRD_PARTY
 
 IMPORTED = """
@@ -219,7 +219,7 @@ def test_an_installed_plugin_is_found_with_its_distribution(erasekit, tmp_path):
 
 
 def test_a_plugin_can_add_a_command(call, tmp_path, monkeypatch):
-    from erasekit import plugins as plugin_module
+    from erasekit.registration import plugins as plugin_module
 
     (tmp_path / "greeting.py").write_text(
         textwrap.dedent("""

@@ -8,10 +8,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from erasekit import closedform
-from erasekit.alignment import align
-from erasekit.closedform import Pairs, TextEdit
-from erasekit.deltas import merged, to_dense
+from erasekit.backbones.alignment import align
+from erasekit.erasures.deltas import merged, to_dense
+from erasekit.methods import closedform
+from erasekit.methods.closedform import Pairs, TextEdit
 from tests import tiny
 
 D, OUT = 12, 7

@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erasekit import plugins
-from erasekit.config import RunConfig, build, parse_overrides, resolve, to_toml
 from erasekit.errors import UsageError
-from erasekit.method import Method, MethodConfig
-from erasekit.plugins import Registries
+from erasekit.methods.method import Method, MethodConfig
+from erasekit.registration import plugins
+from erasekit.registration.plugins import Registries
+from erasekit.runs.config import RunConfig, build, parse_overrides, to_toml
+from erasekit.runs.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ class Slotted(Method):
 @pytest.fixture
 def more(world):
     registries = plugins.load([world])
-    from erasekit.registry import Entry
+    from erasekit.registration.registry import Entry
 
     for method in (Velocity, PerBackbone, Slotted):
         registries.methods.add(Entry(method.name, method, "test", "test"))

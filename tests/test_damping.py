@@ -2,9 +2,10 @@
 
 import torch
 
-from erasekit.deltas import Dense, to_dense
-from erasekit.method import RunContext
-from erasekit.remains import Remains, Residual
+from erasekit.erasures.deltas import Dense, to_dense
+from erasekit.erasures.remains import Remains, Residual
+from erasekit.methods.context import RunContext
+from erasekit.registration.plugins import default
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.eta import ETAS, choose_eta, cost
 from erasekit_trace.method import Trace
@@ -24,7 +25,7 @@ def edit_with(backbone, moves: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[
 def test_eta_is_whole_where_preserved_prompts_stay_and_zero_where_only_they_move(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "WIDTH", 64)  # room for an edit of one prompt that leaves two others alone at every position
     backbone, task = tiny.load(tiny.save_pipeline(tmp_path / "sd")), Words()
-    ctx = RunContext(backbone, (task.concept("cat"),), task)
+    ctx = RunContext(backbone, (task.concept("cat"),), task, component=default().components.get)
     tokens = backbone.encode([*(f"a photo of a {w}" for w in ("cat", "thing", "ship")), ""]).tokens
     cat, thing, ship, empty = tokens
     first = 5  # where the prompts differ from each other
@@ -38,7 +39,7 @@ def test_eta_is_whole_where_preserved_prompts_stay_and_zero_where_only_they_move
 
 def test_eta_left_out_is_chosen_and_given_is_used(sd):
     task = Words()
-    ctx = RunContext(sd, (task.concept("cat"),), task)
+    ctx = RunContext(sd, (task.concept("cat"),), task, component=default().components.get)
     whole, chosen = (Trace(TraceConfig(eta=eta)).refine(ctx)["cat"] for eta in (1.0, None))
     eta = choose_eta(ctx, whole)
     assert eta in ETAS
@@ -65,7 +66,7 @@ def test_a_high_guidance_scale_does_not_turn_stage_1_off():
 def test_a_stage_1_that_is_nearly_off_is_a_warning(sd):
     task = Words()
     for eta, warned in ((0.0, True), (0.25, True), (0.85, False)):
-        ctx = RunContext(sd, (task.concept("cat"),), task)
+        ctx = RunContext(sd, (task.concept("cat"),), task, component=default().components.get)
         Trace(TraceConfig(eta=eta)).refine(ctx)
         assert bool(ctx.warnings) == warned
         assert ctx.shared["eta"] == eta

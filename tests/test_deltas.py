@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from erasekit.deltas import Dense, LowRank, add, compress, concatenate, merge_, merged, norm, scale, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, add, compress, concatenate, merge_, merged, norm, scale, to_dense
 from erasekit.errors import ErasekitError
 
 

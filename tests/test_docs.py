@@ -8,12 +8,13 @@ import pytest
 import typer
 
 import erasekit
-from erasekit import events, hookspecs
-from erasekit.backbone import BackboneConfig
+from erasekit import events
+from erasekit.backbones.protocol import BackboneConfig
 from erasekit.cli import build
-from erasekit.config import Options, RunConfig
-from erasekit.results import MEANINGS, Metric, RunResult
-from erasekit.tasks import Protocol
+from erasekit.evaluation.results import MEANINGS, Metric, RunResult
+from erasekit.evaluation.tasks import Protocol
+from erasekit.registration import hookspecs
+from erasekit.runs.config import Options, RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.attention import token_positions
-from erasekit.deltas import to_dense
-from erasekit.erasure import Erasure
+from erasekit.backbones.attention import token_positions
+from erasekit.erasures.deltas import to_dense
+from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
-from erasekit.pictures import kept_pictures
+from erasekit.methods.context import RunContext
+from erasekit.methods.pictures import kept_pictures
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import material, synonyms_of, unrelated_to
 from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from erasekit.concepts import Concept
-from erasekit.deltas import Dense, LowRank, concatenate, merged, norm, to_dense
-from erasekit.erasure import Erasure, digest, file_stems, load_into, read_manifest
+from erasekit.erasures.deltas import Dense, LowRank, concatenate, merged, norm, to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
+from erasekit.erasures.manifest import digest, file_stems, read_manifest
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from tests import tiny
 

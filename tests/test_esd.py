@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.backbone import guided
-from erasekit.deltas import Dense, LowRank, to_dense
-from erasekit.erasure import Erasure, load_into
-from erasekit.method import RunContext
-from erasekit.trajectories import negative_guidance
+from erasekit.backbones.protocol import guided
+from erasekit.erasures.deltas import Dense, LowRank, to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
+from erasekit.methods.context import RunContext
+from erasekit.methods.trajectories import negative_guidance
 from erasekit_esd.method import Esd, EsdConfig
 from erasekit_esd.student import full, lora, modules
 from tests import tiny, tiny_flux

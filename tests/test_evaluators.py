@@ -7,10 +7,19 @@ from PIL import Image
 
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
-from erasekit.evaluate import evaluate
-from erasekit.evaluators import Evaluator, FrechetEvaluator, Scores, bootstrap, frechet, harmonic_mean, statistics, wilson
-from erasekit.results import Metric
-from erasekit.tasks import Prompt, Task
+from erasekit.evaluation.evaluate import evaluate
+from erasekit.evaluation.evaluators import (
+    Evaluator,
+    FrechetEvaluator,
+    Scores,
+    bootstrap,
+    frechet,
+    harmonic_mean,
+    statistics,
+    wilson,
+)
+from erasekit.evaluation.results import Metric
+from erasekit.evaluation.tasks import Prompt, Task
 
 CAT = Concept(name="cat", phrases=("a cat",))
 

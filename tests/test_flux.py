@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit import closedform
-from erasekit.adapters import AdapterBank
-from erasekit.alignment import align
-from erasekit.backbone import Backbone, guided
-from erasekit.builtin import pipelines
-from erasekit.deltas import LowRank, merged
-from erasekit.erasure import load_into
+from erasekit.backbones import pipelines
+from erasekit.backbones.alignment import align
+from erasekit.backbones.protocol import Backbone, guided
+from erasekit.erasures.deltas import LowRank, merged
+from erasekit.erasures.late_gate import LateGate
+from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
-from erasekit.gate import LateGate
+from erasekit.methods import closedform
+from erasekit.methods.adapters import AdapterBank
 from tests import tiny_flux
 
 PROMPTS = ["a photo of a cat", "the red ship"]
@@ -237,7 +237,7 @@ def _add_huge_tensor(path, elements):
 
 def test_erasure_loads_in_the_plain_pipeline(backbone, tmp_path):
     from erasekit.concepts import Concept
-    from erasekit.erasure import Erasure
+    from erasekit.erasures.erasure import Erasure
 
     deltas = edit(backbone, ["a cat"], ["a red ship"])
     base = {"repo": backbone.source, "revision": "", "sha256": backbone.fingerprint(list(deltas))}

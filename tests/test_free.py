@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from erasekit.builtin.free import SETS, SPLITS, Free
 from erasekit.errors import UsageError
+from erasekit.evaluation.free import SETS, SPLITS, Free
 from tests import tiny, tiny_flux
 
 TASK = Free()

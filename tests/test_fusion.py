@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erasekit import closedform
-from erasekit.deltas import LowRank, to_dense
-from erasekit.fusion import fusion, input_moments, share
-from erasekit.method import RunContext
+from erasekit.erasures.deltas import LowRank, to_dense
+from erasekit.methods import closedform
+from erasekit.methods.context import RunContext
+from erasekit.methods.fusion import fusion, input_moments, share
 from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 

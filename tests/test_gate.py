@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from erasekit.deltas import LowRank
-from erasekit.gate import LateGate
-from erasekit.schedule import ddpm_tau
+from erasekit.backbones.schedule import ddpm_tau
+from erasekit.erasures.deltas import LowRank
+from erasekit.erasures.late_gate import LateGate
 from tests import tiny
 
 

@@ -18,9 +18,9 @@ from transformers import (
     SamProcessor,
 )
 
-from erasekit.attention import token_positions
+from erasekit.backbones.attention import token_positions
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
+from erasekit.methods.context import RunContext
 from erasekit_mace import masks, segmenter
 from erasekit_mace.method import Mace, MaceConfig
 from tests import tiny

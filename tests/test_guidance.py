@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from erasekit.concepts import Concept
-from erasekit.erasure import Erasure, load_into
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.guidance import detach
+from erasekit.erasures.loading import load_into as load_with
+from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.guidance import detach
-from erasekit.method import RunContext
-from erasekit.modelcard import load_lines, model_card
+from erasekit.methods.context import RunContext
+from erasekit.registration.plugins import default
 from erasekit_negative_prompt.method import NegativePrompt, NegativePromptConfig
 from erasekit_sld.method import MAX, MEDIUM, Sld, SldConfig
 from tests import tiny, tiny_flux
@@ -26,6 +29,9 @@ def backbone(request, tiny_folder, tiny_flux_folder):
     if request.param == "sd":
         return tiny.load(tiny_folder)
     return tiny_flux.load(tiny_flux_folder, guidance="embedded" if request.param == "flux" else "cfg")
+
+
+load_into = partial(load_with, component=default().components.get)
 
 
 def made(backbone, method, config, folder, concepts=("cat:kitten",)):
@@ -127,7 +133,12 @@ def test_without_it_the_pipeline_is_the_bases(backbone, tmp_path):
     plain = draw(backbone, pipe)
     load_into(pipe, made(backbone, Sld, SldConfig(**MAX), tmp_path / "e"), base=backbone)
     assert not torch.equal(draw(backbone, pipe), plain)
-    load_into(pipe, made(backbone, NegativePrompt, NegativePromptConfig(), tmp_path / "f"), base=backbone)  # takes its place
+    load_into(
+        pipe,
+        made(backbone, NegativePrompt, NegativePromptConfig(), tmp_path / "f"),
+        base=backbone,
+        component=default().components.get,
+    )  # takes its place
     detach(pipe)
     assert torch.equal(draw(backbone, pipe), plain)
 
@@ -160,7 +171,12 @@ def test_a_text_that_is_refused_elsewhere_is_refused_here(tiny_folder, tmp_path)
 def test_guidance_that_is_off_cannot_be_steered(tiny_folder, tmp_path):
     backbone = tiny.load(tiny_folder)
     pipe = backbone.pipeline()
-    load_into(pipe, made(backbone, NegativePrompt, NegativePromptConfig(), tmp_path / "e"), base=backbone)
+    load_into(
+        pipe,
+        made(backbone, NegativePrompt, NegativePromptConfig(), tmp_path / "e"),
+        base=backbone,
+        component=default().components.get,
+    )
     with pytest.raises(UsageError, match="guidance scale above 1"):
         draw(backbone, pipe, guidance=1.0)
 
@@ -170,7 +186,7 @@ def test_the_card_says_that_it_is_removable(tiny_folder, tmp_path):
     record = json.loads((folder / "erasure.json").read_text())
     assert record["kind"] == "guidance"
     assert "No weight is changed" in model_card(record)
-    assert 'load_into(pipe, "here")' in load_lines(record, "here")
+    assert 'load(pipe, "here")' in load_lines(record, "here")
     assert "load_lora_weights" not in model_card(record)
 
 
@@ -192,7 +208,8 @@ def test_run_verify_and_generate_take_it(erasekit, tmp_path):
 
 FOREIGN = """
 import erasekit
-from erasekit.guidance import Guidance
+from erasekit.erasures.guidance import Guidance
+from erasekit.registration.plugins import default
 
 
 class Nothing:
@@ -208,8 +225,8 @@ class Blank(erasekit.Method):
     name = "blank"
 
     def erase(self, ctx):
-        guidance = Guidance.away_from(ctx, "", scheme="blank", settings={})
-        return erasekit.Erasure.of(ctx, method="blank", config={}, guidance=guidance)
+        guidance = Guidance.away_from(ctx.backbone, ctx.concepts, "", scheme="blank", settings={})
+        return self.erasure(ctx, guidance=guidance)
 
 
 @erasekit.hookimpl

@@ -7,14 +7,14 @@ from importlib import import_module
 import pytest
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.attention import attention_maps, token_positions
-from erasekit.deltas import concatenate, merged, to_dense
-from erasekit.erasure import Erasure
+from erasekit.backbones.attention import attention_maps, token_positions
+from erasekit.erasures.deltas import concatenate, merged, to_dense
+from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
-from erasekit.prompts import phrased_prompts
-from erasekit.sites import held, kept_moment
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import phrased_prompts
+from erasekit.methods.sites import held, kept_moment
 from erasekit_mace import losses, masks
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.method import Mace, MaceConfig, _kept

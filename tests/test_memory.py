@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit import plugins
-from erasekit.builtin.flux import Flux
-from erasekit.builtin.sd import StableDiffusion
-from erasekit.config import build
+from erasekit.backbones.flux import Flux
+from erasekit.backbones.memory import VRAM_GB, out_of_memory, vram_gb
+from erasekit.backbones.sd import StableDiffusion
 from erasekit.errors import EnvironmentProblem
-from erasekit.memory import VRAM_GB, out_of_memory, vram_gb
-from erasekit.runner import run
+from erasekit.registration import plugins
+from erasekit.runs.config import build
+from erasekit.runs.runner import run
 from tests import tiny_flux
 
 PROMPT = ["a photo of a cat"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit.evaluators import Batch
-from erasekit.tasks import Prompt
+from erasekit.evaluation.evaluators import Batch
+from erasekit.evaluation.tasks import Prompt
 from erasekit_mini.evaluators import MODELS, ClipScore
 
 LIMIT_MB = 12

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from erasekit.config import build, resolve
-from erasekit.erasure import Erasure
-from erasekit.gate import LateGate
-from erasekit.plugins import default
-from erasekit.rundir import path_of
-from erasekit.runner import run
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.late_gate import LateGate
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import path_of
+from erasekit.runs.runner import run
 from erasekit_mini.backbone import MODELS
 
 SHORT = ["method.steps=20", "method.trajectories=8", "method.clean_trajectories=24"]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.evaluators import Batch, bootstrap
-from erasekit.tasks import Prompt
+from erasekit.evaluation.evaluators import Batch, bootstrap
+from erasekit.evaluation.tasks import Prompt
 from erasekit_mini import vocabulary as words
 from erasekit_mini.evaluators import Classifier, ClipScore, Frechet
 from erasekit_mini.nets import MiniClassifier, MiniImageTower

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erasekit.concepts import Concept
-from erasekit.near import near_words
+from erasekit.methods.near_words import near_words
 from erasekit_mini import vocabulary as words
 from erasekit_mini.backbone import FluxMini, Sd15Mini
 from erasekit_mini.tasks import Objects

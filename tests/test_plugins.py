@@ -5,10 +5,10 @@ import textwrap
 
 import pytest
 
-from erasekit import hookspecs, plugins
 from erasekit.errors import UsageError
 from erasekit.events import Dispatcher, StageStarted
-from erasekit.registry import BrokenPlugin
+from erasekit.registration import hookspecs, plugins
+from erasekit.registration.registry import BrokenPlugin
 from tests.conftest import THIRD_PARTY
 
 

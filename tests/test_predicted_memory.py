@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from erasekit.attention import attention_maps
-from erasekit.builtin.flux import Flux
-from erasekit.builtin.sd import StableDiffusion
+from erasekit.backbones.attention import attention_maps
+from erasekit.backbones.flux import Flux
+from erasekit.backbones.sd import StableDiffusion
 from tests.fake_memory import Peak, fake, flux_call, gib, unet_call
 
 SD = (StableDiffusion, unet_call, ("attn2.to_k", "attn2.to_v"))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erasekit import plugins, preflight
-from erasekit.builtin.flux import Flux, FluxConfig
-from erasekit.builtin.sd import StableDiffusion, StableDiffusionConfig
-from erasekit.config import build, resolve
+from erasekit.backbones.flux import Flux, FluxConfig
+from erasekit.backbones.memory import VRAM_GB, Footprint, budget_gb, predict
+from erasekit.backbones.sd import StableDiffusion, StableDiffusionConfig
 from erasekit.errors import EnvironmentProblem
-from erasekit.memory import VRAM_GB, Footprint, budget_gb, predict
+from erasekit.registration import plugins
+from erasekit.runs import estimate, preflight
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from tests import tiny, tiny_flux
 
 REGISTRIES = plugins.default()
@@ -29,7 +31,7 @@ def planned(method, backbone, *settings, **flags):
 
 @pytest.fixture(scope="module")
 def table():
-    return preflight.table(REGISTRIES)
+    return estimate.table(REGISTRIES)
 
 
 def test_the_table_has_every_method_on_every_size_of_gpu(table):
@@ -140,7 +142,7 @@ def test_four_bits_without_bitsandbytes_are_noticed_at_once(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """As if bitsandbytes were there."""
-    monkeypatch.setattr("erasekit.builtin.held.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("erasekit.backbones.held.importlib.util.find_spec", lambda name: object())
 
 
 def test_flux_is_not_trained_layer_by_layer(installed):

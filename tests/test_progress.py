@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from erasekit import plugins
 from erasekit.cli import progress as display
-from erasekit.config import build
 from erasekit.events import Progressed, RunFinished, StageStarted, StepEnd, heard, progress
-from erasekit.runner import run
+from erasekit.registration import plugins
+from erasekit.runs.config import build
+from erasekit.runs.runner import run
 
 
 class Clock:

@@ -2,14 +2,15 @@
 
 import pytest
 
-from erasekit.builtin.free import Free
+from erasekit.backbones.schedule import Schedule, flow_tau
 from erasekit.concepts import EMPTY_PROMPT, NEUTRAL, Concept
-from erasekit.config import build, resolve
 from erasekit.errors import UsageError
-from erasekit.plugins import default
-from erasekit.prompts import concept_pairs, neutral_of
-from erasekit.schedule import Schedule, flow_tau
-from erasekit.tasks import Prompt
+from erasekit.evaluation.free import Free
+from erasekit.evaluation.tasks import Prompt
+from erasekit.methods.prompts import concept_pairs, neutral_of
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit_trace.method import _ring
 
 CAT = Concept(name="cat", phrases=("a cat",), neutral="something", templates=("a photo of {}",))

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.attention import attention_maps
-from erasekit.backbone import concatenate
-from erasekit.config import build, resolve
-from erasekit.deltas import merged
-from erasekit.method import RunContext
-from erasekit.plugins import default
+from erasekit.backbones.attention import attention_maps
+from erasekit.backbones.protocol import concatenate
+from erasekit.erasures.deltas import merged
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit_ant import maths
 from erasekit_ant.method import Ant, AntConfig
 from erasekit_ant.student import MaskedWeights

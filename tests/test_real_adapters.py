@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from erasekit import plugins
-from erasekit.config import build, resolve
-from erasekit.deltas import to_dense
-from erasekit.erasure import load_into
-from erasekit.rundir import path_of
-from erasekit.runner import compute, run
+from erasekit.erasures.deltas import to_dense
+from erasekit.erasures.loading import load_into
+from erasekit.registration import plugins
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import path_of
+from erasekit.runs.runner import run
 from tests import tiny, tiny_flux
 from tests.conftest import THIRD_PARTY
 
@@ -63,4 +65,4 @@ def test_every_method_erases_with_the_settings_of_real_models(method, name, pres
     erasure = compute(plan, backbone, registries)
     assert erasure.guidance or any(to_dense(delta).abs().max() > 0 for delta in erasure.total().values())
     erasure.save(tmp_path / "erasure")
-    load_into(backbone.pipeline(), tmp_path / "erasure", base=backbone)
+    load_into(backbone.pipeline(), tmp_path / "erasure", base=backbone, component=registries.components.get)

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erasekit.alignment import align
-from erasekit.deltas import Dense, LowRank, merged, to_dense
-from erasekit.erasure import Erasure
-from erasekit.method import MethodConfig, RunContext
-from erasekit.prompts import concept_pairs, preserve_prompts
-from erasekit.sites import pair_rows
+from erasekit.backbones.alignment import align
+from erasekit.erasures.deltas import Dense, LowRank, merged, to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.context import RunContext
+from erasekit.methods.method import MethodConfig
+from erasekit.methods.prompts import concept_pairs, preserve_prompts
+from erasekit.methods.sites import pair_rows
 from erasekit_rece import plugin
 from erasekit_rece.method import Rece, ReceConfig, Rounds, robustify
 from erasekit_rece.solve import adversary

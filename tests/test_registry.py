@@ -1,7 +1,7 @@
 import pytest
 
 from erasekit.errors import UsageError
-from erasekit.registry import BrokenPlugin, ComponentRegistry, DuplicateName, Entry, Registry, TaskRegistry
+from erasekit.registration.registry import BrokenPlugin, ComponentRegistry, DuplicateName, Entry, Registry, TaskRegistry
 
 
 def entry(name, target="json:loads", plugin="one", source="one 1.0", **more):

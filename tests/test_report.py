@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import UsageError
-from erasekit.modelcard import load_lines, model_card
-from erasekit.report import PAIRS_PER_SET, curves, data_uri, grid, scale, write_report
-from erasekit.results import Metric, RunResult, write_result, write_scores
-from erasekit.tasks import Task
+from erasekit.evaluation.results import Metric, RunResult, write_result, write_scores
+from erasekit.evaluation.tasks import Task
+from erasekit.runs.report import PAIRS_PER_SET, curves, data_uri, grid, scale, write_report
 
 HOSTILE = '<script>alert("x")</script> & a | b'
 SHARE = Metric(value=0.25, base=0.75, ci95=(0.1, 0.4), n=20, higher_is_better=False, evaluator="judge@1")

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from erasekit.errors import UsageError
-from erasekit.results import (
+from erasekit.evaluation.results import (
     Metric,
     RunResult,
     compare,

@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from erasekit import plugins
-from erasekit.config import build, resolve
+from erasekit.backbones.memory import Activations, Holding
 from erasekit.errors import ErasekitError
-from erasekit.memory import Activations, Holding
-from erasekit.runner import compute, run
+from erasekit.registration import plugins
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.runner import run
 from tests.conftest import THIRD_PARTY
 
 REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py"])
@@ -74,7 +76,7 @@ def test_no_call_has_more_rows_than_the_preset(small, method):
 
 
 def _context(plan, backbone):
-    from erasekit.runner import context
+    from erasekit.runs.compute import context
 
     return context(plan, backbone, REGISTRIES)
 

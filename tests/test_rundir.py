@@ -7,11 +7,12 @@ import tomllib
 
 import pytest
 
-from erasekit import plugins
-from erasekit.config import RunConfig, build, resolve
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import StepEnd
-from erasekit.rundir import open_run, path_of
+from erasekit.registration import plugins
+from erasekit.runs.config import RunConfig, build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import open_run, path_of
 
 
 @pytest.fixture(scope="module")

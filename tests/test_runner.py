@@ -14,12 +14,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from erasekit import plugins
-from erasekit.config import RunConfig, build, resolve
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
-from erasekit.results import read_scores
-from erasekit.rundir import path_of
-from erasekit.runner import run
+from erasekit.evaluation.results import read_scores
+from erasekit.registration import plugins
+from erasekit.runs.config import RunConfig, build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import path_of
+from erasekit.runs.runner import run
 from tests.conftest import THIRD_PARTY
 
 

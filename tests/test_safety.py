@@ -1,8 +1,9 @@
 import pytest
 
-from erasekit.config import build, resolve
 from erasekit.errors import UsageError
-from erasekit.plugins import default
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit.safety import reject_unsafe
 
 SEXUAL = "nsfw"  # a term of the list; which one does not matter here

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 
 from erasekit.errors import ErasekitError, UsageError
-from erasekit.sampling import base_key, generate, intact, load_pictures, sample, set_sampler
-from erasekit.tasks import Prompt, Protocol
+from erasekit.evaluation.sampling import base_key, generate, intact, load_pictures, sample, set_sampler
+from erasekit.evaluation.tasks import Prompt, Protocol
 from tests import tiny
 
 PROTOCOL = Protocol(sampler="ddim", steps=3, guidance=3.0, size=16, batch=2)

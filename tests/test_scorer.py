@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from erasekit.builtin.scorer import ClipScorer
 from erasekit.errors import EnvironmentProblem
-from erasekit.method import RunContext
+from erasekit.evaluation.scorer import ClipScorer
+from erasekit.methods.context import RunContext
 from erasekit_trace.divergence import clip
 from tests import tiny
 from tests.third_party.tiny_world import Words

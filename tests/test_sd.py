@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from erasekit import plugins
-from erasekit.backbone import Backbone, BackboneConfig, guided
-from erasekit.builtin.sd import StableDiffusion, StableDiffusion14
+from erasekit.backbones.protocol import Backbone, BackboneConfig, guided
+from erasekit.backbones.sd import StableDiffusion, StableDiffusion14
 from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.registration import plugins
 from tests import tiny
 
 PROMPTS = ["a photo of a cat", "a dog by vint"]

@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from erasekit.builtin import single_file
-from erasekit.builtin.sd import StableDiffusionConfig
+from erasekit.backbones import single_file
+from erasekit.backbones.sd import StableDiffusionConfig
 from erasekit.errors import EnvironmentProblem
 from tests import tiny
 

@@ -3,15 +3,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from erasekit.backbone import guided
-from erasekit.closedform import Moment, Pairs
-from erasekit.deltas import to_dense
-from erasekit.erasure import Erasure
-from erasekit.method import RunContext
-from erasekit.plugins import default
-from erasekit.schedule import ddpm_tau, flow_tau
-from erasekit.tasks import Protocol
-from erasekit.trajectories import negative_guidance
+from erasekit.backbones.protocol import guided
+from erasekit.backbones.schedule import ddpm_tau, flow_tau
+from erasekit.erasures.deltas import to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.evaluation.tasks import Protocol
+from erasekit.methods.closedform import Moment, Pairs
+from erasekit.methods.context import RunContext
+from erasekit.methods.trajectories import negative_guidance
+from erasekit.registration.plugins import default
 from erasekit_rece.method import robustify
 from erasekit_trace import losses, slots
 from erasekit_trace.divergence import probe
@@ -20,6 +20,8 @@ from erasekit_trace.plugin import SLOTS
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
 from tests import tiny
 from tests.third_party.tiny_world import Words
+
+COMPONENT = default().components.get
 
 STEPS = 6
 GUIDANCE = 2.0
@@ -55,7 +57,9 @@ def backbone(tiny_folder):
 def context(backbone):
     def make(names=("cat", "dog"), seed=0, directory=None):
         task = Words()
-        return RunContext(backbone, tuple(task.concept(name) for name in names), task, seed, directory)
+        return RunContext(
+            backbone, tuple(task.concept(name) for name in names), task, seed, directory, component=default().components.get
+        )
 
     return make
 
@@ -98,7 +102,7 @@ def test_the_uce_refinement_holds_preserved_prompts_and_captions():
 def test_the_empty_prompt_is_held(wide, refine):
     """Guidance's other branch: of its embeddings hardly anything moves, at every site and position."""
     task = Words()
-    ctx = RunContext(wide, (task.concept("cat"),), task)
+    ctx = RunContext(wide, (task.concept("cat"),), task, component=COMPONENT)
     settings = {"whitened": {"ridge": 0.3, "preserve_scale": 10.0}, "uce": {"ridge": 1e-4}}[refine]
     deltas = Trace(TraceConfig(refine=refine, eta=1.0, **settings)).refine(ctx)["cat"]
     empty, cat = wide.encode([""]), wide.encode(["a photo of a cat"])
@@ -114,7 +118,7 @@ def test_the_papers_refinements_are_of_one_vector_per_concept(wide, refine, neut
     """W' e_w = W e_u (Eq. 1) and W' e_w = W' e_u (Prop. 3.2) at every site, for two concepts at once, of rank 1 each."""
     task = Words()
     concepts = [task.concept(n).model_copy(update={"neutral": neutral, "phrases": (f"a {n}",)}) for n in ("cat", "dog")]
-    ctx = RunContext(wide, tuple(concepts), task)
+    ctx = RunContext(wide, tuple(concepts), task, component=COMPONENT)
     refined = Trace(TraceConfig(refine=refine, eta=1.0)).refine(ctx)
     for concept in concepts:
         name = concept.phrases[0]

@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 
 from erasekit.errors import ErasekitError
-from erasekit.method import RunContext
-from erasekit.training import TrainingConfig, train
+from erasekit.methods.context import RunContext
+from erasekit.methods.training import TrainingConfig, train
 
 CONFIG = TrainingConfig(steps=12, lr=0.05, warmup=3, weight_decay=0.1, checkpoint_every=4)
 

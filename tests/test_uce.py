@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from erasekit.concepts import Concept
-from erasekit.config import build, resolve
-from erasekit.deltas import concatenate, merged, to_dense
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import concatenate, merged, to_dense
+from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
-from erasekit.plugins import default
-from erasekit.prompts import concept_pairs, preserve_prompts
-from erasekit.sites import held, pair_rows, site_embeddings
+from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import concept_pairs, preserve_prompts
+from erasekit.methods.sites import held, pair_rows, site_embeddings
+from erasekit.registration.plugins import default
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit_uce.method import Uce, UceConfig
 from tests import tiny_flux
 from tests.third_party.tiny_world import Words
+
+COMPONENT = default().components.get
 
 mini_uce = partial(UceConfig, **Uce.defaults["sd15-mini"])  # what the mini models have
 
@@ -33,7 +36,7 @@ class NoPrompts(Words):
 def context(backbone, names=("cat",), **changes):
     task = Words()
     concepts = tuple(task.concept(name).model_copy(update=changes) for name in names)
-    return RunContext(backbone, concepts, task)
+    return RunContext(backbone, concepts, task, component=COMPONENT)
 
 
 def every(cond, reads):
@@ -143,7 +146,7 @@ def test_erased_prompts_are_predicted_as_neutral_ones(wide):
 def test_positions(backbone, tokens):
     """Prompts of one template: 'a photo of cat in the red', where the concept stands before the end."""
     concept = Concept(name="cat", phrases=("cat",), neutral="thing", templates=("a photo of {} in the red",))
-    ctx = RunContext(backbone, (concept,), NoPrompts())
+    ctx = RunContext(backbone, (concept,), NoPrompts(), component=COMPONENT)
     rows = {reads: of_concepts(ctx, reads, tokens) for reads in {site.reads for site in backbone.text_sites()}}
     cond, goal = (backbone.encode([f"a photo of {w} in the red"]) for w in ("cat", "thing"))
     at = backbone.spans("a photo of cat in the red", "cat")[-1][-1]
@@ -158,7 +161,7 @@ def test_positions(backbone, tokens):
 
 def test_the_last_token_of_a_phrase_is_paired_with_the_neutral_noun(backbone):
     concept = Concept(name="cat", phrases=("red kitten",), neutral="thing", templates=("a photo of {}",))
-    ctx = RunContext(backbone, (concept,), NoPrompts())
+    ctx = RunContext(backbone, (concept,), NoPrompts(), component=COMPONENT)
     found = of_concepts(ctx, "tokens", "last")
     cond, goal = backbone.encode(["a photo of red kitten"]), backbone.encode(["a photo of thing"])
     at, there = backbone.spans("a photo of red kitten", "kitten")[0][-1], backbone.spans("a photo of thing", "thing")[0][-1]
@@ -169,7 +172,7 @@ def test_the_last_token_of_a_phrase_is_paired_with_the_neutral_noun(backbone):
 def test_a_prompt_without_the_phrase_is_edited_at_its_last_word(backbone):
     """A task's prompt may ask for the concept in other words; the empty guide takes the place of any prompt."""
     concept = Concept(name="cat", phrases=("kitten",), templates=("{}",))
-    found = of_concepts(RunContext(backbone, (concept,), Words()), "tokens", "last")
+    found = of_concepts(RunContext(backbone, (concept,), Words(), component=COMPONENT), "tokens", "last")
     at = backbone.spans("a photo of a cat", "cat")[0][-1]
     want = [backbone.encode(["kitten"]).tokens[0, backbone.spans("kitten", "kitten")[0][-1]]]
     want.append(backbone.encode(["a photo of a cat"]).tokens[0, at])
@@ -231,7 +234,13 @@ def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
     """On noise that debiasing has not seen; the mini models draw a ship for one background in twenty, a cat for the others."""
     plan = resolve(build({"method": "uce", "backbone": mini, "concepts": ("cat",)}), default())
     concept = Concept(name="background", phrases=("a background",), templates=("a photo of {}", "a picture of {}"))
-    ctx = RunContext(plan.backbone.load(plan.backbone_config), (concept,), NoPrompts(), protocol=plan.protocol)
+    ctx = RunContext(
+        plan.backbone.load(plan.backbone_config),
+        (concept,),
+        NoPrompts(),
+        protocol=plan.protocol,
+        component=default().components.get,
+    )
     method = Uce(mini_uce(guides=("a cat", "a ship"), debias_rounds=5, debias_pictures=24))
     shares = method.shares(ctx)["background"]
     fresh, scorer = replace(ctx, seed=1), default().components.get("scorer", "mini")()

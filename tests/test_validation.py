@@ -5,24 +5,29 @@ import json
 import pytest
 import torch
 
-from erasekit.backbone import guided
-from erasekit.deltas import LowRank, merged, scale
-from erasekit.guidance import Guidance
-from erasekit.method import RunContext
-from erasekit.prompts import neutral_of
-from erasekit.remains import LIMIT, Remains, Residual
-from erasekit.validation import Validation, remains_of, validation
+from erasekit.backbones.protocol import guided
+from erasekit.erasures.deltas import LowRank, merged, scale
+from erasekit.erasures.guidance import Guidance
+from erasekit.erasures.remains import LIMIT, Remains, Residual
+from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import neutral_of
+from erasekit.methods.validation import Validation, remains_of, validation
+from erasekit.registration.plugins import default
 from erasekit_mini.backbone import FluxMini, Sd15Mini
 from erasekit_mini.tasks import Hazards, Objects
 from erasekit_uce.method import Uce, UceConfig
 from tests import tiny
 from tests.third_party.tiny_world import Words
 
+COMPONENT = default().components.get
+
 
 @pytest.fixture(scope="module")
 def ctx(tiny_folder):
     task = Words()
-    return RunContext(tiny.load(tiny_folder), (task.concept("cat"), task.concept("dog")), task)
+    return RunContext(
+        tiny.load(tiny_folder), (task.concept("cat"), task.concept("dog")), task, component=default().components.get
+    )
 
 
 def some_deltas(ctx, size=0.3):
@@ -111,7 +116,7 @@ def mini(request):
 def test_what_erases_on_the_minis_leaves_little_and_a_third_of_it_more(mini):
     """UCE erases "cat" on both minis (benchmarks/README.md); a third of its edit does not."""
     task = Objects()
-    ctx = RunContext(mini, (task.concept("cat"),), task)
+    ctx = RunContext(mini, (task.concept("cat"),), task, component=COMPONENT)
     erasure = Uce(UceConfig(**Uce.defaults[mini.name])).erase(ctx)
     whole = remains_of(ctx, erasure)
     assert whole.residual["cat"].prompts < 0.1
@@ -128,7 +133,7 @@ def test_what_erases_on_the_minis_leaves_little_and_a_third_of_it_more(mini):
 def test_a_guidance_that_changes_nothing_leaves_everything(mini):
     """The scheme of the negative prompt with the empty prompt as its text is the model as it is."""
     task = Hazards()
-    ctx = RunContext(mini, (task.concept("hazard"),), task)
+    ctx = RunContext(mini, (task.concept("hazard"),), task, component=COMPONENT)
     nothing = Guidance("negative-prompt", {}, ("", ""), mini.encode(["", ""]), scale=1.0)
     found = validation(ctx).measure(nothing)
     assert found.residual["hazard"].prompts == pytest.approx(1, abs=1e-3)

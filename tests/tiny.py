@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from erasekit.backbone import BackboneConfig
-from erasekit.builtin.sd import StableDiffusion
+from erasekit.backbones.protocol import BackboneConfig
+from erasekit.backbones.sd import StableDiffusion
 
 WORDS = ("a", "photo", "of", "cat", "dog", "kitten", "ship", "thing", "red", "by", "vint", "in", "the", "style")
 LENGTH = 16

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
-from erasekit.builtin.flux import Flux, FluxConfig
-from erasekit.memory import Holding
+from erasekit.backbones.flux import Flux, FluxConfig
+from erasekit.backbones.memory import Holding
 from tests.tiny import WIDTH, WORDS, text_config, tokenizer
 
 POSITIONS = 12

@@ -24,9 +24,9 @@ from metadata import write_metadata  # noqa: E402
 from models import build as build_model  # noqa: E402
 from row import STEPS, Passes, Row, planned  # noqa: E402
 
-from erasekit.config import Plan  # noqa: E402
-from erasekit.plugins import default  # noqa: E402
-from erasekit.runner import compute  # noqa: E402
+from erasekit.registration.plugins import default  # noqa: E402
+from erasekit.runs.compute import compute  # noqa: E402
+from erasekit.runs.config import Plan  # noqa: E402
 
 
 def full_steps(row: Row, base: Path) -> tuple[int, int]:

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from erasekit.config import Plan, build, resolve
-from erasekit.erasure import load_into
-from erasekit.plugins import default
-from erasekit.runner import compute, evaluation_prompts
-from erasekit.sampling import generate
+from erasekit.erasures.loading import load_into
+from erasekit.evaluation.sampling import generate
+from erasekit.registration.plugins import default
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.plan import Plan
+from erasekit.runs.resolve import resolve
+from erasekit.runs.runner import evaluation_prompts
 
 STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and pictures, training steps
 USABLE = 0.96  # share of a GPU's memory that its driver and the context of CUDA leave
@@ -136,7 +139,7 @@ def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size
 def fitted(plan: Plan) -> tuple[Plan, dict[str, float] | None]:
     """The plan with the batch that a run would take on its size of GPU, and the peaks in GB predicted for it, if any are."""
     try:
-        from erasekit import preflight
+        from erasekit.runs import preflight
     except ImportError:
         return plan, None
     plan = preflight.fitted(plan)
@@ -172,7 +175,7 @@ def draw(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
         backbone.release(part)
     with meter.stage("load_pipeline"):
         pipe = backbone.pipeline(encoders=False)
-        load_into(pipe, folder, base=backbone)
+        load_into(pipe, folder, base=backbone, component=default().components.get)
     with meter.stage("sample"):
         generate(backbone, pipe, prompts, list(range(len(prompts))), protocol)
     meter.note(pictures={"n": len(prompts), "steps": steps})

@@ -12,7 +12,7 @@ import typer
 
 from erasekit import __version__
 from erasekit.errors import ErasekitError
-from erasekit.registry import BrokenPlugin
+from erasekit.registration.registry import BrokenPlugin
 
 INTERRUPTED = 130
 FAILED = 4
@@ -21,7 +21,7 @@ FAILED = 4
 def build() -> typer.Typer:
     """The application with its own commands and those of plugins."""
     from erasekit.cli import doctor, erase, evaluate, generate, ls, plugins, report, run, verify
-    from erasekit.plugins import add_commands, default
+    from erasekit.registration.plugins import add_commands, default
 
     app = typer.Typer(
         name="erasekit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"

@@ -25,7 +25,7 @@ def command(
     if plan:
         _show_plan(plugin, as_json=as_json)
         return
-    from erasekit.doctor import diagnose
+    from erasekit.runs.doctor import diagnose
 
     checks = diagnose(options.registries(plugin), out)
     if as_json:
@@ -38,8 +38,8 @@ def command(
 
 def _show_plan(plugin: options.Plugin, *, as_json: bool) -> None:
     """Print the predicted peak of every method on every size of GPU."""
-    from erasekit.memory import VRAM_GB
-    from erasekit.preflight import table
+    from erasekit.backbones.memory import VRAM_GB
+    from erasekit.runs.estimate import table
 
     found = table(options.registries(plugin))
     if as_json:

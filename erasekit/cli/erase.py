@@ -11,9 +11,10 @@ import typer
 from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import tell
-from erasekit.config import build, resolve
 from erasekit.errors import UsageError
 from erasekit.events import StageStarted, StepEnd, heard
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 
 
 def command(
@@ -47,11 +48,11 @@ def command(
         raise UsageError(f"Say what to erase, e.g. --concept '{plan.concepts[0].name}'.")
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
-    from erasekit.erasure import read_manifest
-    from erasekit.memory import check_disk
-    from erasekit.modelcard import model_card
-    from erasekit.preflight import preflight
-    from erasekit.runner import compute
+    from erasekit.backbones.memory import check_disk
+    from erasekit.erasures.manifest import read_manifest
+    from erasekit.erasures.modelcard import model_card
+    from erasekit.runs.compute import compute
+    from erasekit.runs.preflight import preflight
 
     preflight(plan)
     check_disk(out, pictures=0, size=0)

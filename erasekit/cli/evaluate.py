@@ -10,7 +10,7 @@ import typer
 from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.run import show_results
-from erasekit.config import build
+from erasekit.runs.config import build
 
 
 def command(
@@ -25,8 +25,8 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Draw pictures with an erasure and without, measure both, and write a report."""
-    from erasekit.erasure import read_manifest
-    from erasekit.runner import planned, run
+    from erasekit.erasures.manifest import read_manifest
+    from erasekit.runs.runner import planned, run
 
     manifest = read_manifest(erasure)
     flags = {

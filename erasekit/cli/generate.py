@@ -10,15 +10,15 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.progress import listener
-from erasekit.config import settings_of
 from erasekit.errors import UsageError
+from erasekit.evaluation.tasks import Protocol
 from erasekit.events import StageStarted, heard
-from erasekit.tasks import Protocol
+from erasekit.runs.config import settings_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from erasekit.plugins import Registries
+    from erasekit.registration.plugins import Registries
 
 Erasure = Annotated[
     Path | None, typer.Option("--erasure", "-e", metavar="FOLDER", help="An erasure to load.", show_default=False)
@@ -63,9 +63,10 @@ def _draw(
     chosen: dict[str, Any],
 ) -> list[Image]:
     """Every prompt with every seed."""
-    from erasekit.erasure import load_into, read_manifest
+    from erasekit.erasures.loading import load_into
+    from erasekit.erasures.manifest import read_manifest
+    from erasekit.evaluation.sampling import generate
     from erasekit.safety import reject_unsafe
-    from erasekit.sampling import generate
 
     if concepts and erasure is None:
         raise UsageError("--concept chooses parts of an erasure: give --erasure FOLDER too.")

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from erasekit.config import parse_overrides
 from erasekit.errors import UsageError
-from erasekit.plugins import Registries, default, load
+from erasekit.registration.plugins import Registries, default, load
+from erasekit.runs.config import parse_overrides
 
 Plugin = Annotated[
     list[Path] | None,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from erasekit.cli import options
 from erasekit.errors import unknown
-from erasekit.plugins import PluginInfo, default, load
+from erasekit.registration.plugins import PluginInfo, default, load
 
 COLOURS = {"ok": "green", "broken": "red", "disabled": "yellow"}
 

@@ -10,8 +10,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from erasekit.backbones.memory import peak_memory_mb
 from erasekit.events import Event, Noted, Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
-from erasekit.memory import peak_memory_mb
 
 SECONDS_BETWEEN_LINES = 10.0
 

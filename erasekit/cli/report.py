@@ -19,8 +19,8 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Show the numbers of runs side by side, and write the report of each again."""
-    from erasekit.report import write_report
-    from erasekit.results import compare, read_result, table
+    from erasekit.evaluation.results import compare, read_result, table
+    from erasekit.runs.report import write_report
 
     results = [read_result(folder / "results.json") for folder in runs]
     registries = options.registries(plugin)

@@ -13,9 +13,11 @@ import typer
 from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show, tell
-from erasekit.config import Plan, RunConfig, build, resolve
 from erasekit.errors import UsageError
-from erasekit.rundir import path_of
+from erasekit.runs.config import RunConfig, build
+from erasekit.runs.plan import Plan
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import path_of
 
 
 def command(
@@ -55,7 +57,7 @@ def command(
     if dry_run:
         _show_plan(plan, out, as_json=as_json)
         return
-    from erasekit.runner import run
+    from erasekit.runs.runner import run
 
     with listener() as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
@@ -99,7 +101,7 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
 def _memory(plan: Plan) -> str:
     """The predicted peak, and what stands in the way of a run."""
     from erasekit.errors import EnvironmentProblem
-    from erasekit.preflight import prediction, preflight
+    from erasekit.runs.preflight import prediction, preflight
 
     found = prediction(plan)
     stages = ", ".join(f"{stage} {gb:.1f}" for stage, gb in found._asdict().items())
@@ -113,7 +115,7 @@ def _memory(plan: Plan) -> str:
 
 def earlier(out: Path, plan: Plan) -> dict[str, list[float]]:
     """Seconds that finished runs under `out` took on the plan's backbone: for a `picture`, and to `erase` by its method."""
-    from erasekit.results import read_result
+    from erasekit.evaluation.results import read_result
 
     together = 1 if plan.separate else len(plan.concepts)
     found: dict[str, list[float]] = {"picture": [], "erase": []}
@@ -137,16 +139,17 @@ def _about(seconds: list[float]) -> str:
 
 def _pictures(plan: Plan) -> int:
     """How many pictures a run of the plan draws of each side."""
-    from erasekit.runner import evaluation_prompts
+    from erasekit.runs.runner import evaluation_prompts
 
     return len(evaluation_prompts(plan.singles()[0] if plan.separate else plan))
 
 
 def show_results(plan: Plan, out: Path) -> None:
     """Print the numbers of a finished plan, where its report is, and how to load its erasure in diffusers."""
-    from erasekit.erasure import Erasure, read_manifest
-    from erasekit.modelcard import load_lines
-    from erasekit.results import number, read_result, table
+    from erasekit.erasures.erasure import Erasure
+    from erasekit.erasures.manifest import read_manifest
+    from erasekit.erasures.modelcard import load_lines
+    from erasekit.evaluation.results import number, read_result, table
 
     folder = path_of(out, plan)
     result = read_result(folder / "results.json")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from erasekit.erasure import Erasure
+    from erasekit.erasures.erasure import Erasure
 
 WIDTH_OF_A_FILE = 200
 

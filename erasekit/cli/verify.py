@@ -11,8 +11,9 @@ import typer
 from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
-from erasekit.config import DEFAULT_TASKS, settings_of
 from erasekit.events import StageStarted, heard
+from erasekit.runs.config import settings_of
+from erasekit.runs.resolve import DEFAULT_TASKS
 
 MEANING = {
     "to_neutral": "|W'e_w - W e_u|, the concept read as the neutral word was (Thm 3.1)",
@@ -34,8 +35,9 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Check every file's hash and the base's, then print the certificate: what the weights do to the text, site by site."""
-    from erasekit.certificate import certify
-    from erasekit.erasure import Erasure, read_manifest
+    from erasekit.erasures.certificate import certify
+    from erasekit.erasures.erasure import Erasure
+    from erasekit.erasures.manifest import read_manifest
 
     chosen, registries = options.chosen(settings, vram), options.registries(plugin)
     kind = registries.backbones.get(backbone or read_manifest(erasure)["backbone"])

@@ -8,17 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from erasekit.backbone import Conditioning, concatenate
+from erasekit.backbones.memory import GIB, LORA_GB, Footprint
+from erasekit.backbones.protocol import Conditioning, concatenate
 from erasekit.concepts import Concept
-from erasekit.config import Plan
-from erasekit.deltas import Deltas, LowRank
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import Deltas, LowRank
+from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
-from erasekit.fusion import fusion, input_moments, share
-from erasekit.memory import GIB, LORA_GB, Footprint
-from erasekit.method import Method, OrNone, RunContext
-from erasekit.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
-from erasekit.trajectories import Pool, concept_pool
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.fusion import fusion, input_moments, share
+from erasekit.methods.method import Method, OrNone
+from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
+from erasekit.methods.trajectories import Pool, concept_pool
 from erasekit_ant import maths
 from erasekit_ant.student import MaskedWeights
 
@@ -148,7 +148,7 @@ class Ant(Method):
     }
     config: AntConfig
 
-    def footprint(self, plan: Plan) -> Footprint:
+    def footprint(self, plan: Planned) -> Footprint:
         """Late and early points, each under two prompts."""
         config = self.config
         trained = LORA_GB * len(plan.concepts)
@@ -165,7 +165,7 @@ class Ant(Method):
         else:
             fused = self.fuse(ctx, pools, [self.lora(ctx, i, pool) for i, pool in enumerate(pools)])
             deltas = {concept.name: {"adapter": own} for concept, own in zip(ctx.concepts, fused, strict=True)}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)
 
     def pool(self, ctx: RunContext, concept: Concept) -> Pool:
         """Trajectories of the base under random training prompts of a concept.

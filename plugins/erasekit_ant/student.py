@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from erasekit.backbone import Conditioning
-from erasekit.deltas import Deltas, Dense
-from erasekit.exchange import Exchanged
-from erasekit.method import RunContext
+from erasekit.backbones.protocol import Conditioning
+from erasekit.erasures.deltas import Deltas, Dense
+from erasekit.methods.context import RunContext
+from erasekit.methods.exchange import Exchanged
 
 
 class MaskedWeights:

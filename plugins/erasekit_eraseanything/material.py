@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from erasekit.attention import token_positions
-from erasekit.backbone import Conditioning
+from erasekit.backbones.attention import token_positions
+from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
-from erasekit.method import RunContext
-from erasekit.pictures import draw
-from erasekit.prompts import phrased_prompts
+from erasekit.methods.context import RunContext
+from erasekit.methods.pictures import draw
+from erasekit.methods.prompts import phrased_prompts
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
 
 if TYPE_CHECKING:

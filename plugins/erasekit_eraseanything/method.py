@@ -10,16 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from erasekit.adapters import AdapterBank, Init
-from erasekit.attention import attention_maps
-from erasekit.backbone import Conditioning, concatenate
-from erasekit.config import Plan
-from erasekit.erasure import Erasure
-from erasekit.memory import LORA_GB, Footprint
-from erasekit.method import Method, OrNone, RunContext
-from erasekit.pictures import kept_pictures, noised
-from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
-from erasekit.trajectories import at_scale, negative_guidance
+from erasekit.backbones.attention import attention_maps
+from erasekit.backbones.memory import LORA_GB, Footprint
+from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.adapters import AdapterBank, Init
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.method import Method, OrNone
+from erasekit.methods.pictures import kept_pictures, noised
+from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.methods.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import Material, Prompts, material, material_texts
 
@@ -107,7 +107,7 @@ class EraseAnything(Method):
     }
     config: EraseAnythingConfig
 
-    def footprint(self, plan: Plan) -> Footprint:
+    def footprint(self, plan: Planned) -> Footprint:
         """The upper level's two passes, attention maps with them."""
         config = self.config
         rows = config.batch + max(1, config.batch // 2) if config.steps else 0
@@ -123,7 +123,7 @@ class EraseAnything(Method):
         with self.student(ctx) as (bank, step, parameters):
             train(step, parameters, config, ctx=ctx, name="eraseanything")
             deltas = {name: {"adapter": bank.deltas(name)} for name in bank.names}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)
 
     @contextmanager
     def student(self, ctx: RunContext) -> Iterator[tuple[AdapterBank, Step, list[torch.nn.Parameter]]]:

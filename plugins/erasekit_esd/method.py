@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from erasekit.backbones.memory import GIB, LORA_GB, Footprint
 from erasekit.concepts import Concept
-from erasekit.config import Plan
-from erasekit.erasure import Erasure
-from erasekit.memory import GIB, LORA_GB, Footprint
-from erasekit.method import Method, OrNone, RunContext
-from erasekit.training import LoraTrainingConfig, Losses, squared_error, train
-from erasekit.trajectories import Pool, at_scale, concept_pool, negative_guidance
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.method import Method, OrNone
+from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.methods.trajectories import Pool, at_scale, concept_pool, negative_guidance
 from erasekit_esd.student import Student, full, lora, matching, modules
 
 # What erased the objects of the mini world on validation prompts.
@@ -92,7 +92,7 @@ class Esd(Method):
     }
     config: EsdConfig
 
-    def footprint(self, plan: Plan) -> Footprint:
+    def footprint(self, plan: Planned) -> Footprint:
         """Points of one concept."""
         config, trained = self.config, LORA_GB
         if config.weights == "full":
@@ -108,7 +108,7 @@ class Esd(Method):
             train(self.losses(student, pools), student.parameters, self.config, ctx=ctx, name="esd")
             deltas = student.deltas()
         entry = ctx.concepts[0].name if len(ctx.concepts) == 1 else "shared"
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas={entry: {"weights": deltas}})
+        return self.erasure(ctx, deltas={entry: {"weights": deltas}})
 
     def student(self, ctx: RunContext) -> AbstractContextManager[Student]:
         """The student, which predicts at the guidance scale that its targets are of."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from erasekit.adapters import AdapterBank
-from erasekit.backbone import Backbone, Conditioning
-from erasekit.deltas import Deltas, Dense
+from erasekit.backbones.protocol import Backbone, Conditioning
+from erasekit.erasures.deltas import Deltas, Dense
 from erasekit.errors import UsageError
-from erasekit.exchange import Exchanged
-from erasekit.method import RunContext
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
+from erasekit.methods.exchange import Exchanged
 
 if TYPE_CHECKING:
     from erasekit_esd.method import EsdConfig

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from erasekit.attention import token_positions
-from erasekit.backbone import Conditioning
+from erasekit.backbones.attention import token_positions
+from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
-from erasekit.fusion import input_moments
-from erasekit.method import RunContext
-from erasekit.pictures import noised
-from erasekit.sites import pair_rows
+from erasekit.methods.context import RunContext
+from erasekit.methods.fusion import input_moments
+from erasekit.methods.pictures import noised
+from erasekit.methods.sites import pair_rows
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
 

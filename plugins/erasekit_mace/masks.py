@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from erasekit.attention import attention_maps
-from erasekit.backbone import Conditioning
+from erasekit.backbones.attention import attention_maps
+from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
-from erasekit.method import RunContext
-from erasekit.pictures import noised
+from erasekit.methods.context import RunContext
+from erasekit.methods.pictures import noised
 
 TAUS = (0.4, 0.6, 0.8)  # where a picture has taken shape and its prompt still matters
 THRESHOLD = 0.4  # of the way from the least to the most attended place

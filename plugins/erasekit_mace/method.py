@@ -8,21 +8,21 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from erasekit.adapters import Init
-from erasekit.attention import attention_maps, token_positions
-from erasekit.backbone import Conditioning
-from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
+from erasekit.backbones.attention import attention_maps, token_positions
+from erasekit.backbones.memory import LORA_GB, Footprint
+from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
-from erasekit.config import Plan
-from erasekit.deltas import Deltas, LowRank, concatenate, merged
-from erasekit.erasure import Erasure
-from erasekit.fusion import fusion, share
-from erasekit.memory import LORA_GB, Footprint
-from erasekit.method import Method, OrNone, RunContext
-from erasekit.pictures import kept_pictures, noised, pictures_of
-from erasekit.prompts import phrased_prompts, preserve_prompts
-from erasekit.sites import held, kept_moment, site_deltas, site_weights
-from erasekit.training import LoraTrainingConfig, Losses, train_lora
+from erasekit.erasures.deltas import Deltas, LowRank, concatenate, merged
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.adapters import Init
+from erasekit.methods.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.fusion import fusion, share
+from erasekit.methods.method import Method, OrNone
+from erasekit.methods.pictures import kept_pictures, noised, pictures_of
+from erasekit.methods.prompts import phrased_prompts, preserve_prompts
+from erasekit.methods.sites import held, kept_moment, site_deltas, site_weights
+from erasekit.methods.training import LoraTrainingConfig, Losses, train_lora
 from erasekit_mace.inputs import beside, hidden_moments
 from erasekit_mace.losses import sample_tau, suppression
 from erasekit_mace.templates import wordings
@@ -164,7 +164,7 @@ class Mace(Method):
     slots = ("masks",)
     config: MaceConfig
 
-    def footprint(self, plan: Plan) -> Footprint:
+    def footprint(self, plan: Planned) -> Footprint:
         """Pictures with their attention maps."""
         config = self.config
         return Footprint(rows=config.batch if config.steps else 0, maps=True, trained_gb=LORA_GB * len(plan.concepts))
@@ -185,7 +185,7 @@ class Mace(Method):
             refinement = {module: delta for module, delta in refined[concept.name].items() if module not in own}
             parts = {"refine": refinement, "fusion": own}
             deltas[concept.name] = {part: layers for part, layers in parts.items() if layers}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)
 
     def texts(self, ctx: RunContext) -> list[str]:
         """Also the thirty templates, with the concept and with its neutral words."""

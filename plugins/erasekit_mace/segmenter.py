@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, GroundingDinoForObjectDetection, SamModel
 
-from erasekit.backbone import Conditioning
+from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError
-from erasekit.method import RunContext
+from erasekit.methods.context import RunContext
 from erasekit.quiet import quiet
 from erasekit_mace.masks import whole
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from erasekit.builtin.flux import Flux
-from erasekit.builtin.sd import StableDiffusion
-from erasekit.memory import Holding
+from erasekit.backbones.flux import Flux
+from erasekit.backbones.memory import Holding
+from erasekit.backbones.sd import StableDiffusion
 
 MODELS = Path(__file__).parent / "models"
 

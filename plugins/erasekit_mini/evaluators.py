@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from erasekit.errors import EnvironmentProblem
-from erasekit.evaluators import Batch, Evaluator, FrechetEvaluator, Scores, bootstrap
-from erasekit.results import Metric
+from erasekit.evaluation.evaluators import Batch, Evaluator, FrechetEvaluator, Scores, bootstrap
+from erasekit.evaluation.results import Metric
 from erasekit_mini import vocabulary as words
 from erasekit_mini.nets import MiniClassifier, MiniImageTower
 

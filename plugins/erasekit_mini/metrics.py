@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from erasekit.evaluators import harmonic_mean, wilson
-from erasekit.results import Metric
+from erasekit.evaluation.evaluators import harmonic_mean, wilson
+from erasekit.evaluation.results import Metric
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # "base" and "erased", scored pictures only
 JUDGE = "mini-classifier"

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, get_args
 
 from erasekit.concepts import Concept, Kind
 from erasekit.errors import unknown
-from erasekit.results import Metric
-from erasekit.tasks import Prompt, Split, Task
+from erasekit.evaluation.results import Metric
+from erasekit.evaluation.tasks import Prompt, Split, Task
 from erasekit_mini import metrics
 from erasekit_mini import vocabulary as words
 from erasekit_mini.vocabulary import Row

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, Field
 
-from erasekit.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
-from erasekit.deltas import Deltas, concatenate, to_dense
-from erasekit.erasure import Erasure
-from erasekit.method import Method, MethodConfig, RunContext
-from erasekit.prompts import guided_texts
-from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
+from erasekit.erasures.deltas import Deltas, concatenate, to_dense
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
+from erasekit.methods.context import RunContext
+from erasekit.methods.method import Method, MethodConfig
+from erasekit.methods.prompts import guided_texts
+from erasekit.methods.sites import Tokens, site_deltas, site_embeddings, site_weights
 from erasekit_rece.solve import adversary
 
 # Ridges mean what the published ones do where they are absolute.
@@ -109,7 +110,7 @@ class Rece(Method):
             shares[reads] = _shares(e.pairs, kept_DD, config, ridge=config.ridge)
         deltas = robustify(ctx, site_deltas(ctx, shares, weights), config)
         parts = {name: {"edit": own} for name, own in deltas.items()}
-        return Erasure.of(ctx, method=self.name, config=config.model_dump(), deltas=parts)
+        return self.erasure(ctx, deltas=parts)
 
 
 def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) -> dict[str, Deltas]:

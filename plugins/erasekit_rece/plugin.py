@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erasekit.hookspecs import hookimpl
+from erasekit.registration.hookspecs import hookimpl
 
 
 @hookimpl

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from erasekit.closedform import RidgeUnit, ridge_solve
+from erasekit.methods.closedform import RidgeUnit, ridge_solve
 
 
 def adversary(

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from erasekit.erasure import Erasure
-from erasekit.guidance import Guidance, Step, away_text
-from erasekit.method import Method, MethodConfig, RunContext
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.guidance import Guidance, Step, away_text
+from erasekit.methods.context import RunContext
+from erasekit.methods.method import Method, MethodConfig
 
 
 class Strength(MethodConfig):
@@ -63,14 +64,14 @@ class Sld(Method):
 
     def texts(self, ctx: RunContext) -> list[str]:
         """Also the text that is steered away from."""
-        return [*super().texts(ctx), away_text(ctx, self.config.text)]
+        return [*super().texts(ctx), away_text(ctx.concepts, self.config.text)]
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Encode the text."""
         config = self.config
         settings = config.model_dump(exclude={"text"})
-        guidance = Guidance.away_from(ctx, config.text, scheme=self.name, settings=settings)
-        return Erasure.of(ctx, method=self.name, config=config.model_dump(), guidance=guidance)
+        guidance = Guidance.away_from(ctx.backbone, ctx.concepts, config.text, scheme=self.name, settings=settings)
+        return self.erasure(ctx, guidance=guidance)
 
 
 class Scheme:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from erasekit.closedform import RANK_ERROR
-from erasekit.method import OneOrSeveral
-from erasekit.training import TrainingConfig
+from erasekit.methods.closedform import RANK_ERROR
+from erasekit.methods.method import OneOrSeveral
+from erasekit.methods.training import TrainingConfig
 
 
 class TraceConfig(TrainingConfig):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from erasekit.concepts import Concept
 from erasekit.errors import EnvironmentProblem
-from erasekit.method import RunContext
-from erasekit.trajectories import Pool
+from erasekit.methods.context import RunContext
+from erasekit.methods.trajectories import Pool
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PROBE_STEPS = 150

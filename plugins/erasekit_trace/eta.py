@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from erasekit.deltas import Deltas, merged, scale
+from erasekit.erasures.deltas import Deltas, merged, scale
+from erasekit.erasures.remains import Remains
 from erasekit.events import progress
-from erasekit.method import RunContext
-from erasekit.remains import Remains
-from erasekit.validation import validation
+from erasekit.methods.context import RunContext
+from erasekit.methods.validation import validation
 
 ETAS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
 

@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.closedform import TextEdit
+from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.concepts import Concept
-from erasekit.config import Plan
-from erasekit.deltas import Deltas, concatenate, merged, scale
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import Deltas, concatenate, merged, scale
+from erasekit.erasures.erasure import Erasure
+from erasekit.evaluation.tasks import Prompt
 from erasekit.events import note
-from erasekit.memory import LORA_GB, Footprint
-from erasekit.method import Method, RunContext
-from erasekit.near import near_words
-from erasekit.prompts import concept_pairs, neutral_of
-from erasekit.sites import site_deltas, site_embeddings, site_weights
-from erasekit.tasks import Prompt
-from erasekit.training import train
-from erasekit.trajectories import Pool
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.closedform import TextEdit
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.method import Method
+from erasekit.methods.near_words import near_words
+from erasekit.methods.prompts import concept_pairs, neutral_of
+from erasekit.methods.sites import site_deltas, site_embeddings, site_weights
+from erasekit.methods.training import train
+from erasekit.methods.trajectories import Pool
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.eta import choose_eta
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
@@ -78,7 +78,7 @@ class Trace(Method):
     slots = ("refine", "window", "bank", "divergence", "robustify")
     config: TraceConfig
 
-    def footprint(self, plan: Plan) -> Footprint:
+    def footprint(self, plan: Planned) -> Footprint:
         """Concept and clean points in one pass, and a pass for two concepts beside it."""
         config = self.config
         joint = max(2, config.batch // 2) if config.integration == "pairs" and len(plan.concepts) > 1 else 0
@@ -103,7 +103,7 @@ class Trace(Method):
         for name, delta in adapters.items():
             deltas.setdefault(name, {})["adapter"] = delta
         figures = {"eta": ctx.shared.get("eta"), "words": {c.name: c.phrases for c in ctx.concepts}}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas, figures=figures)
+        return self.erasure(ctx, deltas=deltas, figures=figures)
 
     def _hardened(self, ctx: RunContext, refined: dict[str, Deltas], adapters: Mapping[str, Deltas]) -> dict[str, Deltas]:
         """The closed-form part of each concept after the stages of `robustify`, which see the adapters too."""

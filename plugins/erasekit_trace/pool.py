@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from erasekit.backbone import Backbone, Conditioning, concatenate
-from erasekit.tasks import Protocol
-from erasekit.trajectories import Pool, base_pool, follow, negative_guidance, predict_each, steer
+from erasekit.backbones.protocol import Backbone, Conditioning, concatenate
+from erasekit.evaluation.tasks import Protocol
+from erasekit.methods.trajectories import Pool, base_pool, follow, negative_guidance, predict_each, steer
 
 
 def clean_pool(backbone: Backbone, protocol: Protocol, prompts: Conditioning, seeds: Sequence[int]) -> Pool:

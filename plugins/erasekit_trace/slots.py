@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from erasekit import closedform
-from erasekit.closedform import TextEdit
 from erasekit.concepts import Concept
-from erasekit.sites import SiteEmbeddings
+from erasekit.methods import closedform
+from erasekit.methods.closedform import TextEdit
+from erasekit.methods.sites import SiteEmbeddings
 
 if TYPE_CHECKING:
     from erasekit_trace.config import TraceConfig

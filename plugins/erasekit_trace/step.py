@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from erasekit.adapters import AdapterBank
-from erasekit.backbone import Conditioning, concatenate
-from erasekit.method import RunContext
-from erasekit.training import Losses
-from erasekit.trajectories import Pool
+from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.context import RunContext
+from erasekit.methods.training import Losses
+from erasekit.methods.trajectories import Pool
 from erasekit_trace import losses
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.slots import Adapter

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from erasekit.closedform import RANK_ERROR, RidgeUnit, uce
 from erasekit.concepts import Concept
-from erasekit.deltas import Deltas, concatenate, merged
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import Deltas, concatenate, merged
+from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
-from erasekit.method import Method, MethodConfig, OneOrSeveral, RunContext
-from erasekit.pictures import pictures_of
-from erasekit.prompts import guided_texts, phrased_prompts
-from erasekit.sites import Tokens, site_deltas, site_embeddings, site_weights
+from erasekit.methods.closedform import RANK_ERROR, RidgeUnit, uce
+from erasekit.methods.context import RunContext
+from erasekit.methods.method import Method, MethodConfig, OneOrSeveral
+from erasekit.methods.pictures import pictures_of
+from erasekit.methods.prompts import guided_texts, phrased_prompts
+from erasekit.methods.sites import Tokens, site_deltas, site_embeddings, site_weights
 
 # What erased the objects of the mini world on validation prompts.
 MINI = {"tokens": "all", "bare": False, "ridge": 1e-3, "ridge_unit": "relative"}
@@ -82,7 +83,7 @@ class Uce(Method):
         for name in self.config.robustify:
             deltas = ctx.component("robustify", name)(ctx, deltas, self.config)
         parts = {name: {"edit": own} for name, own in deltas.items()}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=parts)
+        return self.erasure(ctx, deltas=parts)
 
     def shares(self, ctx: RunContext) -> dict[str, list[float]]:
         """What debiasing makes of the guides' shares for each concept: those that came nearest to equal pictures.

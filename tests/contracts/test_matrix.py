@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from erasekit import plugins
-from erasekit.config import build, resolve
-from erasekit.erasure import Erasure, load_into
-from erasekit.runner import compute
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
+from erasekit.registration import plugins
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from tests.conftest import THIRD_PARTY
 
 SHORT = {
@@ -50,7 +52,7 @@ def test_a_method_keeps_its_contract(base, method, tmp_path):
     assert erasure.method == method
     assert erasure.config == plan.method_config.model_dump(mode="json")
     pipe = loaded.pipeline()
-    load_into(pipe, tmp_path / "0", base=loaded)
+    load_into(pipe, tmp_path / "0", base=loaded, component=REGISTRIES.components.get)
     call = loaded.call_arguments(loaded.encode(["a photo of a cat"]), empty=loaded.encode([""]), guidance=2.0)
     size = dict.fromkeys(("height", "width"), plan.protocol.size)
     plain, erased = (

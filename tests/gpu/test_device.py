@@ -5,9 +5,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from erasekit.config import build, resolve
-from erasekit.erasure import Erasure, load_into
-from erasekit.runner import compute, run
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
+from erasekit.runs.compute import compute
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
+from erasekit.runs.runner import run
 from tests.contracts.test_matrix import METHODS, REGISTRIES, SHORT
 from tests.tiny_flux import TinyFlux
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from erasekit import Method, MethodConfig, RunContext, hookimpl
-from erasekit.deltas import LowRank
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import LowRank
+from erasekit.erasures.erasure import Erasure
 
 
 class DirectionConfig(MethodConfig):
@@ -34,7 +34,7 @@ class Direction(Method):
             weights = {name: ctx.backbone.weight(name).cpu().float() for name in sites}
             edit = {name: LowRank(-self.config.strength * (w @ d_D)[:, None], d_D[None]) for name, w in weights.items()}
             deltas[concept.name] = {"direction": edit}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)
 
 
 @hookimpl

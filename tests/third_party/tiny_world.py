@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 
 from erasekit import Concept, Erasure, Evaluator, Method, Prompt, Protocol, RunContext, Task, hookimpl
-from erasekit.adapters import AdapterBank
 from erasekit.errors import unknown
-from erasekit.evaluators import Scores, wilson
-from erasekit.results import Metric
-from erasekit.training import TrainingConfig, train
+from erasekit.evaluation.evaluators import Scores, wilson
+from erasekit.evaluation.results import Metric
+from erasekit.methods.adapters import AdapterBank
+from erasekit.methods.training import TrainingConfig, train
 from tests.tiny import TinySD
 from tests.tiny_flux import TinyFlux
 
@@ -109,7 +109,7 @@ class Pull(Method):
         train(losses, bank.train_only("pull"), self.config, ctx=ctx, name="pull")
         deltas = {ctx.concepts[0].name: {"adapter": bank.deltas("pull")}}
         bank.remove()
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)
 
 
 @hookimpl

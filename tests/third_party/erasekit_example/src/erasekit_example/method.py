@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from erasekit import Method, MethodConfig, RunContext
-from erasekit.deltas import LowRank
-from erasekit.erasure import Erasure
+from erasekit.erasures.deltas import LowRank
+from erasekit.erasures.erasure import Erasure
 
 
 class RenameConfig(MethodConfig):
@@ -33,4 +33,4 @@ class Rename(Method):
             weights = {site.name: modules[site.name].weight for site in ctx.backbone.text_sites()}
             edit = {name: LowRank((w @ (neutral_D - word_D))[:, None], down[None]) for name, w in weights.items()}
             deltas[concept.name] = {"rename": edit}
-        return Erasure.of(ctx, method=self.name, config=self.config.model_dump(), deltas=deltas)
+        return self.erasure(ctx, deltas=deltas)

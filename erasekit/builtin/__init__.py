@@ -1,1 +1,0 @@
-"""What erasekit brings along: registered like any plugin."""

@@ -1,0 +1,1 @@
+"""What an erasure is, on disk and in a pipeline."""

@@ -1,0 +1,211 @@
+"""Erasures that act while a picture is drawn: no weight changes, and whoever leaves them out has the base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from safetensors.torch import load_file, save_file
+
+from erasekit.backbones.protocol import Backbone, Conditioning
+from erasekit.backbones.schedule import ddpm_tau, flow_tau
+from erasekit.concepts import Concept
+from erasekit.errors import UsageError
+from erasekit.safety import reject_unsafe
+
+_ModelHook: Any = ModelHook  # Any: diffusers is untyped
+NAME = "erasekit"  # of the hook on a denoiser
+SETTINGS, PROMPTS = "guidance.json", "guidance.safetensors"
+Prediction = Literal["none", "wanted", "concept"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How predictions are combined at every step.
+
+    Attributes:
+        scheme: the registered component of the slot `guidance` that does it.
+        settings: what the component is built with, plain data.
+        texts: the empty prompt and the text that is steered away from.
+        prompts: both, encoded: two rows.
+        scale: where a model's guidance is embedded, and so no second pass is drawn by the pipeline: the scale of the
+            classifier-free guidance between the two predictions that the scheme gives.
+    """
+
+    scheme: str
+    settings: Mapping[str, Any]
+    texts: tuple[str, str]
+    prompts: Conditioning
+    scale: float = 1.0
+
+    @classmethod
+    def away_from(
+        cls,
+        backbone: Backbone,
+        concepts: Sequence[Concept],
+        text: str,
+        *,
+        scheme: str,
+        settings: Mapping[str, Any],
+        scale: float = 1.0,
+    ) -> Guidance:
+        """Encode a text that is steered away from (if it is empty the phrases of all concepts), and the empty prompt.
+
+        Raises:
+            UsageError: the text is one that erasekit refuses.
+        """
+        text = away_text(concepts, text)
+        reject_unsafe([text])
+        return cls(scheme, settings, ("", text), backbone.encode(["", text]), scale)
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write the settings and the encoded prompts; the files' SHA-256 by name."""
+        record = {"scheme": self.scheme, "settings": self.settings, "texts": self.texts, "scale": self.scale}
+        (folder / SETTINGS).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        tensors = {name: t.cpu().contiguous() for name, t in vars(self.prompts).items() if t is not None}
+        save_file(tensors, folder / PROMPTS)
+        return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (SETTINGS, PROMPTS)}
+
+    @classmethod
+    def read(cls, folder: Path) -> Guidance:
+        """What `write` wrote."""
+        record = json.loads((folder / SETTINGS).read_text("utf-8"))
+        tensors = load_file(folder / PROMPTS)
+        prompts = Conditioning(tensors["tokens"], tensors.get("pooled"), tensors["ids"], tensors["lengths"])
+        return cls(**record | {"texts": tuple(record["texts"]), "prompts": prompts})
+
+
+def away_text(concepts: Sequence[Concept], text: str) -> str:
+    """The text that is steered away from; if it is empty the phrases of all concepts."""
+    return text or ", ".join(phrase for concept in concepts for phrase in concept.phrases)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a scheme is given at a step of sampling.
+
+    Attributes:
+        predict: the denoiser's predictions (b, ...) for the empty prompt (`none`), what the user asks for (`wanted`; for
+            `none` the user's negative prompt counts) and the `concept`: those that are named, in one batch.
+        tau: progress.
+        memory: a scheme's own, empty at the first step of a picture.
+    """
+
+    predict: Callable[..., tuple[torch.Tensor, ...]]
+    tau: float
+    memory: dict[str, torch.Tensor]
+
+
+class Scheme(Protocol):
+    """What is registered in the slot `guidance`: built with its settings, called at every step."""
+
+    def __call__(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes the place of the unconditional and of the conditional prediction in classifier-free guidance."""
+
+
+def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = True) -> None:
+    """Put a scheme into a pipeline, as a diffusers hook on its denoiser; one that is there is replaced.
+
+    Args:
+        pipe: a Stable Diffusion or FLUX.1 pipeline.
+        guidance: its prompts and its scale.
+        scheme: built with its settings.
+        embedded: a FLUX pipeline is called without true classifier-free guidance, as usual.
+    """
+    detach(pipe)
+    hook = UnetHook(guidance, scheme, pipe) if hasattr(pipe, "unet") else FluxHook(guidance, scheme, embedded=embedded)
+    HookRegistry.check_if_exists_or_initialize(_denoiser(pipe)).register_hook(hook, NAME)
+
+
+def detach(pipe: Any) -> None:
+    """Take a scheme out of a pipeline, which then is the base's again."""
+    HookRegistry.check_if_exists_or_initialize(_denoiser(pipe)).remove_hook(NAME, recurse=False)
+
+
+def _denoiser(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+class SteeringHook(_ModelHook):  # type: ignore[misc]
+    """What the hooks of both kinds of denoisers share: the scheme, and knowing where a picture begins."""
+
+    def __init__(self, guidance: Guidance, scheme: Scheme) -> None:
+        """Start before a picture."""
+        super().__init__()
+        self.guidance, self.scheme = guidance, scheme
+        self._memory: dict[str, torch.Tensor] = {}
+        self._last = 1.0
+
+    def steer(self, tau: float, predict: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scheme's predictions; its memory is emptied where progress falls back: there the next picture begins."""
+        if tau <= self._last:
+            self._memory = {}
+        self._last = tau
+        return self.scheme(Step(predict, tau, self._memory))
+
+
+class UnetHook(SteeringHook):
+    """On a UNet, which a pipeline calls once a step with the rows [unconditional, conditional]."""
+
+    def __init__(self, guidance: Guidance, scheme: Scheme, pipe: Any) -> None:
+        """The pipeline says how it calls."""
+        super().__init__(guidance, scheme)
+        self._pipe = pipe
+
+    def new_forward(self, module: Any, x: torch.Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        """The scheme's two predictions in the place of the denoiser's."""
+        if not self._pipe.do_classifier_free_guidance:
+            raise UsageError(
+                "This erasure steers classifier-free guidance, which is off. Sample with a guidance scale above 1."
+            )
+        n = len(x) // 2
+        concept = self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype).tokens
+        given = {"none": encoder_hidden_states[:n], "wanted": encoder_hidden_states[n:], "concept": concept}
+
+        def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
+            embeddings, latents = torch.cat([given[name] for name in names]), torch.cat([x[:n]] * len(names))
+            found = self.fn_ref.original_forward(latents, timestep, encoder_hidden_states=embeddings, **kwargs)
+            return tuple(found[0].chunk(len(names)))
+
+        tau = float(ddpm_tau(torch.as_tensor(timestep), self._pipe.scheduler.config.num_train_timesteps))
+        return (torch.cat(self.steer(tau, predict)),)
+
+
+class FluxHook(SteeringHook):
+    """On a FLUX transformer, which a pipeline calls once a step; with true guidance twice, the conditional one first."""
+
+    reads: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "tokens", "pooled_projections": "pooled"}
+
+    def __init__(self, guidance: Guidance, scheme: Scheme, *, embedded: bool) -> None:
+        """`embedded`: the pipeline calls once a step."""
+        super().__init__(guidance, scheme)
+        self._embedded = embedded
+        self._none: torch.Tensor | None = None
+
+    def new_forward(self, module: Any, **kwargs: Any) -> Any:
+        """The scheme's two predictions, combined here; with true guidance the pipeline asks for each and combines them."""
+        x, tau = kwargs["hidden_states"], float(flow_tau(kwargs["timestep"][0]))
+        if self._none is not None and tau == self._last:
+            none, self._none = self._none, None
+            return (none,)
+        own = self.guidance.prompts.to(x.device, x.dtype)
+        given = {name: own[[row]].repeat(len(x)) for row, name in enumerate(("none", "concept"))}
+
+        def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
+            same = {key: kwargs[key] for key in ("hidden_states", "timestep", "guidance") if kwargs[key] is not None}
+            batch = {key: torch.cat([value] * len(names)) for key, value in same.items()}
+            for key, attribute in self.reads.items():
+                batch[key] = torch.cat([kwargs[key] if n == "wanted" else getattr(given[n], attribute) for n in names])
+            return tuple(self.fn_ref.original_forward(**kwargs | batch)[0].chunk(len(names)))
+
+        none, conditional = self.steer(tau, predict)
+        if self._embedded:
+            return (none + self.guidance.scale * (conditional - none),)
+        self._none = none
+        return (conditional,)

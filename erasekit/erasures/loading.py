@@ -1,0 +1,95 @@
+"""Loading an erasure into a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft.functional import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from erasekit.backbones.protocol import Backbone
+from erasekit.erasures.guidance import Guidance, attach
+from erasekit.erasures.manifest import MANIFEST, check_file, file_stems, read_manifest
+from erasekit.errors import ErasekitError, UsageError, unknown
+from erasekit.quiet import quiet
+
+
+def load_into(
+    pipe: Any,
+    folder: Path | str,
+    concepts: Sequence[str] | None = None,
+    *,
+    base: Backbone | None = None,
+    component: Callable[[str, str], Any] | None = None,
+) -> list[str]:
+    """Load an erasure into a diffusers pipeline: with the pipeline's own `load_lora_weights`, or as a hook on its denoiser.
+
+    Args:
+        pipe: the pipeline of the erasure's base.
+        folder: the erasure.
+        concepts: load these, an adapter each; all of them as one adapter (`all`) if left out.
+        base: refuse an erasure of another one; says whether a pipeline of its kind is called with true guidance.
+        component: looks up the scheme of an erasure that changes no weights; `erasekit.load` knows what is installed.
+
+    Returns:
+        The adapters' names, all active, for `pipe.set_adapters`; none of an erasure that changes no weights, which
+        `erasekit.erasures.guidance.detach` takes out again.
+
+    Raises:
+        UsageError: see `read_manifest`; or the erasure has no such concept, or the pipeline's projections are fused.
+        EnvironmentProblem: a file is missing or damaged.
+        ErasekitError: diffusers did not load every tensor.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, base)
+    if manifest.get("kind") == "guidance":
+        if concepts is not None:
+            raise UsageError(f"'{folder}' steers away from all its concepts in one: it has no parts. Load it whole.")
+        _load_guidance(pipe, folder, manifest, base, component)
+        return []
+    stems = file_stems(list(manifest["parts"]))
+    for concept in concepts or ():
+        if concept not in stems:
+            raise unknown("concept of this erasure", concept, stems, f"{folder}/{MANIFEST}")
+    names = ["all"] if concepts is None else [stems[c] for c in concepts]
+    denoiser: Any = getattr(pipe, manifest["denoiser"])
+    if any(getattr(m, "fused_projections", False) for m in denoiser.modules()):
+        raise UsageError(
+            "The pipeline's projections are fused and would bypass the erasure: call unfuse_qkv_projections() first."
+        )
+    for name in names:
+        _load_file(pipe, denoiser, folder, manifest, name)
+    if names:
+        pipe.set_adapters(names)
+    return names
+
+
+def _load_guidance(
+    pipe: Any,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    base: Backbone | None,
+    component: Callable[[str, str], Any] | None,
+) -> None:
+    """Attach the scheme of an erasure that changes no weights."""
+    for name in manifest["files"]:
+        check_file(folder, manifest, name)
+    guidance = Guidance.read(folder)
+    if component is None:
+        raise UsageError(f"'{folder}' steers sampling by a registered scheme: use `erasekit.load`, or hand over a component.")
+    scheme = component("guidance", guidance.scheme)
+    attach(pipe, guidance, scheme(guidance.settings), embedded=base is None or base.embedded_guidance)
+
+
+def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Load one file as the adapter `name` and see that every tensor arrived."""
+    file = f"{name}.safetensors"
+    check_file(folder, manifest, file)
+    with quiet():
+        pipe.load_lora_weights(folder, weight_name=file, adapter_name=name)
+    saved = {key.removeprefix(f"{manifest['denoiser']}.") for key in load_file(folder / file)}
+    loaded = get_peft_model_state_dict(denoiser, adapter_name=name).keys() if name in denoiser.peft_config else set()
+    if saved != loaded:
+        raise ErasekitError(f"'{file}' holds {len(saved)} tensors, the pipeline loaded {len(saved & loaded)} of them.")

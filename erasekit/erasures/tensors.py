@@ -1,0 +1,91 @@
+"""Deltas as LoRA files that plain diffusers loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasekit.erasures.deltas import Deltas, Dense, LowRank, compress, norm
+from erasekit.errors import ErasekitError
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file holds.
+
+    Attributes:
+        sha256: of its bytes.
+        rank: the largest of its layers.
+        rounding: what its type costs, |rounded - Delta| / |Delta| over all layers; 0 in float32.
+    """
+
+    sha256: str
+    rank: int
+    rounding: float
+
+
+def write(path: Path, deltas: Deltas, prefix: str, dtype: torch.dtype = torch.float32) -> Written:
+    """Write what diffusers' `save_lora_weights` does: PEFT keys with the pipeline's prefix, scale baked into B.
+
+    Raises:
+        ErasekitError: there are no deltas, or values that are not finite.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    wrong = size = 0.0
+    for module, delta in deltas.items():
+        low = _balanced(_low_rank(delta)) if dtype != torch.float32 else _low_rank(delta)
+        # Cloned, since a method may use one matrix at several sites, and safetensors refuses shared memory.
+        down, up = (side.detach().to("cpu", dtype).contiguous().clone() for side in (low.down, low.up))
+        tensors |= {f"{prefix}.{module}.lora_A.weight": down, f"{prefix}.{module}.lora_B.weight": up}
+        if dtype != torch.float32:
+            exact = LowRank(low.up.double().cpu(), low.down.double().cpu())
+            error = LowRank(torch.cat([exact.up, -up.double()], 1), torch.cat([exact.down, down.double()]))
+            wrong, size = wrong + norm(error) ** 2, size + norm(exact) ** 2
+    if not tensors or not all(t.isfinite().all() for t in tensors.values()):
+        raise ErasekitError(
+            f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
+        )
+    path.parent.mkdir(exist_ok=True)
+    # One entry only: safetensors writes several in random order, and the same erasure has to give the same bytes.
+    save_file(tensors, path, metadata={"lora_adapter_metadata": _lora_config(tensors, prefix)})
+    rank = max(len(tensor) for key, tensor in tensors.items() if ".lora_A." in key)
+    return Written(hashlib.sha256(path.read_bytes()).hexdigest(), rank, (wrong / size) ** 0.5 if size else 0.0)
+
+
+def read(path: Path, prefix: str) -> Deltas:
+    """The deltas in a file, in float32 whatever the file's type is."""
+    tensors = {key.removeprefix(f"{prefix}."): tensor.float() for key, tensor in load_file(path).items()}
+    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {m: LowRank(up=tensors[f"{m}.lora_B.weight"], down=tensors[f"{m}.lora_A.weight"]) for m in modules}
+
+
+def _low_rank(delta: Dense | LowRank) -> LowRank:
+    """The delta as factors that are no larger than it is."""
+    full = isinstance(delta, LowRank) and delta.rank > min(delta.up.shape[0], delta.down.shape[1])
+    return compress(delta) if isinstance(delta, Dense) or full else delta
+
+
+def _balanced(low: LowRank) -> LowRank:
+    """The same delta, each column of `up` as long as its row of `down`: half precision has no room for very small values."""
+    up_R, down_R = low.up.norm(dim=0), low.down.norm(dim=1)
+    scale_R = (down_R / up_R.clamp_min(torch.finfo(up_R.dtype).tiny)).sqrt().clamp_min(1e-12)
+    return LowRank(low.up * scale_R, low.down / scale_R[:, None])
+
+
+def _lora_config(tensors: Mapping[str, torch.Tensor], prefix: str) -> str:
+    """The header in which diffusers looks for a LoRA's settings.
+
+    Without it, older diffusers (seen: 0.39) scales layers of other than the commonest rank by a wrong alpha.
+    """
+    ranks = {k.removesuffix(".lora_A.weight").removeprefix(f"{prefix}."): len(t) for k, t in tensors.items() if ".lora_A." in k}
+    rank = next(iter(ranks.values()))
+    pattern = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
+    config = {"r": rank, "lora_alpha": rank, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
+    return json.dumps({f"{prefix}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)

@@ -1,0 +1,1 @@
+"""What is measured, with what, and how images are drawn for it."""

@@ -1,0 +1,182 @@
+"""Prompts and seeds to pictures on disk. Batches are fixed by the prompt list, so a resumed run draws the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from erasekit.atomic import replacing
+from erasekit.backbones.protocol import Backbone, Conditioning
+from erasekit.errors import ErasekitError, UsageError
+from erasekit.evaluation.tasks import Prompt, Protocol
+from erasekit.events import progress
+
+SAMPLERS = ("default", "ddim", "dpm")
+PIL_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a file that is not a whole picture
+
+
+def set_sampler(pipe: Any, sampler: str) -> None:
+    """Give a pipeline the scheduler that a protocol names, built from the pipeline's own scheduler config.
+
+    `default` leaves it as it is; `ddim` is deterministic DDIM with trailing spacing (Lin et al. 2024, section 3.3), so that
+    the first step is pure noise; `dpm` is DPM-Solver++ (2M).
+
+    Raises:
+        UsageError: the sampler is unknown, or the model is of a kind that it cannot sample from.
+    """
+    if sampler == "default":
+        return
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    classes = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
+    if sampler not in classes:
+        raise UsageError(f"Unknown sampler '{sampler}'. Choose one of: {', '.join(SAMPLERS)}.")
+    scheduler = classes[sampler]
+    if scheduler not in pipe.scheduler.compatibles and not isinstance(pipe.scheduler, scheduler):
+        raise UsageError(f"Sampler '{sampler}' cannot sample a {type(pipe.scheduler).__name__} model. Use 'default'.")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+
+
+def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
+    """The name of the folder that holds the unedited model's pictures: 16 hex digits over all that decides their bytes."""
+    weights = f"{backbone.source}@{backbone.revision}" if backbone.revision else backbone.fingerprint()
+    held = [str(backbone.dtype), backbone.device.type, backbone.embedded_guidance, version("torch"), version("diffusers")]
+    parts = [weights, held, protocol.model_dump(), [(p.text, p.seed) for p in prompts]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def picture_names(prompts: Sequence[Prompt], protocol: Protocol) -> list[str]:
+    """One file name per prompt: its index, and a key over the protocol and the batch it is drawn in."""
+    names = []
+    for start in range(0, len(prompts), protocol.batch):
+        batch = [(p.text, p.seed) for p in prompts[start : start + protocol.batch]]
+        for i in range(len(batch)):
+            text = json.dumps([protocol.model_dump(), batch, i], sort_keys=True)
+            names.append(f"{start + i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png")
+    return names
+
+
+def sample(
+    backbone: Backbone,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    conditioning: Conditioning,
+    empty: Conditioning,
+    protocol: Protocol,
+    folder: Path,
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Draw one PNG per prompt through the unmodified pipeline; what is already there and intact is kept.
+
+    A batch of which any file is missing or unreadable is drawn again as a whole: a picture depends in its last bits on
+    the size of the batch that it is drawn in.
+
+    Args:
+        backbone: says how its pipeline takes encoded prompts.
+        pipe: a diffusers pipeline; its scheduler is set to the protocol's sampler.
+        prompts: what to draw; each has its own seed.
+        conditioning: the encoded prompts, one row per prompt.
+        empty: the encoded empty prompt, one row.
+        protocol: how to draw.
+        folder: where the pictures and `index.json` go.
+        on_batch: called with (pictures done, pictures in all) after every batch.
+
+    Returns:
+        The files, in the order of the prompts.
+
+    Raises:
+        ErasekitError: the model draws something that is not a finite number.
+    """
+    if len(conditioning) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many encoded prompts, given {len(conditioning)}.")
+    set_sampler(pipe, protocol.sampler)
+    pipe.set_progress_bar_config(disable=True)
+    paths = [folder / name for name in picture_names(prompts, protocol)]
+    _write_index(folder, prompts, paths)
+    for start in range(0, len(prompts), protocol.batch):
+        here = slice(start, start + protocol.batch)
+        if not all(intact(p) for p in paths[here]):
+            arguments = backbone.call_arguments(conditioning[here], empty=empty, guidance=protocol.guidance)
+            pictures = _draw(pipe, [p.seed for p in prompts[here]], protocol, arguments)
+            for path, picture in zip(paths[here], pictures, strict=True):
+                with replacing(path) as temporary:
+                    picture.save(temporary, format="PNG")
+        if on_batch:
+            on_batch(min(here.stop, len(prompts)), len(prompts))
+    return paths
+
+
+def generate(
+    backbone: Backbone, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol
+) -> list[Image.Image]:
+    """Draw prompts with the plain pipeline call, one seed per prompt."""
+    set_sampler(pipe, protocol.sampler)
+    empty = backbone.encode([""])
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), protocol.batch):
+        progress("pictures", start, len(prompts))
+        here = slice(start, start + protocol.batch)
+        arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
+        pictures += _draw(pipe, seeds[here], protocol, arguments)
+    progress("pictures", len(prompts), len(prompts))
+    return pictures
+
+
+def _draw(pipe: Any, seeds: Iterable[int], protocol: Protocol, arguments: dict[str, Any]) -> list[Image.Image]:
+    drawn = pipe(
+        **arguments,
+        num_inference_steps=protocol.steps,
+        height=protocol.size,
+        width=protocol.size,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        output_type="np",
+    ).images
+    if not np.isfinite(drawn).all():
+        raise ErasekitError(
+            "The model draws pictures that are not finite numbers. Erase again in float32 or with a lower rate."
+        )
+    pictures: list[Image.Image] = pipe.image_processor.numpy_to_pil(drawn)
+    return pictures
+
+
+def intact(path: Path) -> bool:
+    """Whether a picture is there, whole, and its checksums right."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+        with Image.open(path) as picture:
+            picture.load()
+    except PIL_ERRORS:
+        return False
+    return True
+
+
+def load_pictures(paths: Sequence[Path]) -> tuple[torch.Tensor, list[int]]:
+    """Read pictures.
+
+    Returns:
+        (n, 3, h, w) uint8 of those that can be read, in order, and the indices of those that cannot.
+    """
+    pictures, unreadable = [], []
+    for i, path in enumerate(paths):
+        if intact(path):
+            with Image.open(path) as picture:
+                pictures.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+        else:
+            unreadable.append(i)
+    return torch.stack(pictures) if pictures else torch.empty(0, 3, 0, 0, dtype=torch.uint8), unreadable
+
+
+def _write_index(folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path]) -> None:
+    rows = [{"file": path.name, **prompt._asdict()} for path, prompt in zip(paths, prompts, strict=True)]
+    with replacing(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What erasure methods are made of."""

@@ -1,0 +1,52 @@
+"""Pictures that the base itself draws, for methods that train on some."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from erasekit.backbones.protocol import Conditioning, guided
+from erasekit.events import progress
+from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import preserve_prompts
+
+
+@torch.no_grad()
+def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
+    """Finished latents x0 (n, ...) of encoded prompts, one seed each, drawn under the run's protocol."""
+    backbone, protocol = ctx.backbone, ctx.protocol
+    schedule, empty = backbone.schedule(protocol.steps, protocol.size), backbone.encode([""])
+    finished = []
+    for rows in torch.arange(len(seeds)).split(protocol.batch):
+        x = backbone.latents([seeds[i] for i in rows], protocol.size)
+        for k in range(len(schedule)):
+            progress("pictures", int(rows[0]) * len(schedule) + k * len(rows), len(seeds) * len(schedule))
+            tau = schedule.tau[k].expand(len(x))
+            x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
+        finished.append(x)
+    progress("pictures", len(seeds) * len(schedule), len(seeds) * len(schedule))
+    return torch.cat(finished)
+
+
+def pictures_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """`n` pictures of prompts, used in turn: x0 (n, ...), and the prompt of each; the generator draws their seeds."""
+    chosen = [prompts[i % len(prompts)] for i in range(n)]
+    return draw(ctx, ctx.backbone.encode(chosen), torch.randint(2**31, (n,), generator=generator).tolist()), chosen
+
+
+def kept_pictures(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
+    """`n` pictures of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
+
+    Every fifth is of the empty prompt, the others of preserved prompts and of captions in turns.
+    """
+    preserved, captions = preserve_prompts(ctx)[1:], [p.text for p in ctx.prompts("captions")]
+    turns = itertools.cycle([p for pair in itertools.zip_longest(preserved, captions) for p in pair if p is not None] or [""])
+    x0, chosen = pictures_of(ctx, ["" if i % 5 == 4 else next(turns) for i in range(n)], n, ctx.generator(name))
+    return x0, ctx.backbone.encode(chosen)
+
+
+def noised(ctx: RunContext, x0: torch.Tensor, tau: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Latents at progress `tau` (n,) on the way to `x0` from noise of a CPU generator."""
+    return ctx.backbone.add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0), tau)

@@ -1,0 +1,1 @@
+"""Hooks, plugins, and the names that they register."""

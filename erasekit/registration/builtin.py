@@ -1,0 +1,37 @@
+"""Registers what comes with erasekit."""
+
+from __future__ import annotations
+
+from erasekit.registration.hookspecs import Register, RegisterComponent, hookimpl
+
+
+@hookimpl
+def register_backbones(register: Register) -> None:
+    """Stable Diffusion 1.x and FLUX.1."""
+    sd = "erasekit.backbones.sd"
+    register("sd15", f"{sd}:StableDiffusion", aliases=("sd1.5",), summary="Stable Diffusion 1.5, 860 M UNet, 512 x 512")
+    register(
+        "sd14",
+        f"{sd}:StableDiffusion14",
+        aliases=("sd1.4",),
+        summary="Stable Diffusion 1.4, 512 x 512, the base of most papers",
+    )
+    flux = "erasekit.backbones.flux"
+    register(
+        "flux", f"{flux}:Flux", aliases=("flux-dev", "flux.1-dev"), summary="FLUX.1-dev, 12 B transformer, 512 x 512, gated"
+    )
+    register(
+        "flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps, 512 x 512"
+    )
+
+
+@hookimpl
+def register_components(register: RegisterComponent) -> None:
+    """What methods look at natural pictures with."""
+    register("scorer", "natural", "erasekit.evaluation.scorer:ClipScorer", summary="CLIP ViT-B/32, differentiable")
+
+
+@hookimpl
+def register_tasks(register: Register) -> None:
+    """The task for any concept."""
+    register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; pictures, no scores")

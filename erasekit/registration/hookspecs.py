@@ -1,0 +1,86 @@
+"""The nine hooks of a plugin. A plugin is a module with some of these functions, each marked with `@erasekit.hookimpl`.
+
+Registration imports no torch: a target is the text "module:attribute", loaded when somebody chooses its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from erasekit.events import Event, Run
+
+hookspec = pluggy.HookspecMarker("erasekit")
+hookimpl = pluggy.HookimplMarker("erasekit")
+
+
+class Register(Protocol):
+    """Adds one name to a registry."""
+
+    def __call__(self, name: str, target: Any, *, aliases: Sequence[str] = (), summary: str = "", paper: str = "") -> None:
+        """Register `target` ("module:attribute", or the object itself) as `name`.
+
+        Raises:
+            DuplicateName: somebody else has registered the name.
+        """
+
+
+class RegisterComponent(Protocol):
+    """Adds one choice for a slot of a method."""
+
+    def __call__(self, slot: str, name: str, target: Any, *, summary: str = "", paper: str = "") -> None:
+        """Register `target` as the choice `name` of `slot`.
+
+        Raises:
+            DuplicateName: somebody else has registered the choice.
+        """
+
+
+@hookspec
+def register_backbones(register: Register) -> None:
+    """Register text-to-image models: classes with the `Backbone` protocol."""
+
+
+@hookspec
+def register_methods(register: Register) -> None:
+    """Register erasure methods: subclasses of `Method`."""
+
+
+@hookspec
+def register_components(register: RegisterComponent) -> None:
+    """Register choices for the slots of a method, e.g. `register("refine", "mine", "my_package:mine")`."""
+
+
+@hookspec
+def register_tasks(register: Register) -> None:
+    """Register tasks as "domain/name", e.g. "mini/objects": subclasses of `Task`."""
+
+
+@hookspec
+def register_evaluators(register: Register) -> None:
+    """Register what scores pictures: subclasses of `Evaluator`."""
+
+
+@hookspec
+def register_exporters(register: Register) -> None:
+    """Register formats that an erasure can be written in."""
+
+
+@hookspec
+def register_launchers(register: Register) -> None:
+    """Register ways of running on a cluster."""
+
+
+@hookspec
+def register_commands(app: typer.Typer) -> None:
+    """Add commands to the command line. Use Typer's objects only: it ships a click of its own."""
+
+
+@hookspec
+def on_event(event: Event, run: Run) -> None:
+    """Hear what happens in a run (see `erasekit.events`). An error here is logged and never ends the run."""

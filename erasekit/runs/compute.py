@@ -1,0 +1,76 @@
+"""The method's own work in a run: from a plan and a loaded model to an erasure in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erasekit.backbones.memory import out_of_memory, vram_gb
+from erasekit.backbones.protocol import Backbone
+from erasekit.erasures.certificate import texts as certificate_texts
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.context import RunContext
+from erasekit.methods.validation import remains_of
+from erasekit.registration.plugins import Registries
+from erasekit.runs.plan import Plan
+
+
+def compute(
+    plan: Plan,
+    backbone: Backbone,
+    registries: Registries,
+    *,
+    directory: Path | None = None,
+    log: Callable[[int, int, Mapping[str, float]], None] = lambda step, total, values: None,
+) -> Erasure:
+    """The method's own work: the erasure of the plan's concepts.
+
+    Raises:
+        EnvironmentProblem: the GPU ran out of memory.
+    """
+    torch.manual_seed(plan.config.seed)  # methods name their generators; this is for libraries that draw from the global one
+    ctx = context(plan, backbone, registries, directory=directory, log=log)
+    expect(plan, ctx)
+    try:
+        erasure = plan.method(plan.method_config).erase(ctx)
+        remains = remains_of(ctx, erasure) if _predicts(plan, backbone) else None
+    except torch.OutOfMemoryError as error:
+        raise named(error, plan) from error
+    left = remains.warnings() if remains else []
+    return replace(erasure, remains=remains, warnings=(*ctx.warnings, *left))
+
+
+def _predicts(plan: Plan, backbone: Backbone) -> bool:
+    """Whether the erasure is measured by predictions: not a closed form of a large model on a CPU, which would take hours."""
+    slow = backbone.device.type == "cpu" and plan.backbone.weights_gb(plan.backbone_config) > 1
+    return not slow or getattr(plan.method_config, "steps", 0) > 0
+
+
+def context(plan: Plan, backbone: Backbone, registries: Registries, **more: Any) -> RunContext:
+    """What the plan's method is handed; `more` are the directory and the log of a run."""
+    return RunContext(
+        backbone=backbone,
+        concepts=plan.concepts,
+        task=plan.task,
+        protocol=plan.protocol,
+        seed=plan.config.seed,
+        component=registries.components.get,
+        **more,
+    )
+
+
+def expect(plan: Plan, ctx: RunContext) -> None:
+    """Tell the backbone all that the method and the certificate will ask for, before the encoders may have to go."""
+    method = plan.method(plan.method_config)
+    ctx.backbone.expect(lambda: [*method.texts(ctx), *certificate_texts(plan.concepts, plan.task)])
+
+
+def named(error: Exception, plan: Plan) -> Exception:
+    """The error that a user is shown: one that says which way is out, where there is one."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return out_of_memory(error, vram_gb(plan.backbone_config.vram, torch.device("cuda")))
+    return error

@@ -1,0 +1,169 @@
+"""From flags, a TOML file and overrides to one frozen plan of a run, with every mistake listed at once."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from erasekit.concepts import EMPTY_PROMPT, Kind
+from erasekit.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    pass
+
+
+class Options(BaseModel):
+    """Settings of the parts of a run that differ from their defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
+    backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
+    protocol: dict[str, Any] = Field(default_factory=dict, description="how pictures are drawn")
+
+
+class RunConfig(BaseModel):
+    """What a user asks for. `--config` files have the same keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field("trace", description="the erasure method")
+    backbone: str = Field("sd15-mini", description="the model to erase from")
+    task: str = Field(
+        "",
+        description="what is measured, the task of that name in the backbone's domain; left out, objects of the mini domain "
+        "or, for natural pictures, free",
+    )
+    concepts: tuple[str, ...] = Field(
+        (), description="what to erase, together; empty: each of the task's concepts, one run each"
+    )
+    kind: Kind | None = Field(
+        None, description="what the concepts are, where the task leaves it open: object, identity, style, nsfw or free"
+    )
+    neutral: str | None = Field(
+        None,
+        description=f"what takes the place of the concepts' words; '' drops them, '{EMPTY_PROMPT}' empties the prompt; left "
+        "out, what the task says",
+    )
+    preserve: tuple[str, ...] = Field((), description="further things that must not change: things of the concepts' kind")
+    seed: int = Field(0, ge=0, description="the seed of everything random")
+    limit: int | None = Field(None, ge=1, description="the most pictures per prompt set")
+    preset: str = Field("", description="a named set of the method's settings")
+    files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
+    options: Options = Field(default_factory=Options, description="settings of the method, the backbone and the protocol")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: there is none, or it is not TOML; says the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"No config file '{path}'. Give --config the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the config file '{path}': {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"'{path}' is not TOML: {error}.") from None
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Read `part.key=value` overrides; a value is a TOML value, or else text.
+
+    Raises:
+        UsageError: one of them has no "part.key=" in front.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not equals or len(path) < 2 or not all(path):
+            raise UsageError(f"Cannot read the setting '{text}'. Write method.key=value, backbone.key=... or protocol.key=...")
+        place = options
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"The setting '{text}' contradicts an earlier one for '{part}'. Give one of them.")
+        place[path[-1]] = _value(value.strip())
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def build(flags: Mapping[str, Any], *, file: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Put together a configuration: the file first, flags that were given over it, overrides over both.
+
+    Raises:
+        UsageError: lists every mistake.
+    """
+    values = read(file) if file else {}
+    values |= {key: value for key, value in flags.items() if value not in (None, ())}
+    values["options"] = merge(values.get("options", {}), parse_overrides(overrides))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_mistakes(error, RunConfig))) from None
+
+
+def merge(base: Any, over: Mapping[str, Any]) -> Any:
+    """`base` with the values of `over`, tables within tables merged too."""
+    if not isinstance(base, dict):
+        return base  # left for validation to name
+    both = {k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()}
+    return base | both
+
+
+def _mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per fault that pydantic found."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = prefix + ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            fields = {**model.model_fields, **({} if prefix else {f"options.{k}": None for k in Options.model_fields})}
+            lines.append(str(unknown("setting", where, [prefix + name for name in fields], "erasekit run --dry-run")))
+        else:
+            given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
+            lines.append(f"Setting '{where}': {fault['msg'][0].lower()}{fault['msg'][1:]}{given}.")
+    return lines
+
+
+def settings_of(model: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    """Validated settings; `prefix` ("method.") is how a user writes them.
+
+    Raises:
+        UsageError: lists every fault, one a line.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_mistakes(error, model, prefix))) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as a TOML file that `--config` reads back to the same configuration."""
+    values = config.model_dump(mode="json", exclude_none=True, exclude={"options"})
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+    for part, settings in config.options.model_dump(mode="json", exclude_none=True).items():
+        if settings:
+            lines += ["", f"[options.{part}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in settings.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,60 @@
+"""The plan of a run: a configuration with every name looked up and every setting checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from erasekit.concepts import Concept
+from erasekit.runs.config import RunConfig
+
+if TYPE_CHECKING:  # they import torch
+    from erasekit.backbones.protocol import Backbone, BackboneConfig
+    from erasekit.evaluation.tasks import Protocol, Task
+    from erasekit.methods.method import Method, MethodConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every name looked up and every setting checked.
+
+    Attributes:
+        config: what was asked for, with registered names in place of aliases.
+        separate: each concept is a run of its own, and this plan is their summary.
+        erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
+    """
+
+    config: RunConfig
+    backbone: type[Backbone]
+    backbone_config: BackboneConfig
+    method: type[Method]
+    method_config: MethodConfig
+    task: Task
+    concepts: tuple[Concept, ...]
+    protocol: Protocol
+    separate: bool = False
+    erasure_sha256: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Eight hex digits over all that decides the result, resolved: equal runs spelled differently are one."""
+        content = {
+            **self.config.model_dump(include={"method", "backbone", "task", "seed", "limit"}),
+            "task_version": self.task.version,
+            "method_version": self.method.version,
+            "separate": self.separate,
+            "erasure": self.erasure_sha256,
+            "concepts": [c.model_dump() for c in self.concepts],
+            "settings": [c.model_dump(mode="json") for c in (self.backbone_config, self.method_config, self.protocol)],
+        }
+        if self.config.files != "float32":  # the name of a run does not change with a setting that is as it always was
+            content["files"] = self.config.files
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    def singles(self) -> list[Plan]:
+        """One plan per concept of a separate plan."""
+        names = [c.name for c in self.concepts]
+        configs = [self.config.model_copy(update={"concepts": (name,)}) for name in names]
+        return [replace(self, config=k, concepts=(c,), separate=False) for k, c in zip(configs, self.concepts, strict=True)]

@@ -1,0 +1,149 @@
+"""What a plan is predicted to take, a batch that fits the GPU, and what stands in a plan's way before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasekit.backbones.memory import USABLE, VRAM_GB, Footprint, Prediction, budget_gb, predict, there_gb
+from erasekit.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from erasekit.runs.plan import Plan
+
+CORE_TFLOPS = 0.04  # about what one core of a CPU does in a second
+PATIENCE_H = 24.0
+
+
+def prediction(plan: Plan) -> Prediction:
+    """The predicted peaks of a plan's stages in GiB."""
+    backbone, protocol = plan.backbone, plan.protocol
+    needs = backbone.needs(plan.backbone_config, protocol.size)
+    passes = 2 if backbone.capabilities.guidance == "cfg" else 1
+    return predict(needs, footprint(plan), pictures=protocol.batch, passes=passes)
+
+
+def planned_gb(plan: Plan) -> int | None:
+    """The size of GPU that a plan is for, None if it is for a CPU."""
+    if plan.backbone_config.vram != "auto":
+        return int(plan.backbone_config.vram)
+    device = _device(plan)
+    if device.type == "cpu":
+        return None
+    from erasekit.backbones.memory import vram_gb
+
+    return vram_gb("auto", device)
+
+
+def fitted(plan: Plan) -> Plan:
+    """The plan with a batch that is predicted to fit the GPU, whoever set it: the same gradient comes in more, smaller parts.
+
+    A plan that does not train, that is for a CPU, or that fits as it is stays as it is; one that fits at no batch gets 1.
+    """
+    gb, config = planned_gb(plan), plan.method_config
+    batch = getattr(config, "batch", 1)
+    if gb is None or not footprint(plan).rows or "accumulate" not in type(config).model_fields:
+        return plan
+    parts = plan
+    for size in (n for n in range(batch, 0, -1) if batch % n == 0):
+        changed = {"batch": size, "accumulate": getattr(config, "accumulate", 1) * batch // size}
+        parts = replace(plan, method_config=config.model_copy(update=changed))
+        if prediction(parts).train <= budget_gb(gb):
+            break
+    return parts
+
+
+def preflight(plan: Plan, out: Path | None = None) -> None:
+    """See that a plan can work on this machine; nothing is loaded or downloaded for it.
+
+    Raises:
+        EnvironmentProblem: an extra is missing, the GPU, the memory or a disk is too small, or a CPU would take days.
+    """
+    gb, device = planned_gb(plan), _device(plan)
+    held = plan.backbone.needs(plan.backbone_config, plan.protocol.size).held
+    if gb is not None:
+        from erasekit.backbones.held import check_nf4
+
+        check_nf4(held, gb)
+    if plan.backbone.domain == "mini":
+        return
+    step = footprint(plan)
+    if held.weights == "offload" and step.rows:
+        raise EnvironmentProblem(
+            f"'{plan.config.backbone}' cannot be trained with --vram {gb}: its layers are in RAM. "
+            f"Use a larger GPU, or a method that solves in closed form, e.g. uce."
+        )
+    _check_memory(plan, gb, device)
+    _check_patience(plan, device)
+    _check_download(plan)
+
+
+def _check_memory(plan: Plan, gb: int | None, device: Any) -> None:
+    """Compare the prediction with the preset, and with what the device has."""
+    peak = prediction(plan).peak
+    what = f"'{plan.config.method}' on '{plan.config.backbone}' at {plan.protocol.size} px is predicted to take {peak:.0f} GB"
+    if gb is not None and peak > budget_gb(gb):
+        larger = [size for size in VRAM_GB if size > gb and _fits(plan, size)]
+        way_out = f"Use --vram {larger[0]} on such a GPU" if larger else "Use a smaller protocol.size or another method"
+        raise EnvironmentProblem(f"{what}, more than --vram {gb} allows. {way_out}.")
+    there = there_gb(device)
+    if peak > USABLE * there and device.type in ("cpu", "cuda") and (device.type == "cuda" or gb is None):
+        where = "the GPU has" if device.type == "cuda" else "is free in this machine's memory"
+        raise EnvironmentProblem(f"{what}; {there:.0f} GB {where}. Use a smaller protocol.size, --vram, or a mini backbone.")
+
+
+def _fits(plan: Plan, gb: int) -> bool:
+    changed = replace(plan, backbone_config=plan.backbone_config.model_copy(update={"vram": str(gb)}))
+    return prediction(fitted(changed)).peak <= budget_gb(gb)
+
+
+def cpu_hours(plan: Plan) -> float:
+    """About how long the training steps of a plan take on this machine's CPU; a guess from its number of cores."""
+    config = plan.method_config
+    rows = footprint(plan).rows * getattr(config, "accumulate", 1) * getattr(config, "steps", 0)
+    tflop = 3 * rows * plan.backbone.needs(plan.backbone_config, plan.protocol.size).tflop
+    return tflop / (CORE_TFLOPS * (os.cpu_count() or 1)) / 3600
+
+
+def _check_patience(plan: Plan, device: Any) -> None:
+    if device.type != "cpu" or plan.backbone_config.device == "cpu":
+        return
+    if (hours := cpu_hours(plan)) > PATIENCE_H:
+        raise EnvironmentProblem(
+            f"There is no GPU, and on this CPU the training of '{plan.config.method}' on '{plan.config.backbone}' would take "
+            f"about {hours / 24:.0f} days. Use a GPU or fewer method.steps, or insist with -s backbone.device=cpu."
+        )
+
+
+def _check_download(plan: Plan) -> None:
+    """See that what has yet to be downloaded has room."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repo = plan.backbone_config.path or getattr(plan.backbone, "path", "")
+    if repo.count("/") != 1 or Path(repo).expanduser().exists():
+        return
+    if isinstance(try_to_load_from_cache(repo, "model_index.json", revision=plan.backbone_config.revision), str):
+        return
+    need = sum(getattr(plan.backbone, "sizes_gb", ()))
+    cache = Path(HF_HUB_CACHE)
+    there = next(p for p in (cache, *cache.parents) if p.exists())
+    free = shutil.disk_usage(there).free / 2**30
+    if free < need:
+        raise EnvironmentProblem(
+            f"'{repo}' is about {need:.0f} GB; the cache for downloads has {free:.0f} GB free. Free some, or set HF_HOME."
+        )
+
+
+def footprint(plan: Plan) -> Footprint:
+    """What a training step of the plan's method holds at once."""
+    return plan.method(plan.method_config).footprint(plan)
+
+
+def _device(plan: Plan) -> Any:
+    from erasekit.backbones.held import find_device
+
+    return find_device(plan.backbone_config.device)

@@ -1,0 +1,155 @@
+"""From a configuration to a plan: every mistake in it is listed at once, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from erasekit.concepts import Concept
+from erasekit.errors import UsageError, unknown
+from erasekit.registration.plugins import Registries
+from erasekit.runs.config import RunConfig, merge, settings_of
+from erasekit.runs.plan import Plan
+from erasekit.runs.preflight import fitted
+from erasekit.safety import is_unsafe, reject_unsafe
+
+DEFAULT_TASKS = {"mini": "objects", "natural": "free"}
+
+
+class _Mistakes:
+    """Collects errors, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def attempt(self, function: Any, *arguments: Any) -> Any:
+        """The function's value, or None and its error noted."""
+        try:
+            return function(*arguments)
+        except UsageError as error:
+            self.lines.append(str(error))
+            return None
+
+
+def resolve(config: RunConfig, registries: Registries) -> Plan:
+    """Look up every name and check every setting, before anything is loaded.
+
+    Raises:
+        UsageError: one line for each mistake.
+        BrokenPlugin: a chosen name belongs to a plugin that cannot be loaded.
+    """
+    faults = _Mistakes()
+    method_entry = faults.attempt(registries.methods.entry, config.method)
+    backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
+    method = method_entry and method_entry.load()
+    backbone = backbone_entry and backbone_entry.load()
+    task_name = config.task or DEFAULT_TASKS[backbone.domain if backbone else "mini"]
+    task = backbone and faults.attempt(_task, task_name, backbone.domain, registries)
+
+    options = config.options
+    backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
+    method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config)
+    values = task and backbone and _sampling(task, backbone) | options.protocol
+    protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
+    concepts = _concepts(task, config, faults) if task else ()
+    faults.lines += _unsafe(concepts, method_config.model_dump()) if method_config else []
+    for slot, choice in _choices(method, method_config) if method_config else ():
+        faults.attempt(registries.components.entry_of, slot, choice)
+    if method and backbone:
+        faults.lines += _unmet(method_entry.name, method, backbone_entry.name, backbone)
+    if faults.lines:
+        raise UsageError("\n".join(faults.lines))
+    names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
+    separate = not config.concepts and len(concepts) > 1
+    canonical = config.model_copy(update=names)
+    plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+    return fitted(plan)
+
+
+def _sampling(task: Any, backbone: Any) -> dict[str, Any]:
+    """The task's protocol, with what the backbone needs otherwise."""
+    values: dict[str, Any] = task.protocol.model_dump() | dict(backbone.sampling)
+    return values
+
+
+def _task(name: str, domain: str, registries: Registries) -> Any:
+    target = registries.tasks.get(name, domain)
+    task = target() if isinstance(target, type) else target
+    for evaluator in task.evaluators:
+        registries.evaluators.entry(evaluator)
+    return task
+
+
+def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig) -> Any:
+    """The method's settings: its own, then the backbone's family's and name's, then the preset's, then the user's."""
+    if config.preset and config.preset not in method.presets:
+        raise unknown(f"preset of '{config.method}'", config.preset, method.presets, "erasekit ls methods")
+    layers = [method.presets.get(config.preset, {}), config.options.method]
+    if backbone:
+        layers = [method.defaults.get(backbone.capabilities.family, {}), method.defaults.get(backbone_entry.name, {}), *layers]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer)
+    return settings_of(method.Config, values, "method.")
+
+
+def _choices(method: Any, config: Any) -> list[tuple[str, str]]:
+    """The components that a method's settings name, as (slot, name)."""
+    values = [(slot, getattr(config, slot)) for slot in method.slots]
+    return [(slot, name) for slot, value in values for name in ([value] if isinstance(value, str) else value)]
+
+
+def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...]:
+    texts = config.concepts or task.concepts
+    if not texts:
+        faults.lines.append(f"The task '{task.name}' declares no concepts. Name one: --concept 'a cat'.")
+    concepts = [_as_asked(c, config, faults) for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    for concept in concepts:
+        prompts = concept.prompts()
+        faults.attempt(reject_unsafe, [*prompts, *map(concept.neutralise, prompts), *concept.preserve])
+    names = [c.name for c in concepts]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]
+    return tuple(concepts)
+
+
+def _as_asked(concept: Concept, config: RunConfig, faults: _Mistakes) -> Concept:
+    """The task's concept with the kind, the neutral words and the preserved things that a user gives."""
+    if config.kind and concept.kind not in ("free", config.kind):
+        line = f"'{concept.name}' is of kind {concept.kind} in its task, given --kind {config.kind}. Leave --kind out."
+        faults.lines.append(line)
+    if config.kind and concept.kind == "free":
+        concept = concept.of_kind(config.kind)
+    neutral = {} if config.neutral is None else {"neutral": " ".join(config.neutral.split())}
+    return concept.model_copy(update=neutral | {"preserve": tuple(dict.fromkeys((*config.preserve, *concept.preserve)))})
+
+
+def _unsafe(concepts: Sequence[Concept], settings: Any) -> list[str]:
+    """A line if a setting (a guide, say) makes of a concept what may not be drawn."""
+    said = [phrase for concept in concepts for phrase in (*concept.phrases, *concept.preserve, concept.neutral)]
+    if any(is_unsafe(f"{phrase} {text}") for phrase in said for text in _texts(settings)):
+        return ["A concept and a setting of the method pair minors with sexual terms, which erasekit refuses. Change it."]
+    return []
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a setting, however deep."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _texts(part)]
+
+
+def _unmet(method_name: str, method: Any, backbone_name: str, backbone: Any) -> list[str]:
+    """One line per capability that the method needs and the backbone lacks."""
+    from erasekit.backbones.protocol import Capabilities  # imports torch
+
+    has = backbone.capabilities
+    field_of = {choice: field for field, hint in get_type_hints(Capabilities).items() for choice in get_args(hint)}
+    verbs = {"family": "is a", "prediction": "predicts", "guidance": "has guidance"}
+    lines = []
+    for need in sorted(method.requires - has.names()):
+        field = field_of.get(need)
+        fact = f"'{backbone_name}' {verbs[field]} {getattr(has, field)}" if field else "no backbone has that"
+        lines.append(f"'{method_name}' needs {need}; {fact}.")
+    return lines

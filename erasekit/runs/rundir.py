@@ -1,0 +1,177 @@
+"""The directory of one run: what is finished is written down, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from erasekit.atomic import replacing
+from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
+from erasekit.events import Event
+from erasekit.runs.config import to_toml
+from erasekit.runs.plan import Plan
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "numpy", "pillow")
+
+
+class RunDirectory:
+    """An open run directory. Use `open_run` to get one.
+
+    Attributes:
+        path: where it is.
+        state: `new`, `partial` (some stages are done) or `finished`.
+        timings_s: seconds that each stage took, over all attempts.
+    """
+
+    def __init__(self, path: Path, status: dict[str, Any]) -> None:
+        """Take the directory `path` with what its status.json says."""
+        self.path = path
+        self.timings_s: dict[str, float] = status.get("timings_s", {})
+        self._finished: list[str] = status.get("finished", [])
+        self.state: Literal["new", "partial", "finished"] = "partial" if status else "new"
+        if status.get("state") == "finished" and (path / "results.json").is_file():
+            self.state = "finished"
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return stage in self._finished
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and note that it is finished if it ends without an error."""
+        start = time.monotonic()
+        try:
+            yield
+            if name not in self._finished:
+                self._finished.append(name)
+        finally:
+            self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.monotonic() - start, 3)
+            self.write_status("running")
+
+    def write_status(self, state: str, error: str = "") -> None:
+        """Write status.json: `running`, `failed` or `finished`, and what is done so far."""
+        status = {"state": state, "finished": self._finished, "timings_s": self.timings_s} | ({"error": error} if error else {})
+        write_json(self.path / "status.json", status)
+
+    def log(self, event: Event) -> None:
+        """Append an event to log.jsonl."""
+        record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **event.record()}
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, default=str) + "\n")
+
+
+def path_of(out: Path, plan: Plan) -> Path:
+    """Where the run of a plan lives under `out`."""
+    return out / plan.config.backbone / plan.config.task / plan.config.method / plan.hash
+
+
+@contextmanager
+def open_run(out: Path, plan: Plan, *, force: bool = False) -> Iterator[RunDirectory]:
+    """Open, and lock, the run directory of a plan; `force` begins anew.
+
+    The lock is the operating system's: it is gone with the process that held it, however that ended.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+        EnvironmentProblem: another process is at work in it, or the disk is full.
+        ErasekitError: its status.json is damaged.
+    """
+    path = path_of(out, plan)
+    with _full_disk_reported(out), _writable(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EnvironmentProblem(f"Another process is at work on '{path}'. Wait for it, or end it.") from None
+    try:
+        with _full_disk_reported(out):
+            with _writable(out):
+                run = _prepared(path, plan, force)
+            yield run
+    finally:
+        lock.release()
+
+
+def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
+    if force and path.exists():
+        shutil.rmtree(path)
+    path.mkdir(exist_ok=True)
+    run = RunDirectory(path, _read_status(path))
+    if run.state == "new":
+        with replacing(path / "config.toml") as temporary:
+            temporary.write_text(to_toml(plan.config), encoding="utf-8")
+        write_json(path / "env.json", environment())
+    if run.state != "finished":
+        run.write_status("running")
+    return run
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        raise ErasekitError(f"'{path / 'status.json'}' is damaged. Start the run anew with --force.")
+    return status
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            raise
+        where = error.filename or out
+        raise UsageError(f"Cannot write to '{where}': {error.strerror}. Choose another folder with --out.") from error
+
+
+@contextmanager
+def _full_disk_reported(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "os error 28" not in str(error):  # safetensors wraps the system's error in one of its own
+            raise
+        advice = "Free some space and run the same command again: what is done is kept."
+        raise EnvironmentProblem(f"The disk of '{out}' is full. {advice}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the kind of machine, without names of hosts, users or folders."""
+    versions = {name: _version(name) for name in ("erasekit", *LIBRARIES)}
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "versions": versions,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,288 @@
+"""One run, from a configuration to a report: ten steps in a row, each a function of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from erasekit.atomic import linked, replacing
+from erasekit.backbones.memory import check_disk, peak_memory_mb
+from erasekit.backbones.protocol import Backbone
+from erasekit.erasures.certificate import certify
+from erasekit.erasures.erasure import Erasure
+from erasekit.erasures.loading import load_into
+from erasekit.erasures.manifest import MANIFEST, read_manifest
+from erasekit.erasures.modelcard import model_card
+from erasekit.evaluation.evaluate import Evaluation, evaluate
+from erasekit.evaluation.evaluators import Evaluator
+from erasekit.evaluation.results import RunResult, mean_over_concepts, read_result, write_result, write_scores
+from erasekit.evaluation.sampling import base_key, sample
+from erasekit.evaluation.tasks import Prompt
+from erasekit.events import (
+    Dispatcher,
+    Evaluated,
+    Listener,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    Saved,
+    StageStarted,
+    StepEnd,
+    heard,
+)
+from erasekit.registration.plugins import Registries, default
+from erasekit.runs.compute import compute, context, expect, named
+from erasekit.runs.config import RunConfig
+from erasekit.runs.plan import Plan
+from erasekit.runs.preflight import preflight
+from erasekit.runs.report import write_report
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import RunDirectory, open_run, write_json
+from erasekit.safety import reject_unsafe
+
+SETS = ("erase", "synonyms", "preserve", "clean", "pairs")
+TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
+
+
+def run(
+    config: RunConfig,
+    *,
+    out: str | Path = "runs",
+    force: bool = False,
+    listener: Listener | None = None,
+    registries: Registries | None = None,
+    erasure: Path | None = None,
+) -> RunResult:
+    """Erase, sample, measure and report; what an earlier attempt finished is not done again.
+
+    Without concepts in `config`, each concept of the task is a run of its own, and the result is their mean.
+
+    Args:
+        config: what to do.
+        out: where runs are kept, as `<backbone>/<task>/<method>/<hash>/`.
+        force: begin anew, even if the run is finished.
+        listener: is told every event.
+        registries: what names stand for; what is installed, if left out.
+        erasure: measure this one instead of computing it.
+
+    Raises:
+        UsageError: something in the configuration is wrong; lists every mistake.
+        EnvironmentProblem: weights, memory or disk are missing.
+        ErasekitError: the run failed; the same call goes on from what was finished.
+    """
+    out, registries = Path(out), registries or default()
+    plan = planned(config, registries, erasure=erasure)
+    if plan.separate:
+        return _run_each(plan, out, force=force, listener=listener, registries=registries)
+    with open_run(out, plan, force=force) as directory:
+        if directory.state == "finished":
+            return read_result(directory.path / "results.json")
+        this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
+        with _announced(this):
+            if erasure is None:
+                preflight(plan)
+            check_disk(directory.path, pictures=2 * len(this.prompts), size=plan.protocol.size)
+            evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]  # what they lack shows now
+            with _stage("load", this):
+                backbone = plan.backbone.load(plan.backbone_config)
+            with _stage("encode", this):
+                backbone.encode(["", *(p.text for p in this.prompts)])
+                expect(plan, context(plan, backbone, registries))
+            with _stage("base_images", this):
+                base = base_images(this, backbone, cache=out / "cache" / "base")
+            with _stage("erase", this):
+                sha256 = erase(this, backbone, given=erasure)
+            with _stage("certify", this):
+                write_certificate(this, backbone)
+            with _stage("sample", this):
+                erased = erased_images(this, backbone)
+            with _stage("evaluate", this):
+                evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts)
+            result = record(this, evaluators, evaluation, sha256)
+            this.emit(Evaluated({name: m.model_dump() for name, m in result.metrics.items()}))
+            with _stage("report", this):
+                report(this, result)
+    return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is to be done, where it is kept, and who hears of it.
+
+    Attributes:
+        plan: names looked up, settings checked.
+        registries: what names stand for.
+        directory: where everything is kept.
+        emit: tells the log, the command line and the plugins.
+    """
+
+    plan: Plan
+    registries: Registries
+    directory: RunDirectory
+    emit: Dispatcher
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are measured on."""
+        return evaluation_prompts(self.plan)
+
+
+def planned(config: RunConfig, registries: Registries, *, erasure: Path | None = None) -> Plan:
+    """The plan of a configuration; of an erasure that exists, all its concepts together."""
+    plan = resolve(config, registries)
+    if erasure is None:
+        return plan
+    return replace(plan, erasure_sha256=read_manifest(erasure)["erasure_sha256"], separate=False)
+
+
+def _run_each(plan: Plan, out: Path, *, force: bool, listener: Listener | None, registries: Registries) -> RunResult:
+    """A run per concept, and their mean in a directory of its own."""
+    results = [run(p.config, out=out, force=force, listener=listener, registries=registries) for p in plan.singles()]
+    mean = mean_over_concepts(results).model_copy(update={"config_hash": plan.hash})
+    with open_run(out, plan, force=force) as directory:
+        write_result(mean, directory.path / "results.json")
+        directory.write_status("finished")
+    return mean
+
+
+@contextmanager
+def _announced(this: Run) -> Iterator[None]:
+    """Tell everybody that a run begins, and how it ends."""
+    plan, directory, emit = this.plan, this.directory, this.emit
+    config, names = plan.config, tuple(c.name for c in plan.concepts)
+    emit(RunStarted(config.method, config.backbone, config.task, names, plan.hash, resumed=directory.state == "partial"))
+    try:
+        with heard(emit):
+            yield
+    except Exception as error:
+        shown = named(error, plan)
+        with suppress(OSError):  # the disk may be full; the error that matters is the first one
+            directory.write_status("failed", str(shown))
+            emit(RunFailed(str(shown)))
+        if shown is error:
+            raise
+        raise shown from error
+    directory.write_status("finished")
+    emit(RunFinished(directory.path))
+
+
+@contextmanager
+def _stage(name: str, this: Run) -> Iterator[None]:
+    this.emit(StageStarted(name))
+    with this.directory.stage(name):
+        yield
+
+
+def evaluation_prompts(plan: Plan) -> list[Prompt]:
+    """The prompts that are measured on, all sets one after the other.
+
+    Raises:
+        UsageError: a prompt is one that erasekit refuses to draw.
+    """
+    prompts = [p for which in SETS for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    reject_unsafe(p.text for p in prompts)
+    return prompts
+
+
+def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
+    """Pictures of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
+    folder = cache / base_key(backbone, this.plan.protocol, this.prompts)
+    pipe = backbone.pipeline(encoders=False, shared=True)
+    kept = this.directory.path / "images" / "base"
+    return [linked(path, kept / path.name) for path in _sampled(this, backbone, pipe, folder, which="base")]
+
+
+def _sampled(this: Run, backbone: Backbone, pipe: Any, folder: Path, *, which: str) -> list[Path]:
+    """The evaluation prompts, drawn by a pipeline."""
+    encoded, empty = backbone.encode([p.text for p in this.prompts]), backbone.encode([""])
+
+    def drawn(done: int, total: int) -> None:
+        this.emit(Sampled(which, done, total))
+
+    return sample(backbone, pipe, this.prompts, encoded, empty, this.plan.protocol, folder, on_batch=drawn)
+
+
+def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
+    """Compute the erasure (or take the one that is given) and save it, unless the run has it already; its sha256."""
+    folder = this.directory.path / "erasure"
+    if not (folder / MANIFEST).is_file():
+        if given is None:
+
+            def log(step: int, total: int, values: Mapping[str, float]) -> None:
+                this.emit(StepEnd(step, total, dict(values)))
+
+            erasure = compute(this.plan, backbone, this.registries, directory=this.directory.path, log=log)
+            erasure.save(folder, dtype=this.plan.config.files)
+        else:
+            _copy(given, folder, backbone)
+    sha256: str = read_manifest(folder, backbone)["erasure_sha256"]
+    this.emit(Saved(folder, sha256))
+    return sha256
+
+
+def _copy(given: Path, folder: Path, backbone: Backbone) -> None:
+    """Copy an erasure, checked, so that it is there whole or not at all."""
+    Erasure.load(given, backbone)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(given, partial)
+    partial.rename(folder)
+
+
+def write_certificate(this: Run, backbone: Backbone) -> None:
+    """Write certificate.json: what the theory says of the erasure, measured on its weights, if it changes any."""
+    path, erasure = this.directory.path / "certificate.json", Erasure.load(this.directory.path / "erasure")
+    if erasure.kind == "weights" and not path.is_file():
+        write_json(path, certify(backbone, erasure, this.plan.task, this.plan.protocol))
+
+
+def erased_images(this: Run, backbone: Backbone) -> list[Path]:
+    """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure.
+
+    Its denoiser is the backbone's, every bit of it as it was loaded.
+    """
+    if not backbone.unchanged():  # a method left something on it
+        backbone.release("denoiser")
+    pipe = backbone.pipeline(encoders=False, shared=True)
+    load_into(pipe, this.directory.path / "erasure", base=backbone, component=this.registries.components.get)
+    return _sampled(this, backbone, pipe, this.directory.path / "images" / "erased", which="erased")
+
+
+def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, sha256: str) -> RunResult:
+    """Write scores.parquet and results.json."""
+    plan, directory = this.plan, this.directory
+    config, judges = plan.config, {e.name: e.describe() for e in evaluators}
+    measured_on = plan.protocol.hash(plan.task.name, plan.task.version, this.prompts, judges)
+    result = RunResult(
+        method=config.method,
+        backbone=config.backbone,
+        task=config.task,
+        domain=plan.task.domain,
+        concepts=tuple(c.name for c in plan.concepts),
+        seed=config.seed,
+        config_hash=plan.hash,
+        protocol=plan.protocol.model_dump() | {"evaluators": judges, "hash": measured_on},
+        counts=evaluation.counts,
+        metrics=evaluation.metrics,
+        timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in TIMED},
+        peak_memory_mb=round(peak_memory_mb(), 1),
+        erasure_sha256=sha256,
+        warnings=tuple(read_manifest(directory.path / "erasure").get("warnings", ())),
+    )
+    write_scores(evaluation.rows, directory.path / "scores.parquet")
+    write_result(result, directory.path / "results.json")
+    return result
+
+
+def report(this: Run, result: RunResult) -> None:
+    """Write the report and the erasure's model card."""
+    folder = this.directory.path / "erasure"
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(model_card(read_manifest(folder), result), encoding="utf-8")
+    write_report(this.directory.path, this.plan.task)
