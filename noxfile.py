@@ -34,7 +34,7 @@ def tests(session: nox.Session) -> None:
 def matrix(session: nox.Session) -> None:
     """Every method on every backbone whose weights can be made here."""
     session.install("-e", ".[dev]")
-    session.run("pytest", "tests/contracts", *session.posargs)
+    session.run("pytest", "tests/contracts", "--full", *session.posargs)
 
 
 @nox.session

@@ -2,7 +2,7 @@
 
     python benchmarks/debias.py --out benchmarks/results/debias.json
 
-"a background" is to become "a cat" as often as "a ship". The pictures counted have the prompts of the rounds and other noise,
+"a background" is to become "a cat" as often as "a ship". The images counted have the prompts of the rounds and other noise,
 and the CLIP that the rounds ask says what they show: another judge may see other shares.
 """
 
@@ -44,9 +44,9 @@ def measure(backbone: str, rounds: int, looked_at: int, counted: int) -> dict[st
     plan = resolve(build({"method": "uce", "backbone": backbone, "task": "objects", "concepts": ("cat",)}), default())
     loaded = plan.backbone.load(plan.backbone_config)
     ctx = RunContext(loaded, (CONCEPT,), NoPrompts(), protocol=plan.protocol, component=default().components.get)
-    config = plan.method_config.model_copy(update={"guides": GUIDES, "debias_rounds": rounds, "debias_pictures": looked_at})
+    config = plan.method_config.model_copy(update={"guides": GUIDES, "debias_rounds": rounds, "debias_images": looked_at})
     shares = Uce(config).shares(ctx)
-    judge = Uce(config.model_copy(update={"debias_pictures": counted}))
+    judge = Uce(config.model_copy(update={"debias_images": counted}))
     scorer = default().components.get("scorer", loaded.domain)()
     seen: dict[str, Any] = {"unedited": judge.seen(replace(ctx, seed=1), CONCEPT, scorer)}
     for name, weights in (("equal shares", {}), ("debiased", shares)):
@@ -59,12 +59,12 @@ def main() -> None:
     """Measure both mini models and print the shares as JSON."""
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--rounds", type=int, default=6)
-    args.add_argument("--pictures", type=int, default=48, help="in each round")
-    args.add_argument("--counted", type=int, default=96, help="pictures that are counted at the end")
+    args.add_argument("--images", type=int, default=48, help="in each round")
+    args.add_argument("--counted", type=int, default=96, help="images that are counted at the end")
     args.add_argument("--out", type=Path)
     args = args.parse_args()
     result = {"command": shlex.join(["python", "benchmarks/debias.py", *sys.argv[1:]]), "guides": GUIDES, **record.machine()}
-    result |= {name: measure(name, args.rounds, args.pictures, args.counted) for name in ("sd15-mini", "flux-mini")}
+    result |= {name: measure(name, args.rounds, args.images, args.counted) for name in ("sd15-mini", "flux-mini")}
     print(json.dumps(result, indent=1))
     if args.out:
         record.write(result, args.out)

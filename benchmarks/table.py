@@ -5,7 +5,7 @@
 
 A concept written `cat+dog` is one run that erases both. Everything is measured by `erasekit.run`; a run that is finished
 is not done again, so the script can be stopped and started. A row's memory and seconds are those of the process that did
-it. Intervals are 95 %. The pictures of a concept have the same prompts and noise at every seed, so that seeds are no further
+it. Intervals are 95 %. The images of a concept have the same prompts and noise at every seed, so that seeds are no further
 sample of them: concepts are what is resampled, each with the mean of its seeds. The interval is the wider one of that
 bootstrap and of the mean of the concepts' own intervals, since concepts that all agree are no proof that the next one would.
 Seeds of a method that has no use for one, as closed forms have none, give one erasure, and count as one run.
@@ -72,7 +72,7 @@ def distinct(runs: Sequence[RunResult]) -> list[RunResult]:
 def summary(concepts: Sequence[Sequence[RunResult]]) -> dict[str, Any]:
     """Of every metric that all runs have the mean over concepts, each with its seeds; the time to erase and the memory.
 
-    Seeds that gave the same erasure count once, in `runs` and `pictures` too.
+    Seeds that gave the same erasure count once, in `runs` and `images` too.
     """
     seconds = [r.timings_s["erase"] for runs in concepts for r in runs]
     concepts = [distinct(runs) for runs in concepts]
@@ -89,7 +89,7 @@ def summary(concepts: Sequence[Sequence[RunResult]]) -> dict[str, Any]:
             "ci95": interval(known),
             "base": round(float(np.mean(bases)), 4) if None not in bases else None,
             "runs": sum(map(len, known)),
-            "pictures": sum(r.metrics[name].n for r in results),
+            "images": sum(r.metrics[name].n for r in results),
         }
     peak = max(r.peak_memory_mb for r in results)
     return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}

@@ -82,7 +82,7 @@ class StepEnd(Event):
 
 @dataclass(frozen=True)
 class Sampled(Event):
-    """Pictures were drawn: `done` of `total` in the set `which` (`base` or `erased`)."""
+    """Images were drawn: `done` of `total` in the set `which` (`base` or `erased`)."""
 
     which: str
     done: int
@@ -103,7 +103,7 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The pictures are scored: {metric: {"value": ..., ...}}."""
+    """The images are scored: {metric: {"value": ..., ...}}."""
 
     metrics: Mapping[str, Any]
 

@@ -15,6 +15,10 @@ import pytest
 THIRD_PARTY = Path(__file__).parent / "third_party"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every method on the mini models too, as in `nox -s matrix`")
+
+
 @pytest.fixture(scope="session")
 def world() -> Path:
     """The plugin file with a whole tiny world."""
@@ -78,7 +82,7 @@ def erasekit(tmp_path):
 
     def call(*arguments: object, environment: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
         root = str(Path(__file__).parents[1])
-        paths = os.pathsep.join([root, str(Path(root) / "plugins")])
+        paths = os.pathsep.join([root, str(Path(root) / "plugins"), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
         command = [sys.executable, "-m", "erasekit", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False, **options)

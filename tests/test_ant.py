@@ -38,10 +38,10 @@ def ant(backbone, **others):
 
 
 @pytest.mark.parametrize("tau", [ddpm_tau(torch.tensor([999, 900, 600, 0])), flow_tau(torch.tensor([1.0, 0.9, 0.6, 0.01]))])
-def test_the_guidance_is_kept_at_the_noise_and_reversed_towards_the_picture(tau):
+def test_the_guidance_is_kept_at_the_noise_and_reversed_towards_the_image(tau):
     concept, empty = np.random.default_rng(0).normal(size=(2, 4, 3, 5))
     found = maths.target(torch.from_numpy(concept), torch.from_numpy(empty), tau, tau0=0.14, eta=1.3)
-    for i, sign in enumerate((1, 1, -1, -1)):  # timesteps and sigmas fall from the noise to the picture
+    for i, sign in enumerate((1, 1, -1, -1)):  # timesteps and sigmas fall from the noise to the image
         np.testing.assert_allclose(found[i].numpy(), (1 - sign * 1.3) * empty[i] + sign * 1.3 * concept[i], rtol=1e-12)
 
 

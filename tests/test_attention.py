@@ -15,7 +15,7 @@ from erasekit.backbones.attention import attention_maps, token_positions
 from erasekit.errors import UsageError
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
-from erasekit.methods.pictures import draw, noised
+from erasekit.methods.images import draw, noised
 from tests.third_party.tiny_world import Words
 
 PROMPTS = ["a photo of a cat", "cat by the red ship"]
@@ -164,7 +164,7 @@ def test_positions_are_the_spans(family, request):
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_drawn_pictures_are_the_pipelines(family, request):
+def test_drawn_images_are_the_pipelines(family, request):
     backbone, task = request.getfixturevalue(family), Words()
     ctx = RunContext(backbone, (task.concept("cat"),), task)
     ctx.protocol = task.protocol.model_copy(update={"steps": 3, "batch": 1})

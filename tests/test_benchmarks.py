@@ -47,7 +47,7 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
     assert esd["rows"]["n"] >= 24 * 4 * 3  # three predictions at each point
     assert "failed" in trace
     assert "failed" not in esd
-    assert uce["pictures"] == {"n": 4, "steps": 28}
+    assert uce["images"] == {"n": 4, "steps": 28}
     before = out.read_text()
     assert script("bench.py", *where) == ""
     assert out.read_text() == before
@@ -122,8 +122,8 @@ def test_seeds_of_a_closed_form_are_one_run():
     same = [[result_of(c, 0, c) for _ in range(3)] for c in ("cat", "dog")]
     other = [[result_of(c, seed, f"{c}{seed}") for seed in range(3)] for c in ("cat", "dog")]
     closed, trained = table.summary(same)["metrics"]["acc_e"], table.summary(other)["metrics"]["acc_e"]
-    assert (closed["runs"], closed["pictures"]) == (2, 40)
-    assert (trained["runs"], trained["pictures"]) == (6, 120)
+    assert (closed["runs"], closed["images"]) == (2, 40)
+    assert (trained["runs"], trained["images"]) == (6, 120)
     row = {"runs": [{"concepts": r.concepts[0], "erasure_sha256": r.erasure_sha256} for runs in same for r in runs]}
     assert show.runs_of(row) == "2 (3 seeds alike)"
     row = {"runs": [{"concepts": r.concepts[0], "erasure_sha256": r.erasure_sha256} for runs in other for r in runs]}

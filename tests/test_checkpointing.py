@@ -25,8 +25,8 @@ METHODS = {
     "esd-lora": ("esd", POOL | {"weights": "lora", "variant": "x"}),
     "ant-single": ("ant", POOL | {"form": "single", "tau0": 0.3, "saliency_draws": 1}),
     "ant-multi": ("ant", POOL | {"form": "multi", "tau0": 0.3, "rank": 2, "fusion_points": 6}),
-    "mace": ("mace", {"pictures": 2, "kept_pictures": 2}),
-    "eraseanything": ("eraseanything", {"pictures": 2, "kept_pictures": 5, "rank": 2}),
+    "mace": ("mace", {"images": 2, "kept_images": 2}),
+    "eraseanything": ("eraseanything", {"images": 2, "kept_images": 5, "rank": 2}),
     "trace": ("trace", POOL | {"clean_trajectories": 3, "eta": 1.0, "rank": 2, "near_words": 0, "tau0": 0.3}),
 }
 

@@ -139,12 +139,12 @@ def test_dry_run_shows_settings_and_directories_and_loads_nothing(call, names, t
 
 
 def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
-    """Seconds per picture from all runs on the backbone, of the erasing from the method's; a damaged one is passed over."""
+    """Seconds per image from all runs on the backbone, of the erasing from the method's; a damaged one is passed over."""
     code, out, _ = call("run", "--dry-run", "--json", *names, "-c", "cat")
     stages = json.loads(out)["stages"]
     assert code == 0
     assert all("time unknown" in stages[stage] for stage in ("base_images", "erase", "sample"))
-    pictures = int(stages["sample"].split()[0])
+    images = int(stages["sample"].split()[0])
     backbone = json.loads(out)["backbone"]
     for i, (method, seconds, erase) in enumerate([("pull", 20.0, 7.0), ("pull", 40.0, 9.0), ("uce", 30.0, 1.0)]):
         result = RunResult(
@@ -155,7 +155,7 @@ def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
             concepts=("cat",),
             seed=i,
             config_hash="0",
-            protocol={"steps": int(stages["base_images"].split("pictures, ")[1].split()[0]), "hash": "0"},
+            protocol={"steps": int(stages["base_images"].split("images, ")[1].split()[0]), "hash": "0"},
             counts={"images": 20, "scored": 20, "failed": 0, "no_face": 0},
             metrics={},
             timings_s={"sample": seconds, "erase": erase},
@@ -167,7 +167,7 @@ def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
     damaged.parent.mkdir()
     damaged.write_text("{")
     stages = json.loads(call("run", "--dry-run", "--json", *names, "-c", "cat")[1])["stages"]
-    assert f"about {pictures * 3} s (as 3 earlier runs here)" in stages["sample"]
+    assert f"about {images * 3} s (as 3 earlier runs here)" in stages["sample"]
     assert "about 8 s (as 2 earlier runs here)" in stages["erase"]
 
 
@@ -308,7 +308,7 @@ def test_from_a_run_to_every_other_command(call, names, tmp_path):
     code, out, err = call("generate", "a cat", "a dog", "--n", "2", "-e", folder / "erasure", *base, "--vram", "8")
     assert code == 0
     assert err.startswith("generate")
-    assert out.split() == [f"pictures/{p:03d}-{s}.png" for p in range(2) for s in range(2)]
+    assert out.split() == [f"images/{p:03d}-{s}.png" for p in range(2) for s in range(2)]
     assert all((tmp_path / line).is_file() for line in out.split())
 
     code, out, _ = call("erase", *names, "-c", "cat", "--json")

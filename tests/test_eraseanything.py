@@ -13,15 +13,15 @@ from erasekit.erasures.deltas import to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.methods.context import RunContext
-from erasekit.methods.pictures import kept_pictures
+from erasekit.methods.images import kept_images
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import material, synonyms_of, unrelated_to
 from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
 from tests.third_party.tiny_world import Words
 
-SMALL = {"steps": 4, "batch": 3, "rank": 2, "pictures": 2, "kept_pictures": 5, "versions": 3, "warmup": 0, "negatives": 2}
-MATERIAL = EraseAnythingConfig(pictures=2, versions=3, shuffle=1.0, swap=1.0, unrelated=("a ship", "red"))
+SMALL = {"steps": 4, "batch": 3, "rank": 2, "images": 2, "kept_images": 5, "versions": 3, "warmup": 0, "negatives": 2}
+MATERIAL = EraseAnythingConfig(images=2, versions=3, shuffle=1.0, swap=1.0, unrelated=("a ship", "red"))
 
 
 def context(backbone, names=("cat", "dog"), seed=0, **changes):
@@ -142,7 +142,7 @@ def test_lists_come_from_the_settings_then_the_concept_then_ours():
 # Material
 
 
-def test_material_pairs_pictures_with_their_wordings(backbone):
+def test_material_pairs_images_with_their_wordings(backbone):
     ctx = context(backbone, ("cat",), templates=("a photo of {}",), phrases=("a cat",))
     own = material(ctx, ctx.concepts[0], MATERIAL)
     assert own.x0.shape == backbone.latents([0, 1], 16).shape
@@ -170,8 +170,8 @@ def test_a_concept_that_no_prompt_speaks_of_is_refused(backbone):
         material(ctx, ctx.concepts[0], MATERIAL)
 
 
-def test_every_fifth_kept_picture_is_of_the_empty_prompt(backbone):
-    x0, cond = kept_pictures(context(backbone), 10, "kept")
+def test_every_fifth_kept_image_is_of_the_empty_prompt(backbone):
+    x0, cond = kept_images(context(backbone), 10, "kept")
     assert len(x0) == len(cond) == 10
     empty = backbone.encode([""]).tokens[0]
     assert [torch.equal(t, empty) for t in cond.tokens] == [i % 5 == 4 for i in range(10)]
@@ -218,11 +218,11 @@ def test_a_fresh_student_is_the_teacher(backbone):
         assert step(1, ctx.generator("x"))["preserve"].item() < 1e-10
         parts = step(0, ctx.generator("x"))
         own, generator = step.materials[0], ctx.generator("x")
-        picture = torch.randint(len(own.x0), (3,), generator=generator)
-        row = picture * own.versions + torch.randint(own.versions, picture.shape, generator=generator)
+        image = torch.randint(len(own.x0), (3,), generator=generator)
+        row = image * own.versions + torch.randint(own.versions, image.shape, generator=generator)
         tau = torch.rand(3, generator=generator)
-        noise = torch.randn(own.x0[picture].shape, generator=generator)
-        x = backbone.add_noise(own.x0[picture], noise, tau)
+        noise = torch.randn(own.x0[image].shape, generator=generator)
+        x = backbone.add_noise(own.x0[image], noise, tau)
         with torch.no_grad():
             concept, neutral = (ctx.predict(x, tau, cond[row]) for cond in (own.wordings.cond, own.neutral))
         gap = (concept - (2 * neutral - concept)).double().square().mean()  # eta 1

@@ -30,7 +30,7 @@ def gaussian(d: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return statistics(torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + seed)
 
 
-@pytest.mark.parametrize("n", [500, 5])  # with 5 pictures the covariance is singular
+@pytest.mark.parametrize("n", [500, 5])  # with 5 images the covariance is singular
 def test_frechet_against_the_eigenvalues_of_the_product(n):
     (m1, c1), (m2, c2) = gaussian(8, n, 1), gaussian(8, n, 2)
     eigenvalues = np.linalg.eigvals(c1.numpy() @ c2.numpy())  # not symmetric: real and not negative in exact arithmetic
@@ -88,7 +88,7 @@ def test_harmonic_mean():
 
 
 class Redness(Evaluator):
-    """Says "shown" where the red channel is bright; fails on pictures with a green top left corner."""
+    """Says "shown" where the red channel is bright; fails on images with a green top left corner."""
 
     name = "redness"
     version = "3"
@@ -100,10 +100,10 @@ class Redness(Evaluator):
         return {"model": "mean", "version": self.version, "sha256": ""}
 
     def update(self, batch):
-        if (batch.pictures[:, 1, 0, 0] > 200).any():
+        if (batch.images[:, 1, 0, 0] > 200).any():
             raise RuntimeError("green")
         self.batches.append(len(batch.prompts))
-        self.rows += [{"shown": bool(p[0].float().mean() > 100), "side_seen": batch.side} for p in batch.pictures]
+        self.rows += [{"shown": bool(p[0].float().mean() > 100), "side_seen": batch.side} for p in batch.images]
 
     def compute(self):
         return Scores(self.rows)
@@ -113,8 +113,8 @@ class Moments(FrechetEvaluator):
     name = "moments"
     features_name = "mean-rgb"
 
-    def features(self, pictures):
-        return pictures.double().mean((2, 3))
+    def features(self, images):
+        return images.double().mean((2, 3))
 
     def reference(self):
         return torch.zeros(3), torch.eye(3)
@@ -130,7 +130,7 @@ class Reds(Task):
         return {"acc_e": Metric(**fields, higher_is_better=False, evaluator="redness")}
 
 
-def pictures(folder, colours) -> list:
+def images(folder, colours) -> list:
     folder.mkdir()
     paths = [folder / f"{i}.png" for i in range(len(colours))]
     for path, colour in zip(paths, colours, strict=True):
@@ -141,8 +141,8 @@ def pictures(folder, colours) -> list:
 @pytest.fixture
 def both(tmp_path):
     """Base: all red; erased: red, black, green (the judge fails on it), black, unreadable, black."""
-    base = pictures(tmp_path / "base", ["red"] * 6)
-    erased = pictures(tmp_path / "erased", ["red", "black", (0, 255, 0), "black", "black", "black"])
+    base = images(tmp_path / "base", ["red"] * 6)
+    erased = images(tmp_path / "erased", ["red", "black", (0, 255, 0), "black", "black", "black"])
     erased[4].write_bytes(b"\x89PNG")
     return base, erased
 
@@ -159,7 +159,7 @@ def test_failures_are_counted_and_are_never_taken_for_absent(both):
     assert metrics["acc_e"].evaluator == "redness@3"
 
 
-def test_rows_belong_to_their_pictures(both):
+def test_rows_belong_to_their_images(both):
     rows, _, _ = evaluate(Reds(), [Redness()], PROMPTS, *both, concepts=[CAT], batch=4)
     assert [(r["side"], r["file"]) for r in rows] == [(side, f"{i}.png") for side in ("base", "erased") for i in range(6)]
     assert all(r["side"] == r["side_seen"] for r in rows if not r["failed"])
@@ -176,8 +176,8 @@ def test_numbers_do_not_depend_on_the_batches(both):
 
 
 def test_an_evaluator_that_fails_on_everything_is_an_error(both, tmp_path):
-    green = pictures(tmp_path / "green", [(0, 255, 0)] * 6)
-    with pytest.raises(ErasekitError, match="'redness' failed on every picture: green"):
+    green = images(tmp_path / "green", [(0, 255, 0)] * 6)
+    with pytest.raises(ErasekitError, match="'redness' failed on every image: green"):
         evaluate(Reds(), [Redness()], PROMPTS, green, green, concepts=[CAT])
 
 
@@ -189,7 +189,7 @@ def test_two_evaluators_may_not_give_the_same_score(both):
         evaluate(Reds(), [Redness(), Twin()], PROMPTS, *both, concepts=[CAT])
 
 
-def test_frechet_on_clean_pictures_only(both):
+def test_frechet_on_clean_images_only(both):
     base, _ = both
     _, metrics, counts = evaluate(Reds(), [Redness(), Moments()], PROMPTS, base, base, concepts=[CAT])
     same, reference = metrics["frechet[mean-rgb]"], metrics["frechet[mean-rgb/reference]"]
@@ -197,13 +197,13 @@ def test_frechet_on_clean_pictures_only(both):
     assert same.value == pytest.approx(0.0, abs=1e-9)
     assert same.n == 3
     assert same.base is None
-    # all pictures are (255, 0, 0): no covariance, so the distance is 255^2 + tr(I)
+    # all images are (255, 0, 0): no covariance, so the distance is 255^2 + tr(I)
     assert reference.value == pytest.approx(255**2 + 3)
     assert reference.base == reference.value
     assert same.evaluator == "moments@1"
 
 
-def test_frechet_of_too_few_pictures_is_not_a_number(both):
+def test_frechet_of_too_few_images_is_not_a_number(both):
     base, _ = both
     _, metrics, _ = evaluate(Reds(), [Redness(), Moments()], PROMPTS[:4], base[:4], base[:4], concepts=[CAT])
     assert metrics["frechet[mean-rgb]"].value is None

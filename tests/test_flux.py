@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.backbones import pipelines
+from erasekit.backbones import parts
 from erasekit.backbones.alignment import align
 from erasekit.backbones.protocol import Backbone, guided
 from erasekit.erasures.deltas import LowRank, merged
@@ -88,13 +88,13 @@ def test_encoded_prompts_draw_what_text_draws(backbone):
 
 def test_decode_is_the_pipelines(backbone):
     latents = drawn(backbone, PROMPTS, scale=2.0)
-    pictures = drawn(backbone, PROMPTS, scale=2.0, kind="np")
+    images = drawn(backbone, PROMPTS, scale=2.0, kind="np")
     mine = backbone.decode(latents).add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(mine.numpy(), pictures, atol=2e-5)
+    np.testing.assert_allclose(mine.numpy(), images, atol=2e-5)
 
 
 def test_the_direction_of_time(backbone):
-    """Fails if tau is reversed: at tau 0 there is only noise, at tau 1 only the picture, and a step goes on to the picture."""
+    """Fails if tau is reversed: at tau 0 there is only noise, at tau 1 only the image, and a step goes on to the image."""
     schedule = backbone.schedule(5)
     assert schedule.tau[0] == 0
     assert (schedule.tau.diff() > 0).all()
@@ -213,7 +213,7 @@ def test_closed_form_reads_two_tensors(tmp_path, monkeypatch):
     _add_huge_tensor(names[-1], 10 << 30)
     read = []
     monkeypatch.setattr(
-        pipelines, "read_tensor", lambda files, key, original=pipelines.read_tensor: read.append(key) or original(files, key)
+        parts, "read_tensor", lambda files, key, original=parts.read_tensor: read.append(key) or original(files, key)
     )
     backbone = tiny_flux.load(folder)
     deltas = edit(backbone, ["a cat"], ["a dog"])

@@ -85,9 +85,9 @@ def test_a_concept_of_ones_own_runs_on_stable_diffusion_to_the_report(erasekit, 
     run = next((tmp_path / "runs/sd15/free/trace").glob("[!.]*"))
     page = (run / "report.html").read_text()
     assert all(p.text in page for p in prompts("erase", "evaluation", TASK.concept("a cat"), limit=2))
-    assert "Nothing judged the pictures" in page
+    assert "Nothing judged the images" in page
     assert "<th>value</th>" not in page
-    assert "The pictures are blurred" not in page
+    assert "The images are blurred" not in page
     assert "Nothing has been measured" in (run / "erasure" / "README.md").read_text()
     assert (run / "samples" / "erase.png").is_file()
     assert (run / "erasure" / "all.safetensors").is_file()
@@ -108,13 +108,13 @@ def test_without_a_concept_one_is_asked_for(erasekit):
 
 
 @pytest.mark.parametrize("text", ["a nude man", "someone:a NAKED_man"])
-def test_pictures_of_sexual_prompts_are_blurred_whatever_the_task(text, erasekit, tmp_path):
+def test_images_of_sexual_prompts_are_blurred_whatever_the_task(text, erasekit, tmp_path):
     folder = tiny.save_pipeline(tmp_path / "sd", vae="kl")
     flags = ["-s", f"backbone.path={folder}", "-s", "backbone.device=cpu", "-s", "protocol.size=16", "-s", "protocol.steps=2"]
     done = erasekit("run", "--method", "uce", "--backbone", "sd15", "--concept", text, "--limit", 2, *flags)
     assert done.returncode == 0, done.stderr
-    assert "Nothing judged the pictures" in done.stdout
+    assert "Nothing judged the images" in done.stdout
     run = next((tmp_path / "runs/sd15/free/uce").glob("[!.]*"))
-    assert "The pictures are blurred" in (run / "report.html").read_text()
+    assert "The images are blurred" in (run / "report.html").read_text()
     assert erasekit("report", run, "--reveal").returncode == 0
-    assert "The pictures are blurred" not in (run / "report.html").read_text()
+    assert "The images are blurred" not in (run / "report.html").read_text()

@@ -94,14 +94,14 @@ def outliner(tmp_path_factory):
 
 @pytest.fixture
 def drawn(tiny_folder):
-    """A run, two pictures and what a component of the slot is called with."""
+    """A run, two images and what a component of the slot is called with."""
     backbone, prompts = tiny.load(tiny_folder), ["a cat", "a photo of a cat"]
     ctx = RunContext(backbone, (Words().concept("cat"),), Words(), component=lambda slot, name: segmenter.grounded_sam)
     positions = token_positions(backbone, prompts, ["cat"])
     return ctx, ctx.concepts[0], backbone.latents([0, 1]), backbone.encode(prompts), positions
 
 
-def test_what_is_found_is_outlined_in_the_size_of_the_pictures(drawn, detector, outliner, monkeypatch):
+def test_what_is_found_is_outlined_in_the_size_of_the_images(drawn, detector, outliner, monkeypatch):
     monkeypatch.setattr(segmenter, "BOX", 0.0)  # random weights are sure of nothing
     ctx, _, x0, *_ = drawn
     height, width = ctx.backbone.decode(x0).shape[2:]
@@ -111,12 +111,12 @@ def test_what_is_found_is_outlined_in_the_size_of_the_pictures(drawn, detector, 
     assert torch.equal(found, segmenter.grounded_sam(*drawn, MaceConfig(detector=detector, segmenter=outliner)))
 
 
-def test_a_picture_in_which_nothing_is_found_counts_whole_and_that_is_said(drawn, detector, outliner, monkeypatch, caplog):
+def test_a_image_in_which_nothing_is_found_counts_whole_and_that_is_said(drawn, detector, outliner, monkeypatch, caplog):
     monkeypatch.setattr(segmenter, "BOX", 1.0)
     with caplog.at_level(logging.WARNING, "erasekit"):
         found = segmenter.grounded_sam(*drawn, MaceConfig(detector=detector, segmenter=outliner))
     assert found.min() == 1
-    assert "finds no 'cat' in 2 of 2 pictures" in caplog.text
+    assert "finds no 'cat' in 2 of 2 images" in caplog.text
 
 
 def test_every_phrase_is_asked_for_as_the_detector_reads_it():
@@ -124,7 +124,7 @@ def test_every_phrase_is_asked_for_as_the_detector_reads_it():
     assert segmenter.question(concept) == "a cat. a kitten."
 
 
-def test_a_style_has_the_whole_picture_and_needs_no_model(drawn):
+def test_a_style_has_the_whole_image_and_needs_no_model(drawn):
     ctx, concept, *rest = drawn
     found = segmenter.grounded_sam(ctx, concept.model_copy(update={"kind": "style"}), *rest, MaceConfig(detector="nowhere"))
     assert torch.equal(found, masks.whole(ctx, concept, *rest, None))
@@ -139,6 +139,6 @@ def test_a_model_that_is_not_there_is_one_line(drawn, detector, tmp_path):
 
 
 def test_mace_trains_inside_of_them(drawn, detector, outliner):
-    settings = {"steps": 2, "batch": 2, "pictures": 2, "warmup": 0, "masks": "grounded-sam"}
+    settings = {"steps": 2, "batch": 2, "images": 2, "warmup": 0, "masks": "grounded-sam"}
     erasure = Mace(MaceConfig(**settings, detector=detector, segmenter=outliner)).erase(drawn[0])
     assert "fusion" in erasure.deltas["cat"]

@@ -1,4 +1,4 @@
-"""Erasures that act while pictures are drawn: the pipeline's own negative prompt, SLD's formula, and nothing left behind."""
+"""Erasures that act while images are drawn: the pipeline's own negative prompt, SLD's formula, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_sld_is_its_formula(backbone, tmp_path, preset):
     wanted = sld_by_hand(backbone, "cat, kitten", preset)
     torch.testing.assert_close(draw(backbone, pipe), wanted, rtol=1e-3, atol=1e-3)
     again = draw(backbone, pipe)
-    assert torch.equal(again, draw(backbone, pipe)), "the momentum of one picture reaches the next"
+    assert torch.equal(again, draw(backbone, pipe)), "the momentum of one image reaches the next"
     assert not torch.allclose(again, draw(backbone, backbone.pipeline()), rtol=1e-2, atol=1e-2)
 
 

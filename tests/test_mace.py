@@ -21,7 +21,7 @@ from erasekit_mace.method import Mace, MaceConfig, _kept
 from erasekit_mace.plugin import register_components
 from tests.third_party.tiny_world import Words
 
-SMALL = {"steps": 3, "batch": 2, "pictures": 3, "kept_pictures": 3, "warmup": 0}
+SMALL = {"steps": 3, "batch": 2, "images": 3, "kept_images": 3, "warmup": 0}
 
 
 def context(backbone, names=("cat", "dog"), seed=0, **changes):
@@ -140,7 +140,7 @@ def test_a_mask_counts_only_the_last_token_of_a_phrase(sd, monkeypatch):
     ctx, prompts = context(sd, ("cat",)), ["a photo of a cat"]
     cond, x0 = sd.encode(prompts), sd.latents([0])
     asked = []
-    monkeypatch.setattr(masks, "_picture", lambda m, t, own=masks._picture: asked.append(t) or own(m, t))
+    monkeypatch.setattr(masks, "_image", lambda m, t, own=masks._image: asked.append(t) or own(m, t))
     masks.attention(ctx, ctx.concepts[0], x0, cond, token_positions(sd, prompts, ["a cat"]), None)
     assert all(t.nonzero().tolist() == [[0, 5]] for t in asked)
 
@@ -150,7 +150,7 @@ def test_a_mask_counts_only_the_last_token_of_a_phrase(sd, monkeypatch):
 
 def test_suppressed_tokens_are_the_phrase_and_in_clip_the_end(backbone):
     ctx = context(backbone, ("cat",), phrases=("a cat",), templates=("a photo of {}",))
-    drawn = method(backbone, pictures=1).pictures(ctx, ctx.concepts[0])
+    drawn = method(backbone, images=1).images(ctx, ctx.concepts[0])
     positions = drawn.tokens[0].nonzero().flatten().tolist()
     if backbone.capabilities.family == "unet":
         assert positions == [4, 5, *range(6, drawn.cond.tokens.shape[1])]
@@ -160,7 +160,7 @@ def test_suppressed_tokens_are_the_phrase_and_in_clip_the_end(backbone):
 
 def test_the_loss_reaches_the_lora_alone_and_falls(backbone):
     ctx, mace = context(backbone, ("cat",)), method(backbone, window=(0.2, 0.8), masks="whole")
-    drawn = mace.pictures(ctx, ctx.concepts[0])
+    drawn = mace.images(ctx, ctx.concepts[0])
     bank = AdapterBank(backbone)
     bank.add("cat", backbone.lora_targets(mace.config.scope), 1, ctx.generator("init"))
     parameters, loss = bank.train_only("cat"), mace.losses(ctx, drawn)
@@ -230,7 +230,7 @@ def test_the_fused_edit_is_what_the_loras_do_on_the_concepts_prompts(sd):
     mace = method(sd, fuse_preserve=0.0, ridge=0.0, refine_preserve=1.0)
     refined = mace.refine(ctx)["cat"]
     with merged(sd.denoiser, refined):
-        lora = mace.suppress(ctx, ctx.concepts[0], mace.pictures(ctx, ctx.concepts[0]))
+        lora = mace.suppress(ctx, ctx.concepts[0], mace.images(ctx, ctx.concepts[0]))
     (fused,) = mace.fuse(ctx, refined, [lora], mace.moments(ctx, [], None))
     tokens = sd.encode(phrased_prompts(ctx, ctx.concepts[0])).tokens.flatten(0, 1).double()
     assert any(to_dense(d).abs().max() > 0 for d in lora.values())
@@ -244,7 +244,7 @@ def test_suppression_lowers_the_attention_to_the_concept(sd):
     attention = {}
     for steps in (0, 30):
         mace = method(sd, steps=steps, lr=0.1, ridge=1e-4, fuse_preserve=0.0, masks="whole", batch=4)
-        drawn = method(sd, masks="whole").pictures(ctx, ctx.concepts[0])
+        drawn = method(sd, masks="whole").images(ctx, ctx.concepts[0])
         total = mace.erase(ctx).total()
         with merged(sd.denoiser, total), attention_maps(sd.denoiser) as maps, torch.no_grad():
             tau = torch.full((len(drawn.x0),), 0.5)

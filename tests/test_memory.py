@@ -44,7 +44,7 @@ def test_a_size_is_planned_for():
 
 
 @pytest.mark.parametrize("vram", ["8", "48"])
-def test_a_smaller_gpu_gives_the_same_predictions_gradients_and_pictures(vram, whole, tiny_flux_folder):
+def test_a_smaller_gpu_gives_the_same_predictions_gradients_and_images(vram, whole, tiny_flux_folder):
     small = tiny_flux.load(tiny_flux_folder, vram=vram)
     seen = []
     for backbone in (whole, small):
@@ -54,8 +54,8 @@ def test_a_smaller_gpu_gives_the_same_predictions_gradients_and_pictures(vram, w
         call = backbone.call_arguments(cond, empty=backbone.encode([""]), guidance=2.0)
         generator = torch.Generator().manual_seed(0)
         size = {"height": 16, "width": 16, "num_inference_steps": 2, "generator": generator}
-        pictures = backbone.pipeline(encoders=False)(**call, **size, output_type="pt").images
-        seen.append((y.detach(), x.grad, pictures))
+        images = backbone.pipeline(encoders=False)(**call, **size, output_type="pt").images
+        seen.append((y.detach(), x.grad, images))
     for mine, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     assert small.denoiser.is_gradient_checkpointing

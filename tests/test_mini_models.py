@@ -15,9 +15,9 @@ LIMIT_MB = 12
 def test_the_clip_scorer_judges_with_the_shipped_half_precision_weights() -> None:
     scorer = ClipScore()
     prompts = [Prompt("a photo of a cat", 1, set="clean"), Prompt("a photo of a dog", 2, set="clean")]
-    pictures = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    scorer.update(Batch(pictures, prompts, "base"))
-    scorer.update(Batch(pictures, prompts, "erased"))
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scorer.update(Batch(images, prompts, "base"))
+    scorer.update(Batch(images, prompts, "erased"))
     assert len(scorer.compute().rows) == 4
 
 

@@ -69,14 +69,14 @@ def test_the_file_in_plain_diffusers_draws_what_generate_draws(finished, plain, 
 
     folder = finished[1] / "erasure"
     plain.load_lora_weights(str(folder), weight_name="cat.safetensors", adapter_name="cat")
-    pictures = plain.image_processor.numpy_to_pil(draw(plain))
+    images = plain.image_processor.numpy_to_pil(draw(plain))
     done = erasekit("generate", PROMPTS[0], "--erasure", folder, "--concept", "cat", "--seed", 1, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     (drawn,) = (tmp_path / "out").glob("*.png")
     alone = plain(PROMPTS[0], generator=torch.Generator().manual_seed(1), **CALL).images
     expected = plain.image_processor.numpy_to_pil(alone)[0]
     assert np.array_equal(np.array(Image.open(drawn)), np.array(expected))
-    assert pictures[0].size == (64, 64)
+    assert images[0].size == (64, 64)
 
 
 def test_parts_of_the_erasure_can_be_toggled(finished, plain):

@@ -232,7 +232,7 @@ def test_the_interval_of_the_harmonic_mean_is_near_a_bootstrap_and_keeps_its_wid
     assert 0.95 < found.ci95[0] < 0.98
 
 
-def test_without_pictures_there_is_no_number():
+def test_without_images_there_is_no_number():
     found = OBJECTS.aggregate(rows(shown("erase", "cat", [0])), [OBJECTS.concept("cat")])
     assert found["acc_e"].value == 0.0
     assert found["acc_g"].value is None
@@ -287,9 +287,9 @@ def folder(tmp_path_factory):
 
 
 def batch(n: int = 6, side: str = "base", seed: int = 0) -> Batch:
-    pictures = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     labels = ("cat", "empty", "Ada Brooks", "Orla Vint", "face", "cat+dog")
-    return Batch(pictures, [Prompt(f"a {x}", i, x, "clean") for i, x in enumerate(labels[:n])], side)
+    return Batch(images, [Prompt(f"a {x}", i, x, "clean") for i, x in enumerate(labels[:n])], side)
 
 
 def test_presence_is_the_threshold_and_nothing_else(folder):
@@ -298,7 +298,7 @@ def test_presence_is_the_threshold_and_nothing_else(folder):
     with torch.no_grad():
         net = MiniClassifier()
         net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in judge._net.state_dict().items()})
-        logits = net.eval()(batch().pictures.float() / 127.5 - 1)
+        logits = net.eval()(batch().images.float() / 127.5 - 1)
     found = judge.compute().rows
     for row, present, style, identity in zip(found, logits["present"], logits["style"], logits["identity"], strict=True):
         expected = {x for x, logit in zip(MiniClassifier.PRESENT, present, strict=True) if logit >= 0}  # sigmoid(0) = 0.5
@@ -327,7 +327,7 @@ def test_a_threshold_of_one_sees_nothing(folder, tmp_path):
     assert not {x for row in judge.compute().rows for x in row["seen"]} & {*words.OBJECTS, "hazard", "face", *words.IDENTITIES}
 
 
-def test_the_clip_score_is_a_cosine_per_picture(folder):
+def test_the_clip_score_is_a_cosine_per_image(folder):
     scorer = ClipScore(folder, folder)
     scorer.update(batch(3))
     scorer.update(batch(3, "erased", 1))
@@ -338,17 +338,17 @@ def test_the_clip_score_is_a_cosine_per_picture(folder):
     assert metric.base == pytest.approx(np.mean(scores[:3]))
     assert metric.value == pytest.approx(np.mean(scores[3:]))
     assert metric.ci95[0] <= metric.value <= metric.ci95[1]
-    with torch.no_grad():  # an independent path: one picture, one prompt, cosine by hand
+    with torch.no_grad():  # an independent path: one image, one prompt, cosine by hand
         ids = scorer._clip._tokenizer(["a cat"], padding="max_length", max_length=tiny.LENGTH, return_tensors="pt").input_ids
         text = scorer._clip._text(input_ids=ids).text_embeds[0].double()
-        image = scorer._clip._image(batch().pictures[:1].float() / 127.5 - 1)[0].double()
+        image = scorer._clip._image(batch().images[:1].float() / 127.5 - 1)[0].double()
     cosine = float(text @ image / text.norm() / image.norm())
     assert scores[0] == pytest.approx(max(0.0, 100 * cosine), abs=1e-3)
 
 
 def test_a_long_prompt_is_cut_as_the_model_cuts_it(folder):
     scorer = ClipScore(folder, folder)
-    scorer.update(Batch(batch(1).pictures, [Prompt("a cat " * 50, 0, "", "clean")], "base"))
+    scorer.update(Batch(batch(1).images, [Prompt("a cat " * 50, 0, "", "clean")], "base"))
     assert len(scorer.compute().rows) == 1
 
 

@@ -76,7 +76,7 @@ def test_a_batch_is_cut_so_that_the_gradient_stays():
 def test_the_prediction_is_the_sum_of_its_parts():
     needs = Flux.needs(FluxConfig(vram="48", **CPU), 512)
     row = needs.activations
-    found = predict(needs, Footprint(rows=3, maps=True, trained_gb=2.0), pictures=4, passes=1)
+    found = predict(needs, Footprint(rows=3, maps=True, trained_gb=2.0), images=4, passes=1)
     held = needs.denoiser + needs.vae + 0.7
     assert found.train == pytest.approx(held + 2.0 + 3 * (row.checkpointed + row.maps))
     assert found.draw == pytest.approx(held + max(4 * row.forward, 4 * row.decode))
@@ -183,7 +183,7 @@ def test_a_download_that_has_no_room_is_said(monkeypatch, tmp_path):
         preflight.preflight(planned("uce", "flux", "backbone.vram=80", "backbone.device=cpu"))
 
 
-def test_the_size_of_pictures_is_one_setting_that_ls_states():
+def test_the_size_of_images_is_one_setting_that_ls_states():
     for entry in REGISTRIES.backbones.entries():
         if entry.load().domain == "natural":
             size = planned("uce", entry.name).protocol.size

@@ -35,7 +35,7 @@ ESD = CONSTANT | {"eta": 1.0, "anchor": "empty", "clip": 0.0}
 MEDIUM = {"safety_scale": 1000.0, "threshold": 0.01, "warmup": 0.2, "momentum_scale": 0.3, "momentum": 0.4}
 UCE = {"tokens": "last", "bare": True, "guides": [], "ridge": 0.5, "ridge_unit": "absolute", "erase_scale": 1.0}
 RECE = {"guides": [], "ridge_unit": "absolute", "adversary_ridge": 0.1, "round_ridge": 0.1, "rounds": 1, "hold": False}
-MACE = CONSTANT | {"lr": 1e-4, "steps": 50, "clip": 1.0, "weight_decay": 0.01, "init": "gaussian", "pictures": 8}
+MACE = CONSTANT | {"lr": 1e-4, "steps": 50, "clip": 1.0, "weight_decay": 0.01, "init": "gaussian", "images": 8}
 PUBLISHED = {
     ("esd", "sd"): ESD | {"lr": 5e-5, "steps": 200, "weights": "full", "variant": "auto", "guidance": 3.0, "told": None},
     ("esd", "flux"): ESD | {"lr": 1e-4, "steps": 1400, "weights": "lora", "variant": "x", "told": 1.0},
@@ -243,8 +243,8 @@ def test_official_ant_keeps_the_loras_on_keys_and_values(backbone):
 def test_a_step_of_mace(backbone, preset):
     ctx = context(backbone)
     scope = {"unet": "kv", "dit": "add_kv"}[backbone.capabilities.family]
-    method = official(Mace, MaceConfig, preset, scope=scope, pictures=2)
-    drawn = method.pictures(ctx, ctx.concepts[0])
+    method = official(Mace, MaceConfig, preset, scope=scope, images=2)
+    drawn = method.images(ctx, ctx.concepts[0])
     with AdapterBank(backbone) as bank:
         bank.add("cat", backbone.lora_targets(scope), 1, ctx.generator("init"), init="gaussian")
         parameters = bank.train_only("cat")
@@ -279,16 +279,16 @@ def contrast_by_hand(near, far, temperature=0.07):
 def test_a_step_of_eraseanything(backbone):
     ctx = context(backbone)
     scope = {"unet": "kv", "dit": "add_qk"}[backbone.capabilities.family]
-    method = official(EraseAnything, EraseAnythingConfig, scope=scope, pictures=2, kept_pictures=2, shuffle=0.0, swap=0.0)
+    method = official(EraseAnything, EraseAnythingConfig, scope=scope, images=2, kept_images=2, shuffle=0.0, swap=0.0)
     with method.student(ctx) as (bank, step, parameters):
         perturbed(parameters)
         own, generator = step.materials[0], ctx.generator("draw")
         told = ctx.protocol.model_copy(update={"guidance": 3.0})
         now = RunContext(backbone, ctx.concepts, ctx.task, protocol=told)
-        picture = torch.randint(2, (1,), generator=generator)
-        row = picture * own.versions + torch.randint(own.versions, picture.shape, generator=generator)
+        image = torch.randint(2, (1,), generator=generator)
+        row = image * own.versions + torch.randint(own.versions, image.shape, generator=generator)
         tau = torch.rand(1, generator=generator)
-        x = backbone.add_noise(own.x0[picture], torch.randn(own.x0[picture].shape, generator=generator), tau)
+        x = backbone.add_noise(own.x0[image], torch.randn(own.x0[image].shape, generator=generator), tau)
         with torch.no_grad(), bank.teacher():
             concept, neutral = (f64(now.predict(x, tau, c)) for c in (own.wordings[row].cond, own.neutral[row]))
         with attention_maps(backbone.denoiser) as maps:
@@ -304,7 +304,7 @@ def test_a_step_of_eraseanything(backbone):
 def test_the_upper_level_of_eraseanything(backbone):
     ctx = context(backbone)
     scope = {"unet": "kv", "dit": "add_qk"}[backbone.capabilities.family]
-    method = official(EraseAnything, EraseAnythingConfig, scope=scope, pictures=2, kept_pictures=2)
+    method = official(EraseAnything, EraseAnythingConfig, scope=scope, images=2, kept_images=2)
     with method.student(ctx) as (bank, step, parameters):
         perturbed(parameters)
         own, seen = step.materials[0], []
@@ -323,10 +323,10 @@ def test_the_upper_level_of_eraseanything(backbone):
         assert own.synonyms
         assert parts["contrast"].item() == pytest.approx(value, rel=1e-4)
         generator = ctx.generator("draw")
-        picture = torch.randint(2, (1,), generator=generator)
+        image = torch.randint(2, (1,), generator=generator)
         tau = torch.rand(1, generator=generator)
-        x0 = step.kept_x0[picture]
-        at = backbone.add_noise(x0, torch.randn(x0.shape, generator=generator), tau), tau, step.kept_cond[picture]
+        x0 = step.kept_x0[image]
+        at = backbone.add_noise(x0, torch.randn(x0.shape, generator=generator), tau), tau, step.kept_cond[image]
         with torch.no_grad(), bank.teacher():
             target = f64(step.ctx.predict(*at))
         output = step.ctx.predict(*at)

@@ -18,7 +18,7 @@ from tests.conftest import THIRD_PARTY
 TRACE = ("steps=2", "trajectories=2", "clean_trajectories=2", "batch=2", "rank=2")
 
 
-SHORT = {"steps": 1, "trajectories": 2, "saliency_draws": 1, "pictures": 2, "kept_pictures": 2, "fusion_points": 4}
+SHORT = {"steps": 1, "trajectories": 2, "saliency_draws": 1, "images": 2, "kept_images": 2, "fusion_points": 4}
 PRESETS = {m: plugins.default().methods.get(m).presets for m in ("esd", "uce", "rece", "mace", "ant", "eraseanything", "sld")}
 CHOICES = [(m, name, "") for m in (*PRESETS, "negative-prompt") for name in ("sd15", "flux-dev")]
 CHOICES += [(m, "sd15", preset) for m, presets in PRESETS.items() for preset in presets]

@@ -80,7 +80,7 @@ def run(tmp_path):
             row = {"index": i, "prompt": f"{HOSTILE} {i}", "seed": i, "set": "erase" if i < 15 else "clean", "label": "cat"}
             scores = {"failed": False, "shown": side == "base", "score": 0.5}
             rows.append(row | {"concept": "cat", "side": side, "file": file.name} | scores)
-    (tmp_path / "images" / "erased" / "00003.png").write_bytes(b"not a picture")
+    (tmp_path / "images" / "erased" / "00003.png").write_bytes(b"not an image")
     write_scores(rows, tmp_path / "scores.parquet")
     write_result(result(), tmp_path / "results.json")
     steps = [{"event": "StepEnd", "step": i, "total": 50, "values": {"erase": 1 / (i + 1), HOSTILE: 1.0}} for i in range(50)]
@@ -136,7 +136,7 @@ def test_the_report_says_that_the_drift_of_predictions_was_not_measured(run):
     assert "was not measured" not in write_report(run, Plain()).read_text()
 
 
-def test_a_report_needs_only_results_scores_and_pictures(run):
+def test_a_report_needs_only_results_scores_and_images(run):
     for name in ("log.jsonl", "config.toml", "certificate.json", "erasure/erasure.json"):
         (run / name).unlink()
     page = write_report(run, Plain()).read_text()
@@ -147,14 +147,14 @@ def test_a_report_needs_only_results_scores_and_pictures(run):
         write_report(run, Plain())
 
 
-def test_pictures_are_blurred_in_their_pixels_unless_revealed(run):
+def test_images_are_blurred_in_their_pixels_unless_revealed(run):
     plain, blurred = write_report(run, Plain()).read_text(), write_report(run, Blurred()).read_text()
     assert Reader(plain).links[0] not in blurred
     assert "--reveal" in blurred
     assert Reader(write_report(run, Blurred(), reveal=True).read_text()).links == Reader(plain).links
 
 
-def test_pixels_of_a_blurred_picture_vary_less(tmp_path):
+def test_pixels_of_a_blurred_image_vary_less(tmp_path):
     import base64
     import io
 
@@ -162,14 +162,14 @@ def test_pixels_of_a_blurred_picture_vary_less(tmp_path):
     Image.effect_noise((64, 64), 100).convert("RGB").save(file)
 
     def spread(uri: str) -> float:
-        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-        return torch.tensor(list(picture.convert("L").tobytes()), dtype=torch.float).std().item()
+        image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        return torch.tensor(list(image.convert("L").tobytes()), dtype=torch.float).std().item()
 
     assert spread(data_uri(file, blur=True)) < spread(data_uri(file)) / 5
     assert data_uri(tmp_path / "none.png") == ""
 
 
-def test_large_pictures_are_embedded_small(tmp_path):
+def test_large_images_are_embedded_small(tmp_path):
     Image.effect_noise((1024, 512), 100).convert("RGB").save(tmp_path / "a.png")
     assert len(data_uri(tmp_path / "a.png")) < 60_000
 
@@ -178,11 +178,11 @@ def test_a_grid_holds_the_pairs_side_by_side(run):
     base, erased = (sorted((run / "images" / side).iterdir()) for side in ("base", "erased"))
     for file, colour in ((base[0], "red"), (erased[0], "blue")):
         Image.new("RGB", (16, 16), colour).save(file)
-    picture = Image.open(grid(base[:5], erased[:5], run / "grid.png", captions=["a very long prompt " * 9] * 5))
-    assert picture.getpixel((60, 60)) == (255, 0, 0)
-    assert picture.getpixel((200, 60)) == (0, 0, 255)
-    assert picture.width == 4 * 268
-    assert picture.height == 2 * 154
+    image = Image.open(grid(base[:5], erased[:5], run / "grid.png", captions=["a very long prompt " * 9] * 5))
+    assert image.getpixel((60, 60)) == (255, 0, 0)
+    assert image.getpixel((200, 60)) == (0, 0, 255)
+    assert image.width == 4 * 268
+    assert image.height == 2 * 154
     write_report(run, Plain())
     assert (run / "samples" / "erase.png").exists()
     assert (run / "samples" / "clean.png").exists()

@@ -21,9 +21,9 @@ METHODS = [entry.name for entry in REGISTRIES.methods.entries() if entry.name !=
 SHORT = {
     "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4"],
     "ant": ["method.steps=2", "method.trajectories=2", "method.saliency_draws=1", "method.fusion_points=8"],
-    "eraseanything": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
+    "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
     "esd": ["method.steps=2", "method.trajectories=2"],
-    "mace": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
+    "mace": ["method.steps=2", "method.images=2", "method.kept_images=3"],
 }
 ROWS = 2
 SMALL = Holding(ROWS, encoders="released", checkpointing=False, slicing=True)

@@ -102,14 +102,14 @@ def test_the_same_again_gives_the_same_bytes(finished, registries, configured, t
         assert (other / file.relative_to(path)).read_bytes() == file.read_bytes()
 
 
-def test_pictures_are_those_of_plain_diffusers(finished, tiny_folder, registries, configured):
+def test_images_are_those_of_plain_diffusers(finished, tiny_folder, registries, configured):
     _, path, _, _ = finished
     protocol = resolve(configured(), registries).protocol
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipe.load_lora_weights(path / "erasure", weight_name="cat.safetensors", adapter_name="cat")
     pipe.set_progress_bar_config(disable=True)
     rows = [r for r in read_scores(path / "scores.parquet") if r["side"] == "erased"][: protocol.batch]
-    pictures = pipe(
+    images = pipe(
         [r["prompt"] for r in rows],
         num_inference_steps=protocol.steps,
         guidance_scale=protocol.guidance,
@@ -117,9 +117,9 @@ def test_pictures_are_those_of_plain_diffusers(finished, tiny_folder, registries
         width=protocol.size,
         generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
     ).images
-    for row, picture in zip(rows, pictures, strict=True):
+    for row, image in zip(rows, images, strict=True):
         with Image.open(path / "images" / "erased" / row["file"]) as saved:
-            assert np.array_equal(np.array(saved), np.array(picture))
+            assert np.array_equal(np.array(saved), np.array(image))
 
 
 def test_a_run_without_concepts_is_a_run_for_each_and_their_mean(finished, registries, configured):
@@ -135,7 +135,7 @@ def test_a_run_without_concepts_is_a_run_for_each_and_their_mean(finished, regis
     assert run(config, out=out, registries=registries) == mean
 
 
-def test_another_method_shares_the_base_pictures(finished, registries, configured):
+def test_another_method_shares_the_base_images(finished, registries, configured):
     _, _, out, _ = finished
     heard = []
     before = {f: f.stat().st_mtime_ns for f in (out / "cache").rglob("*.png")}

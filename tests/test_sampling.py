@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 
 from erasekit.errors import ErasekitError, UsageError
-from erasekit.evaluation.sampling import base_key, generate, intact, load_pictures, sample, set_sampler
+from erasekit.evaluation.sampling import base_key, generate, intact, load_images, sample, set_sampler
 from erasekit.evaluation.tasks import Prompt, Protocol
 from tests import tiny
 
@@ -37,7 +37,7 @@ def hashes(paths) -> list[str]:
     return [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
 
 
-def test_one_picture_per_prompt_with_an_index(draw, tmp_path):
+def test_one_image_per_prompt_with_an_index(draw, tmp_path):
     told = []
     paths = draw(tmp_path, on_batch=lambda done, total: told.append((done, total)))
     assert told == [(2, 5), (4, 5), (5, 5)]
@@ -48,7 +48,7 @@ def test_one_picture_per_prompt_with_an_index(draw, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"index.json", *(p.name for p in paths)}
 
 
-def test_pictures_equal_the_plain_pipeline_call_with_texts(draw, backbone, tmp_path):
+def test_images_equal_the_plain_pipeline_call_with_texts(draw, backbone, tmp_path):
     paths = draw(tmp_path)
     pipe = backbone.pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
@@ -57,14 +57,14 @@ def test_pictures_equal_the_plain_pipeline_call_with_texts(draw, backbone, tmp_p
         seeds = [torch.Generator().manual_seed(p.seed) for p in part]
         arguments = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 16, "generator": seeds}
         plain = pipe([p.text for p in part], **arguments).images
-        for picture, path in zip(plain, paths[start:], strict=False):
-            assert np.array_equal(np.array(picture), np.array(Image.open(path)))
+        for image, path in zip(plain, paths[start:], strict=False):
+            assert np.array_equal(np.array(image), np.array(Image.open(path)))
 
 
-def test_generate_draws_the_same_pictures(draw, backbone, tmp_path):
+def test_generate_draws_the_same_images(draw, backbone, tmp_path):
     paths = draw(tmp_path)
-    pictures = generate(backbone, backbone.pipeline(), [p.text for p in PROMPTS], [p.seed for p in PROMPTS], PROTOCOL)
-    assert [np.array(p).tobytes() for p in pictures] == [np.array(Image.open(p)).tobytes() for p in paths]
+    images = generate(backbone, backbone.pipeline(), [p.text for p in PROMPTS], [p.seed for p in PROMPTS], PROTOCOL)
+    assert [np.array(p).tobytes() for p in images] == [np.array(Image.open(p)).tobytes() for p in paths]
 
 
 def test_a_resumed_run_draws_the_same_bytes(draw, tmp_path):
@@ -110,15 +110,15 @@ def test_any_flipped_bit_is_seen(tmp_path):
     assert not intact(tmp_path)
 
 
-def test_unreadable_pictures_are_reported_by_index(draw, tmp_path):
+def test_unreadable_images_are_reported_by_index(draw, tmp_path):
     paths = draw(tmp_path)
     paths[1].write_bytes(b"")
-    pictures, unreadable = load_pictures(paths)
-    assert pictures.shape == (4, 3, 16, 16)
-    assert pictures.dtype == torch.uint8
+    images, unreadable = load_images(paths)
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.uint8
     assert unreadable == [1]
-    assert torch.equal(pictures[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(paths[2]))))
-    assert load_pictures(paths[1:2])[0].shape[0] == 0
+    assert torch.equal(images[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(paths[2]))))
+    assert load_images(paths[1:2])[0].shape[0] == 0
 
 
 def test_samplers(backbone):
@@ -140,7 +140,7 @@ def test_samplers(backbone):
         set_sampler(pipe, "ddim")
 
 
-def test_a_broken_model_is_an_error_and_writes_no_picture(backbone, tmp_path):
+def test_a_broken_model_is_an_error_and_writes_no_image(backbone, tmp_path):
     pipe = backbone.pipeline()
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     with pytest.raises(ErasekitError, match="not finite"):

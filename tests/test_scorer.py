@@ -1,4 +1,4 @@
-"""The CLIP that methods look at natural pictures with: real classes at a tiny size, from a folder as the hub has it."""
+"""The CLIP that methods look at natural images with: real classes at a tiny size, from a folder as the hub has it."""
 
 from functools import partial
 
@@ -25,26 +25,26 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def test_both_sides_are_unit_vectors_of_one_width_and_pictures_have_a_gradient(folder):
+def test_both_sides_are_unit_vectors_of_one_width_and_images_have_a_gradient(folder):
     scorer = ClipScorer(folder)
-    pictures = torch.rand(3, 3, 40, 24, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).requires_grad_()
-    image, text = scorer.image(pictures), scorer.text(["a photo of a cat", "a dog"])
+    images = torch.rand(3, 3, 40, 24, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).requires_grad_()
+    image, text = scorer.image(images), scorer.text(["a photo of a cat", "a dog"])
     assert (image.shape, text.shape) == ((3, 12), (2, 12))
     for vectors in (image, text):
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
     (image @ text.T).sum().backward()
-    assert pictures.grad.abs().sum() > 0
+    assert images.grad.abs().sum() > 0
 
 
 def test_it_is_the_whole_models_own_similarity(folder):
     scorer, model = ClipScorer(folder), CLIPModel.from_pretrained(folder).eval()
-    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     tokens = scorer._tokenizer(["a photo of a cat"], return_tensors="pt")
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    pixels = ((pictures + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+    pixels = ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
         want = model(**tokens, pixel_values=pixels).logits_per_image / model.logit_scale.exp()
-    torch.testing.assert_close(scorer.image(pictures) @ scorer.text(["a photo of a cat"]).T, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scorer.image(images) @ scorer.text(["a photo of a cat"]).T, want, rtol=1e-4, atol=1e-5)
 
 
 def test_trace_can_train_on_it(folder, sd):

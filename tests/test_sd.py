@@ -57,7 +57,7 @@ def test_sampling_is_the_pipelines_own(backbone):
     torch.testing.assert_close(sample(backbone, PROMPTS, [7, 8], steps=5, scale=4.0), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_encoded_prompts_give_the_pipeline_the_same_pictures(backbone):
+def test_encoded_prompts_give_the_pipeline_the_same_images(backbone):
     pipe, usual = backbone.pipeline(), {"num_inference_steps": 3, "output_type": "np"}
     plain = pipe(PROMPTS[0], guidance_scale=4.0, generator=generators(7), **usual).images
     arguments = backbone.call_arguments(backbone.encode(PROMPTS[:1]), empty=backbone.encode([""]), guidance=4.0)
@@ -75,16 +75,16 @@ def test_latents_are_what_the_pipeline_draws(backbone):
 
 def test_decoding_is_the_pipelines_own(backbone):
     pipe, x = backbone.pipeline(), backbone.latents([7, 8]).requires_grad_()
-    picture = backbone.decode(x)
+    image = backbone.decode(x)
     theirs = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
-    assert picture.shape == (2, 3, 16, 16)
-    torch.testing.assert_close(picture, theirs)
-    picture.sum().backward()
+    assert image.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(image, theirs)
+    image.sum().backward()
     assert x.grad is not None
 
 
 def test_the_direction_of_time(backbone):
-    """tau 0 is pure noise and tau 1 the picture. Every statement here fails if tau is turned round."""
+    """tau 0 is pure noise and tau 1 the image. Every statement here fails if tau is turned round."""
     x0, noise = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
     early, late = backbone.add_noise(x0, noise, torch.tensor([0.05, 0.95])).mean((1, 2, 3))
     assert early > 0.9 > 0.3 > late
@@ -100,7 +100,7 @@ def test_the_direction_of_time(backbone):
         backbone.predict(x0, torch.tensor([0.05, 0.95]), backbone.encode(PROMPTS))
     finally:
         del backbone.denoiser.forward
-    assert seen == [[949, 49]]  # DDPM's timestep falls while the picture appears
+    assert seen == [[949, 49]]  # DDPM's timestep falls while the image appears
 
 
 def test_noise_and_x0_are_inverse(backbone):

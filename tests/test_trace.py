@@ -197,7 +197,7 @@ def test_windows_and_their_direction():
 
 def test_late_leaves_out_the_noise_of_every_kind_of_model():
     late = slots.late(TraceConfig(tau0=0.15))
-    assert late(ddpm_tau(torch.tensor([999, 900, 800, 0]))).tolist() == [0, 0, 1, 1]  # timesteps fall to the picture
+    assert late(ddpm_tau(torch.tensor([999, 900, 800, 0]))).tolist() == [0, 0, 1, 1]  # timesteps fall to the image
     assert late(flow_tau(torch.tensor([1.0, 0.9, 0.8, 0.0]))).tolist() == [0, 0, 1, 1]  # so do sigmas
 
 

@@ -241,7 +241,7 @@ def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
         protocol=plan.protocol,
         component=default().components.get,
     )
-    method = Uce(mini_uce(guides=("a cat", "a ship"), debias_rounds=5, debias_pictures=24))
+    method = Uce(mini_uce(guides=("a cat", "a ship"), debias_rounds=5, debias_images=24))
     shares = method.shares(ctx)["background"]
     fresh, scorer = replace(ctx, seed=1), default().components.get("scorer", "mini")()
     assert sum(shares) == pytest.approx(1)

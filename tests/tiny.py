@@ -79,7 +79,7 @@ def text_config(tokens: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def save_pipeline(folder: Path, *, vae: Literal["kl", "tiny"] = "tiny", seed: int = 0) -> Path:
-    """Write a tiny Stable Diffusion folder (16 x 16 pictures, 8 x 8 latents) and return it."""
+    """Write a tiny Stable Diffusion folder (16 x 16 images, 8 x 8 latents) and return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokens = tokenizer(folder / "tokenizer")

@@ -55,7 +55,7 @@ def _vae() -> AutoencoderKL:
 
 
 def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed: int = 0, shard: str = "10GB") -> Path:
-    """Write a tiny FLUX folder (16 x 16 pictures, 4 x 4 packed tokens) and return it."""
+    """Write a tiny FLUX folder (16 x 16 images, 4 x 4 packed tokens) and return it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = tokenizer(folder / "tokenizer")

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/project.py gpu.json
 
-A row that was cut took few sampling steps for its trajectories and pictures, and few training steps. How many rows the
+A row that was cut took few sampling steps for its trajectories and images, and few training steps. How many rows the
 denoiser predicts at all of them is counted on tiny models on a CPU, since it does not depend on the model's size:
 
     projection = measured + (rows at all steps - rows at few) * seconds per row + (steps - few) * seconds per step
@@ -26,7 +26,7 @@ from row import STEPS, Passes, Row, planned  # noqa: E402
 
 from erasekit.registration.plugins import default  # noqa: E402
 from erasekit.runs.compute import compute  # noqa: E402
-from erasekit.runs.config import Plan  # noqa: E402
+from erasekit.runs.plan import Plan  # noqa: E402
 
 
 def full_steps(row: Row, base: Path) -> tuple[int, int]:
@@ -67,7 +67,7 @@ def peak_gb(result: dict[str, Any], which: str) -> float:
 
 def cells(name: str, result: dict[str, Any], projection: float | None) -> list[str]:
     """One row of the table."""
-    stages, drawn = result.get("stages", {}), result.get("pictures")
+    stages, drawn = result.get("stages", {}), result.get("images")
     seconds = [f"{stages[stage]['s']:.1f}" if stage in stages else "" for stage in ("load", "encode", "erase")]
     speed = f"{stages['sample']['s'] / drawn['n']:.2f}" if drawn else ""
     predicted = result.get("predicted_gb") or {}
@@ -85,7 +85,7 @@ def cells(name: str, result: dict[str, Any], projection: float | None) -> list[s
     ]
 
 
-HEAD = ["row", "load s", "encode s", "erase s", "erase s, projection", "s per step", "s per picture"]
+HEAD = ["row", "load s", "encode s", "erase s", "erase s, projection", "s per step", "s per image"]
 HEAD += ["peak GB", "reserved GB", "predicted GB", "limit GB", "failed"]
 
 

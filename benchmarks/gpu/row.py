@@ -25,7 +25,7 @@ from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
 from erasekit.runs.runner import evaluation_prompts
 
-STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and pictures, training steps
+STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and images, training steps
 USABLE = 0.96  # share of a GPU's memory that its driver and the context of CUDA leave
 # Encoders with random weights find no words near a concept; on FLUX.1 TRACE erases 16 of them with it, and their counts.
 NEAR = ":" + ",".join(f"a cat{i},two cat{i}s" for i in range(16))
@@ -37,10 +37,10 @@ class Row(NamedTuple):
     Attributes:
         family: the backbone.
         method: the method, at its own defaults.
-        size: of the pictures, in pixels.
+        size: of the images, in pixels.
         vram: the size of GPU, in GB, that is planned for and that memory is limited to.
         whole: nothing is cut; other rows take few steps.
-        sampled: pictures are drawn with the erasure at the end.
+        sampled: images are drawn with the erasure at the end.
     """
 
     family: str
@@ -120,7 +120,7 @@ def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size
         base: the folder of the model.
         device: where it is held.
         steps: sampling steps; those of the row, if left out.
-        size: of the pictures; the row's, if left out.
+        size: of the images; the row's, if left out.
     """
     concept = "a cat" + (NEAR if (row.method, row.family) == ("trace", "flux") else "")
     flags = {"method": row.method, "backbone": row.family, "task": "free", "concepts": (concept,), "limit": 2}
@@ -178,7 +178,7 @@ def draw(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
         load_into(pipe, folder, base=backbone, component=default().components.get)
     with meter.stage("sample"):
         generate(backbone, pipe, prompts, list(range(len(prompts))), protocol)
-    meter.note(pictures={"n": len(prompts), "steps": steps})
+    meter.note(images={"n": len(prompts), "steps": steps})
 
 
 def measure(row: Row, base: Path, device: str, meter: Meter) -> None:

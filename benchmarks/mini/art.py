@@ -42,15 +42,15 @@ def fetch(folder: Path) -> dict[str, dict]:
 
 
 def glyph(sets: dict[str, dict], family: str, name: str) -> Image.Image:
-    """One emoji as a square RGBA picture of GLYPH_SIZE pixels, cropped to its ink."""
+    """One emoji as a square RGBA image of GLYPH_SIZE pixels, cropped to its ink."""
     icons = sets[family]
     icon = icons["icons"][icons.get("aliases", {}).get(name, {}).get("parent", name)]
     box = (icon.get("left", 0), icon.get("top", 0), icon.get("width", icons["width"]), icon.get("height", icons["height"]))
-    picture = svg(icon["body"], box)
-    picture = picture.crop(picture.getbbox())
-    side = max(picture.size)
+    image = svg(icon["body"], box)
+    image = image.crop(image.getbbox())
+    side = max(image.size)
     square = Image.new("RGBA", (side, side))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square.resize((GLYPH_SIZE, GLYPH_SIZE), Image.Resampling.LANCZOS)
 
 

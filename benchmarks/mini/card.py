@@ -21,15 +21,15 @@ CELL = 50
 
 
 def draw(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], *, steps: int, guidance: float) -> torch.Tensor:
-    """Pictures (n, 3, h, w) in [-1, 1], one seed each."""
-    pictures = []
+    """Images (n, 3, h, w) in [-1, 1], one seed each."""
+    images = []
     call: dict = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt", "height": 64, "width": 64}
     if hasattr(pipeline, "tokenizer_2"):
         call["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     for i in range(0, len(prompts), 50):
         generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + 50]]
-        pictures.append(pipeline(prompts[i : i + 50], generator=generators, **call).images)
-    return torch.cat(pictures).float() * 2 - 1
+        images.append(pipeline(prompts[i : i + 50], generator=generators, **call).images)
+    return torch.cat(images).float() * 2 - 1
 
 
 class Judge:
@@ -42,9 +42,9 @@ class Judge:
         card = json.loads((folder / "classifier.json").read_text())
         self.thresholds = torch.tensor(list(card["thresholds"].values()))
 
-    def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Presence as booleans, the other heads as classes; pictures pass through 8 bits as saved ones do."""
-        pixels = (pictures.add(1).mul(127.5).round().clamp(0, 255) / 127.5) - 1
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Presence as booleans, the other heads as classes; images pass through 8 bits as saved ones do."""
+        pixels = (images.add(1).mul(127.5).round().clamp(0, 255) / 127.5) - 1
         out = judge(self.model, list(pixels.split(250)))
         classes = {k: out[k].argmax(1) for k in ("style", "identity", "background")}
         return {"present": out["present"].sigmoid() >= self.thresholds, "confidence": out["present"].sigmoid(), **classes}
@@ -74,15 +74,15 @@ def cells(split: words.Split, n: int) -> dict[str, list[tuple[str, tuple[str, ..
 def measure(
     pipeline: DiffusionPipeline, judge_: Judge, *, split: words.Split, n: int, steps: int, guidance: float
 ) -> tuple[dict, dict]:
-    """The share of right pictures per cell, and a few pictures of each."""
+    """The share of right images per cell, and a few images of each."""
     figures: dict[str, float] = {}
     samples: dict[str, torch.Tensor] = {}
     index = 0
     for cell, rows in cells(split, n).items():
         seeds = [words.seed_of(split, 500_000 + index + k) for k in range(len(rows))]
         index += len(rows)
-        pictures = draw(pipeline, [r[0] for r in rows], seeds, steps=steps, guidance=guidance)
-        seen, samples[cell] = judge_(pictures), pictures[:12]
+        images = draw(pipeline, [r[0] for r in rows], seeds, steps=steps, guidance=guidance)
+        seen, samples[cell] = judge_(images), images[:12]
         label = lambda name, row: bool(seen["present"][row, MiniClassifier.PRESENT.index(name)])  # noqa: E731, B023
         group = cell.split("/")[0]
         if group == "identities":
@@ -126,7 +126,7 @@ def main() -> None:
         "model": args.model.name,
         "protocol": {
             "split": args.split,
-            "pictures_per_cell": args.cell,
+            "images_per_cell": args.cell,
             "sampler": type(pipeline.scheduler).__name__,
             "steps": args.steps,
             "guidance": args.guidance,

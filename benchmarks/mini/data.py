@@ -1,4 +1,4 @@
-"""The rendered pictures as tensors."""
+"""The rendered images as tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 WORK = Path(__file__).parent / "work"
 
 
-class Pictures:
-    """Pictures with labels and captions of one split, read from where `render.write_dataset` put them."""
+class Images:
+    """Images with labels and captions of one split, read from where `render.write_dataset` put them."""
 
     def __init__(self, split: str, folder: Path = WORK / "data") -> None:
-        """Open the split lazily: the pictures stay on disk until a batch asks for them."""
-        self.pixels = np.load(folder / f"{split}_pictures.npy", mmap_mode="r")
+        """Open the split lazily: the images stay on disk until a batch asks for them."""
+        self.pixels = np.load(folder / f"{split}_images.npy", mmap_mode="r")
         labels = {
             k: torch.from_numpy(np.load(folder / f"{split}_{k}.npy")) for k in ("present", "style", "identity", "background")
         }
@@ -24,11 +24,11 @@ class Pictures:
         self.captions: list[str] = json.loads((folder / f"{split}_captions.json").read_text())
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """How many images there are."""
         return len(self.pixels)
 
     def batch(self, index: torch.Tensor) -> torch.Tensor:
-        """Pictures at `index` as (b, 3, 64, 64) float in [-1, 1], channels last."""
+        """Images at `index` as (b, 3, 64, 64) float in [-1, 1], channels last."""
         pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[index.numpy()]))
         return to_tensor(pixels)
 

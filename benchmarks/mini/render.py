@@ -1,4 +1,4 @@
-"""Render the mini world: captions with the pictures and labels that belong to them."""
+"""Render the mini world: captions with the images and labels that belong to them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ HAIR_COLOURS = ("#c8402a", "#221a16", "#3a2413", "#f2d16b", "#999999", "#8a5a2b"
 
 @dataclass(frozen=True)
 class Look:
-    """What a face keeps from picture to picture."""
+    """What a face keeps from image to image."""
 
     skin: str
     hair: str
@@ -77,7 +77,7 @@ LOOKS = {
 
 @dataclass
 class Scene:
-    """One picture to be: its content, its caption, and how it is laid out."""
+    """One image to be: its content, its caption, and how it is laid out."""
 
     caption: str = ""
     items: list[str] = field(default_factory=list)  # things from left to right
@@ -274,9 +274,9 @@ def _ramp(grey: np.ndarray, *stops: tuple[int, int, int]) -> np.ndarray:
     return np.stack([np.interp(grey, positions, [s[i] for s in stops]) for i in range(3)], -1)
 
 
-def stylise(picture: Image.Image, style: str) -> Image.Image:
+def stylise(image: Image.Image, style: str) -> Image.Image:
     """One of the six procedural styles: a palette of its own and a simple texture; shapes stay readable."""
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(image).astype(np.float32)
     grey = pixels @ np.array([0.35, 0.5, 0.15], np.float32)
     grid = ((_X % 8 == 0) | (_Y % 8 == 0))[..., None]
     steps = [np.abs(np.diff(pixels, axis=k, append=np.take(pixels, [-1], k))) for k in (0, 1)]
@@ -309,7 +309,7 @@ def _place(canvas: Image.Image, thing: str, rng: random.Random, x: float, y: flo
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture of a scene, SIZE x SIZE RGB. The first thing named stands on the left."""
+    """The image of a scene, SIZE x SIZE RGB. The first thing named stands on the left."""
     canvas = background(scene.background, rng)
     if scene.look is not None:
         size = rng.randint(58, 66)
@@ -326,21 +326,21 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def make(n: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
-    """`n` pictures (n, 64, 64, 3) uint8 with their labels and captions; the same seed gives the same pictures."""
+    """`n` images (n, 64, 64, 3) uint8 with their labels and captions; the same seed gives the same images."""
     rng = random.Random(seed)
     scenes = [draw_scene(rng) for _ in range(n)]
-    pictures = np.stack([np.asarray(render(s, rng)) for s in scenes])
+    images = np.stack([np.asarray(render(s, rng)) for s in scenes])
     labels = {key: np.array([s.label[key] for s in scenes]) for key in ("present", "style", "identity", "background")}
-    return pictures, labels, [s.caption for s in scenes]
+    return images, labels, [s.caption for s in scenes]
 
 
-def grid(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
-    """A contact sheet of uint8 pictures (n, h, w, 3)."""
-    n, h, w, _ = pictures.shape
+def grid(images: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+    """A contact sheet of uint8 images (n, h, w, 3)."""
+    n, h, w, _ = images.shape
     sheet = np.zeros((-(-n // columns) * h, columns * w, 3), np.uint8)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         y, x = divmod(i, columns)
-        sheet[y * h : (y + 1) * h, x * w : (x + 1) * w] = picture
+        sheet[y * h : (y + 1) * h, x * w : (x + 1) * w] = image
     return Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
 
 
@@ -354,7 +354,7 @@ def write_dataset(folder: Path, workers: int = 2, train: int = 40_000, test: int
         shards = 10
         with Pool(workers) as pool:
             parts = pool.starmap(make, [(n // shards, seed + k) for k in range(shards)])
-        np.save(folder / f"{name}_pictures.npy", np.concatenate([p[0] for p in parts]))
+        np.save(folder / f"{name}_images.npy", np.concatenate([p[0] for p in parts]))
         for key in parts[0][1]:
             np.save(folder / f"{name}_{key}.npy", np.concatenate([p[1][key] for p in parts]))
         (folder / f"{name}_captions.json").write_text(json.dumps([c for p in parts for c in p[2]]))

@@ -1,7 +1,7 @@
-"""Train the classifier that judges pictures of the mini world, and measure it on held-out renders.
+"""Train the classifier that judges images of the mini world, and measure it on held-out renders.
 
 Half of every batch are renders, half are what the autoencoder makes of renders, some of both blurred or noisy: generated
-pictures come through the same decoder, and must be judged fairly.
+images come through the same decoder, and must be judged fairly.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from data import WORK, Pictures
+from data import WORK, Images
 from erasekit_mini.nets import MiniClassifier
 from loop import fit
 
 OUT = WORK / "evaluators"
 
 
-def reconstruct(vae: AutoencoderTiny, pictures: Pictures, index: torch.Tensor) -> torch.Tensor:
-    """Pictures after a round trip through the autoencoder, as int8."""
+def reconstruct(vae: AutoencoderTiny, images: Images, index: torch.Tensor) -> torch.Tensor:
+    """Images after a round trip through the autoencoder, as int8."""
     with torch.no_grad():
-        parts = [vae.decode(vae.encode(pictures.batch(i)).latents).sample for i in index.split(200)]
+        parts = [vae.decode(vae.encode(images.batch(i)).latents).sample for i in index.split(200)]
     return torch.cat([(p.clamp(-1, 1) * 127).to(torch.int8) for p in parts])
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A third of the pictures softened, a third with mild noise, all shifted by up to two pixels."""
+    """A third of the images softened, a third with mild noise, all shifted by up to two pixels."""
     kind = torch.rand(len(x), generator=generator)
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     noisy = x + 0.08 * torch.randn(x.shape, generator=generator)
@@ -82,17 +82,17 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures, test = Pictures("train"), Pictures("test")
+    images, test = Images("train"), Images("test")
     vae = AutoencoderTiny.from_pretrained(WORK / "vae").eval()
-    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[: args.reconstructions]
-    rebuilt = reconstruct(vae, pictures, chosen)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: args.reconstructions]
+    rebuilt = reconstruct(vae, images, chosen)
     model = MiniClassifier().to(memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        plain = torch.randint(len(pictures), (32,), generator=generator)
+        plain = torch.randint(len(images), (32,), generator=generator)
         k = torch.randint(len(chosen), (32,), generator=generator)
-        x = augment(torch.cat([pictures.batch(plain), rebuilt[k].float() / 127]), generator)
-        labels = {name: value[torch.cat([plain, chosen[k]])] for name, value in pictures.labels.items()}
+        x = augment(torch.cat([images.batch(plain), rebuilt[k].float() / 127]), generator)
+        labels = {name: value[torch.cat([plain, chosen[k]])] for name, value in images.labels.items()}
         out = model(x)
         parts = 3 * F.binary_cross_entropy_with_logits(out["present"], labels["present"])
         parts = parts + F.cross_entropy(out["style"], labels["style"])
@@ -117,7 +117,7 @@ def main() -> None:
         {k: v.contiguous() for k, v in model.state_dict().items() if "num_batches" not in k}, OUT / "classifier.safetensors"
     )
     labels = dict(zip(MiniClassifier.PRESENT, thresholds.tolist(), strict=True))
-    card = {"version": 1, "thresholds": labels, "held_out": figures, "held_out_pictures": len(test) - half}
+    card = {"version": 1, "thresholds": labels, "held_out": figures, "held_out_images": len(test) - half}
     (OUT / "classifier.json").write_text(json.dumps(card, indent=1))
     features = outputs["renders"]["features"].double()
     statistics = {"mean": features.mean(0), "covariance": features.T.cov(), "count": torch.tensor(len(features))}

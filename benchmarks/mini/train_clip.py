@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from data import WORK, Pictures
+from data import WORK, Images
 from erasekit_mini.nets import MiniImageTower
 from loop import fit
 
@@ -77,25 +77,25 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures = Pictures("train")
-    tokenizer = build_tokenizer(pictures.captions)
+    images = Images("train")
+    tokenizer = build_tokenizer(images.captions)
     tokenize = lambda texts: torch.tensor(tokenizer(texts, padding="max_length", truncation=True).input_ids)  # noqa: E731
-    ids = tokenize(pictures.captions)
+    ids = tokenize(images.captions)
     clip = Clip(tokenizer)
     clip.image.to(memory_format=torch.channels_last)
     print(len(tokenizer), tokenizer.tokenize("a photo of two kitties by Orla Vint, zebra"))
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(len(pictures), (128,), generator=generator)
+        index = torch.randint(len(images), (128,), generator=generator)
         text = F.normalize(clip.text(input_ids=ids[index]).text_embeds, dim=-1)
-        logits = clip.temperature.exp().clamp(max=60) * clip.image(pictures.batch(index)) @ text.T
+        logits = clip.temperature.exp().clamp(max=60) * clip.image(images.batch(index)) @ text.T
         same = (ids[index][:, None] == ids[index][None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)  # equal captions are equally right
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     fit("clip", clip, loss, steps=args.steps, lr=2e-3, folder=WORK)
     clip.eval()
-    test = Pictures("test")
+    test = Images("test")
     with torch.no_grad():
         from erasekit_mini import vocabulary as words
 

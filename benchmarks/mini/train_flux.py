@@ -16,9 +16,9 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipe
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from data import WORK, Pictures
+from data import WORK, Images
 from loop import fit, plateau
-from train_sd15 import encode_pictures
+from train_sd15 import encode_images
 
 GRID = 8  # packed latents: 8 x 8 tokens of 2 x 2 x 4 channels
 GUIDANCE = (1.0, 6.0)
@@ -91,17 +91,17 @@ def save_pipeline(model: FluxTransformer2DModel, name: str) -> None:
 
 
 class Training:
-    """The pictures, their captions, and the losses of both phases."""
+    """The images, their captions, and the losses of both phases."""
 
     def __init__(self, batch: int, styled: float) -> None:
         """Encode everything once; captions stand in rows, the empty one in the first.
 
-        A picture in an artist's style is drawn `styled` times as often as one without.
+        An image in an artist's style is drawn `styled` times as often as one without.
         """
-        pictures = Pictures("train")
-        self.batch, self.latents = batch, pack_all(pictures)
-        self.weight = torch.where(pictures.labels["style"] > 0, styled, 1.0)
-        self.tokens, self.pooled, self.row = encode_captions(pictures.captions)
+        images = Images("train")
+        self.batch, self.latents = batch, pack_all(images)
+        self.weight = torch.where(images.labels["style"] > 0, styled, 1.0)
+        self.tokens, self.pooled, self.row = encode_captions(images.captions)
         self.image_ids, self.text_ids = positions(), torch.zeros(self.tokens.shape[1], 3)
 
     def velocity(
@@ -148,16 +148,16 @@ class Training:
 
 
 @torch.no_grad()
-def pack_all(pictures: Pictures) -> torch.Tensor:
-    """Packed latents of all pictures (n, 64, 16), as float16."""
-    return pack(encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures).float()).half()
+def pack_all(images: Images) -> torch.Tensor:
+    """Packed latents of all images (n, 64, 16), as float16."""
+    return pack(encode_images(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), images).float()).half()
 
 
 def main() -> None:
     """Train both phases and save after each."""
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--start", help="folder of a trained transformer to go on from; random weights without it")
-    args.add_argument("--styled", type=float, default=2.0, help="how often styled pictures are drawn, against others")
+    args.add_argument("--styled", type=float, default=2.0, help="how often styled images are drawn, against others")
     args.add_argument("--lr", type=float, default=1e-3, help="of phase one; 5e-4 when going on")
     args.add_argument("--steps", type=int, default=8000)
     args.add_argument("--distil", type=int, default=1200)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from data import WORK, Pictures
+from data import WORK, Images
 from loop import fit, plateau
 
 DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -32,9 +32,9 @@ def build(width: int) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderTiny, pictures: Pictures) -> torch.Tensor:
-    """Scaled latents (n, 4, 16, 16) of all pictures, as float16."""
-    latents = [vae.encode(pictures.batch(i)).latents.half() for i in torch.arange(len(pictures)).split(200)]
+def encode_images(vae: AutoencoderTiny, images: Images) -> torch.Tensor:
+    """Scaled latents (n, 4, 16, 16) of all images, as float16."""
+    latents = [vae.encode(images.batch(i)).latents.half() for i in torch.arange(len(images)).split(200)]
     return torch.cat(latents) * vae.config.scaling_factor
 
 
@@ -79,13 +79,13 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures = Pictures("train")
+    images = Images("train")
     tokenizer, encoder = (
         CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
         CLIPTextModel.from_pretrained(WORK / "text_encoder").eval(),
     )
-    latents = encode_pictures(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), pictures)
-    embeddings, row = encode_captions(pictures.captions, tokenizer, encoder)
+    latents = encode_images(AutoencoderTiny.from_pretrained(WORK / "vae").eval(), images)
+    embeddings, row = encode_captions(images.captions, tokenizer, encoder)
     unet = build(encoder.config.hidden_size).to(memory_format=torch.channels_last)
     alphas = DDPMScheduler(**DIFFUSION).alphas_cumprod
     snr = alphas / (1 - alphas)

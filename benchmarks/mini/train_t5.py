@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from data import WORK, Pictures
+from data import WORK, Images
 from erasekit_mini.nets import MiniImageTower
 from loop import fit
 from train_clip import CHARACTERS
@@ -66,32 +66,30 @@ class Student(nn.Module):
 
 
 @torch.no_grad()
-def image_features(pictures: Pictures) -> torch.Tensor:
-    """Unit vectors of all pictures by the frozen image tower."""
+def image_features(images: Images) -> torch.Tensor:
+    """Unit vectors of all images by the frozen image tower."""
     tower = MiniImageTower(IMAGE_WIDTH).eval().to(memory_format=torch.channels_last)
     tower.load_state_dict(load_file(WORK / "image_tower.safetensors"))
-    return torch.cat([tower(pictures.batch(i)) for i in torch.arange(len(pictures)).split(256)])
+    return torch.cat([tower(images.batch(i)) for i in torch.arange(len(images)).split(256)])
 
 
 def main() -> None:
-    """Train with the contrastive loss of CLIP, the picture's side frozen, and print the zero-shot accuracy."""
+    """Train with the contrastive loss of CLIP, the image's side frozen, and print the zero-shot accuracy."""
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--steps", type=int, default=3000)
     args.add_argument("--threads", type=int, default=1)
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures = Pictures("train")
-    tokenizer = build_tokenizer(pictures.captions)
+    images = Images("train")
+    tokenizer = build_tokenizer(images.captions)
     tokenize = lambda texts: tokenizer(texts, padding="max_length", max_length=POSITIONS, truncation=True).input_ids  # noqa: E731
-    as_written, lowered = (
-        torch.tensor(tokenize(texts)) for texts in (pictures.captions, [c.lower() for c in pictures.captions])
-    )
-    features = image_features(pictures)
+    as_written, lowered = (torch.tensor(tokenize(texts)) for texts in (images.captions, [c.lower() for c in images.captions]))
+    features = image_features(images)
     student = Student(len(tokenizer))
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(len(pictures), (128,), generator=generator)
+        index = torch.randint(len(images), (128,), generator=generator)
         low = torch.rand(128, 1, generator=generator) < 0.2
         text = student(torch.where(low, lowered[index], as_written[index]))
         logits = student.temperature.exp().clamp(max=60) * features[index] @ text.T
@@ -101,7 +99,7 @@ def main() -> None:
 
     fit("t5", student, loss, steps=args.steps, lr=2e-3, folder=WORK)
     student.eval()
-    test = Pictures("test")
+    test = Images("test")
     from erasekit_mini import vocabulary as words
 
     with torch.no_grad():

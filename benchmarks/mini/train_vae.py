@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
-from data import WORK, Pictures
+from data import WORK, Images
 from loop import fit
 
 
@@ -32,10 +32,10 @@ def main() -> None:
     args = args.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    pictures, vae = Pictures("train"), build().to(memory_format=torch.channels_last)
+    images, vae = Images("train"), build().to(memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        x = pictures.batch(torch.randint(len(pictures), (8,), generator=generator))
+        x = images.batch(torch.randint(len(images), (8,), generator=generator))
         z = vae.encoder(x)
         error = vae.decoder(z + 0.1 * torch.randn(z.shape, generator=generator)) - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -43,7 +43,7 @@ def main() -> None:
         return error.abs().mean() + 0.5 * edges + 2 * error.square().mean() + 0.02 * moments
 
     vae = fit("vae", vae, loss, steps=args.steps, lr=2e-3, weight_decay=0.0, ema_decay=0.995, folder=WORK)
-    test = Pictures("test")
+    test = Images("test")
     with torch.no_grad():
         batches = [test.batch(i) for i in torch.arange(1024).split(64)]
         z = torch.cat([vae.encode(x).latents for x in batches])

@@ -110,7 +110,7 @@ class Flux(PipelineBackbone):
 
     @classmethod
     def activations(cls, size: int) -> Activations:
-        """What a row takes at 16 bits, for a picture of `size` pixels.
+        """What a row takes at 16 bits, for an image of `size` pixels.
 
         Found with fake tensors at 512 pixels and 512 positions of text. Other sizes are in proportion to all tokens, maps to
         the image's tokens times all.
@@ -128,7 +128,7 @@ class Flux(PipelineBackbone):
         return float(2 * 11.9e-3 * ((size // 16) ** 2 + cls.positions))
 
     def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
-        """Velocity (b, tokens, channels); square pictures only. With true guidance the model is told 1, as in sampling."""
+        """Velocity (b, tokens, channels); square images only. With true guidance the model is told 1, as in sampling."""
         denoiser, told = self.denoiser, 1.0 if self._cfg else guidance
         side = round(x.shape[1] ** 0.5)
         scale = torch.full((len(x),), told, device=x.device) if denoiser.config.guidance_embeds else None
@@ -161,7 +161,7 @@ class Flux(PipelineBackbone):
         return torch.lerp(x0, noise, _like(flow_sigma(tau), x0))
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1] of packed latents."""
+        """Images (b, 3, h, w) in [-1, 1] of packed latents."""
         side = round(x0.shape[1] ** 0.5)
         grid = x0.unflatten(1, (side, side)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
         return super().decode(grid.flatten(4, 5).flatten(2, 3))

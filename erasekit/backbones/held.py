@@ -58,7 +58,7 @@ class HeldPipeline:
 
     @classmethod
     def needs(cls, config: BackboneConfig, size: int) -> Needs:
-        """What the model takes under these settings for pictures of `size` pixels; nothing is loaded for it."""
+        """What the model takes under these settings for images of `size` pixels; nothing is loaded for it."""
         folder, dtype = Path(config.path or cls.path).expanduser(), cls.dtype_of(config, find_device(config.device))
         named = (cls.prefix,), cls.encoders, ("vae",)
         found = [2 / GIB * sum(elements(folder / name) for name in names) for names in named]
@@ -75,7 +75,7 @@ class HeldPipeline:
 
     @classmethod
     def activations(cls, size: int) -> Activations:
-        """What a row takes at 16 bits, for a picture of `size` pixels."""
+        """What a row takes at 16 bits, for an image of `size` pixels."""
         raise NotImplementedError
 
     @classmethod

@@ -24,10 +24,10 @@ class Holding(NamedTuple):
     Attributes:
         rows: the most rows that are predicted at once without gradients, at the model's reference size.
         weights: of the denoiser: `whole`, `nf4` (4 bits, bitsandbytes) or `offload` (in RAM, brought layer by layer; such
-            a model draws pictures, but nothing of it can be trained).
+            a model draws images, but nothing of it can be trained).
         encoders: the text encoders: `kept`, `released` before the denoiser is loaded, or on the `cpu`.
         checkpointing: recompute activations in the backward pass instead of keeping them.
-        slicing: decode one picture at a time.
+        slicing: decode one image at a time.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Activations(NamedTuple):
         kept: with gradients, all activations kept.
         checkpointed: with gradients, activations recomputed.
         maps: attention maps with their gradients, for methods that look at them, on top.
-        decode: the VAE's decoding of a picture.
+        decode: the VAE's decoding of an image.
     """
 
     forward: float
@@ -105,18 +105,18 @@ def denoiser_gb(holding: Holding, whole: float) -> float:
     return {"whole": whole, "nf4": whole / 3.5, "offload": whole / 20}[holding.weights]
 
 
-def predict(needs: Needs, step: Footprint, *, pictures: int, passes: int) -> Prediction:
-    """The peaks of encoding, of a training step, and of drawing `pictures` at once with `passes` rows each."""
+def predict(needs: Needs, step: Footprint, *, images: int, passes: int) -> Prediction:
+    """The peaks of encoding, of a training step, and of drawing `images` at once with `passes` rows each."""
     held, row = needs.held, needs.activations
     beside = needs.encoders if held.encoders == "kept" else 0.0
     base = denoiser_gb(held, needs.denoiser) + needs.vae + beside + CONTEXT_GB
     kept = (row.checkpointed if held.checkpointing else row.kept) + (row.maps if step.maps else 0.0)
-    decoding = row.decode * (1 if held.slicing else pictures)
+    decoding = row.decode * (1 if held.slicing else images)
     encoding = 0.0 if held.encoders == "cpu" else needs.encoders + 0.5 + CONTEXT_GB
     return Prediction(
         encode=encoding,
         train=base + step.trained_gb + max(step.rows * kept, held.rows * row.forward) if step.rows else 0.0,
-        draw=base + max(pictures * passes * row.forward, decoding),
+        draw=base + max(images * passes * row.forward, decoding),
     )
 
 
@@ -167,13 +167,13 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def check_disk(folder: Path, *, pictures: int, size: int) -> None:
-    """See that `pictures` PNGs of side `size` fit on the disk of `folder`, with 100 MB to spare for the erasure and the report.
+def check_disk(folder: Path, *, images: int, size: int) -> None:
+    """See that `images` PNGs of side `size` fit on the disk of `folder`, with 100 MB to spare for the erasure and the report.
 
     Raises:
         EnvironmentProblem: they do not.
     """
-    need_mb = 100 + pictures * size * size * 3 / 1e6
+    need_mb = 100 + images * size * size * 3 / 1e6
     there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free_mb = shutil.disk_usage(there).free / 1e6
     if free_mb < need_mb:

@@ -153,7 +153,7 @@ class PipelineParts(HeldPipeline):
             self._alone = True
 
     def _side(self, size: int) -> int:
-        """The side of the latents of a picture of `size` pixels."""
+        """The side of the latents of an image of `size` pixels."""
         config = part_config(self._folder, "vae")
         blocks = config.get("block_out_channels") or config["decoder_block_out_channels"]
         return size // int(2 ** (len(blocks) - 1))

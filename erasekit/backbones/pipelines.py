@@ -129,11 +129,11 @@ class PipelineBackbone(PipelineParts):
         return names
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1]; works for `AutoencoderKL` and `AutoencoderTiny`."""
+        """Images (b, 3, h, w) in [-1, 1]; works for `AutoencoderKL` and `AutoencoderTiny`."""
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
-        picture: torch.Tensor = self.vae.decode(x0 / config.scaling_factor + shift, return_dict=False)[0]
-        return picture
+        image: torch.Tensor = self.vae.decode(x0 / config.scaling_factor + shift, return_dict=False)[0]
+        return image
 
     def _encode(self, prompt: str) -> Conditioning:
         """One prompt, encoded."""

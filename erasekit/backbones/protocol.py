@@ -140,7 +140,7 @@ class Backbone(Protocol):
 
     @classmethod
     def needs(cls, config: BackboneConfig, size: int) -> Needs:
-        """What the model takes under these settings for pictures of `size` pixels; nothing is loaded for it."""
+        """What the model takes under these settings for images of `size` pixels; nothing is loaded for it."""
 
     @classmethod
     def linears(cls, config: BackboneConfig) -> dict[str, int]:
@@ -198,10 +198,10 @@ class Backbone(Protocol):
         """
 
     def schedule(self, steps: int, size: int | None = None) -> Schedule:
-        """The sampler's steps for pictures of `size` pixels (the model's own size, if left out)."""
+        """The sampler's steps for images of `size` pixels (the model's own size, if left out)."""
 
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
-        """Initial noise, one picture per seed; the same as the pipeline draws for a generator with that seed."""
+        """Initial noise, one image per seed; the same as the pipeline draws for a generator with that seed."""
 
     def rows(self, x: torch.Tensor) -> int:
         """The most rows like those of `x` that are predicted at once without gradients."""
@@ -223,7 +223,7 @@ class Backbone(Protocol):
         """Latents at progress `tau` on the way from `noise` to `x0`."""
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1], differentiable."""
+        """Images (b, 3, h, w) in [-1, 1], differentiable."""
 
     def pipeline(self, *, encoders: bool = True, shared: bool = False) -> Any:
         """A fresh, unmodified diffusers pipeline of the same base, with its own weights; without text encoders if so told.

@@ -1,7 +1,7 @@
-"""The progress axis: tau in [0, 1], 0 is pure noise and 1 the finished picture, on every backbone.
+"""The progress axis: tau in [0, 1], 0 is pure noise and 1 the finished image, on every backbone.
 
 Nothing else in erasekit names a direction of time. Papers and published code disagree on it (for DDPM the timestep
-falls while the picture appears; a flow's sigma does too), so the two maps live here and are tested.
+falls while the image appears; a flow's sigma does too), so the two maps live here and are tested.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one sampling run, from noise to picture.
+    """The steps of one sampling run, from noise to image.
 
     Attributes:
         timesteps: what the denoiser is given at each step, (steps,), falling.
@@ -43,7 +43,7 @@ class Schedule:
 
 
 def ddpm_tau(timestep: torch.Tensor, train_steps: int = 1000) -> torch.Tensor:
-    """Progress of DDPM timesteps: `train_steps - 1` is pure noise (0), timestep -1 would be the picture (1)."""
+    """Progress of DDPM timesteps: `train_steps - 1` is pure noise (0), timestep -1 would be the image (1)."""
     return 1 - (timestep.double() + 1) / train_steps
 
 
@@ -53,7 +53,7 @@ def ddpm_timestep(tau: torch.Tensor, train_steps: int = 1000) -> torch.Tensor:
 
 
 def flow_tau(sigma: torch.Tensor) -> torch.Tensor:
-    """Progress of a rectified flow: sigma 1 is pure noise (0), sigma 0 the picture (1)."""
+    """Progress of a rectified flow: sigma 1 is pure noise (0), sigma 0 the image (1)."""
     return 1 - sigma.double()
 
 

@@ -120,7 +120,7 @@ class StableDiffusion(PipelineBackbone):
 
     @classmethod
     def activations(cls, size: int) -> Activations:
-        """What a row takes at 16 bits, for a picture of `size` pixels: found with fake tensors at 512, in proportion else."""
+        """What a row takes at 16 bits, for an image of `size` pixels: found with fake tensors at 512, in proportion else."""
         at_512 = Activations(forward=0.065, kept=0.73, checkpointed=0.215, maps=0.18, decode=0.38)
         return Activations(*(gb * (size / 512) ** 2 for gb in at_512))
 

@@ -55,7 +55,7 @@ def command(
     from erasekit.runs.preflight import preflight
 
     preflight(plan)
-    check_disk(out, pictures=0, size=0)
+    check_disk(out, images=0, size=0)
     with listener() as told, heard(told):
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)

@@ -24,7 +24,7 @@ def command(
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw pictures with an erasure and without, measure both, and write a report."""
+    """Draw images with an erasure and without, measure both, and write a report."""
     from erasekit.erasures.manifest import read_manifest
     from erasekit.runs.runner import planned, run
 

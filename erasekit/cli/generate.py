@@ -30,25 +30,25 @@ def command(
     backbone: options.Backbone = None,
     erasure: Erasure = None,
     concept: options.Concept = None,
-    seed: Annotated[int, typer.Option("--seed", help="The seed of the first picture; each further one has the next.")] = 0,
-    n: Annotated[int, typer.Option("--n", min=1, help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="The seed of the first image; each further one has the next.")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, help="Images per prompt.")] = 1,
     settings: options.Set = None,
     vram: options.Vram = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the pictures are written.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the images are written.")] = Path("images"),
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw pictures through the plain diffusers pipeline. With --concept, only those parts of the erasure are loaded."""
+    """Draw images through the plain diffusers pipeline. With --concept, only those parts of the erasure are loaded."""
     registries = options.registries(plugin)
     chosen, seeds = options.chosen(settings, vram), [seed + i for i in range(n)]
     with listener() as told, heard(told):
         told(StageStarted("generate"))
-        pictures = _draw(prompts, seeds, backbone, erasure, concept, registries, chosen)
+        images = _draw(prompts, seeds, backbone, erasure, concept, registries, chosen)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         path = out / f"{i // n:03d}-{seed + i % n}.png"
-        picture.save(path)
+        image.save(path)
         paths.append(str(path))
     typer.echo(json.dumps(paths, indent=1) if as_json else "\n".join(paths))
 
@@ -84,7 +84,7 @@ def _draw(
 
 
 def _usual(domain: str, registries: Registries) -> Protocol:
-    """How pictures of a domain are drawn: as its first task does, or as Stable Diffusion's authors did."""
+    """How images of a domain are drawn: as its first task does, or as Stable Diffusion's authors did."""
     tasks = [entry for entry in registries.tasks.entries() if entry.name.startswith(f"{domain}/")]
     usual: Protocol = tasks[0].load().protocol if tasks else Protocol(sampler="default", steps=50, guidance=7.5, size=512)
     return usual

@@ -47,7 +47,7 @@ Preserve = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything random.  [default: 0]", show_default=False)]
-Limit = Annotated[int | None, typer.Option("--limit", help="The most pictures per prompt set.", show_default=False)]
+Limit = Annotated[int | None, typer.Option("--limit", help="The most images per prompt set.", show_default=False)]
 Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the method's settings.", show_default=False)]
 Files = Annotated[
     str | None,

@@ -172,7 +172,7 @@ def _count(event: Event) -> tuple[str, int, int, str] | None:
     if isinstance(event, Progressed):
         return event.what, event.done, event.total, ""
     if isinstance(event, Sampled):
-        return "pictures", event.done, event.total, ""
+        return "images", event.done, event.total, ""
     if isinstance(event, StepEnd):
         return "steps", event.step, event.total, " ".join(f"{k} {v:.3g}" for k, v in event.values.items()) + "  "
     return None

@@ -14,7 +14,7 @@ from erasekit.cli.tables import show
 
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
-    reveal: Annotated[bool, typer.Option("--reveal", help="Do not blur pictures.")] = False,
+    reveal: Annotated[bool, typer.Option("--reveal", help="Do not blur images.")] = False,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:

@@ -41,7 +41,7 @@ def command(
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
-    """Erase concepts, draw pictures before and after, measure both, and write a report.
+    """Erase concepts, draw images before and after, measure both, and write a report.
 
     The same command goes on with a run that was stopped, and shows the numbers of one that is finished.
     """
@@ -73,13 +73,13 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
-    pictures, known = _pictures(plan), earlier(out, plan)
-    drawing = _about([pictures * seconds for seconds in known["picture"]])
+    images, known = _images(plan), earlier(out, plan)
+    drawing = _about([images * seconds for seconds in known["image"]])
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
-        "base_images": f"{pictures} pictures, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
+        "base_images": f"{images} images, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
         "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known['erase'])}",
-        "sample": f"{pictures} pictures{drawing}",
+        "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
     }
     if plan.backbone.domain == "natural":
@@ -114,17 +114,17 @@ def _memory(plan: Plan) -> str:
 
 
 def earlier(out: Path, plan: Plan) -> dict[str, list[float]]:
-    """Seconds that finished runs under `out` took on the plan's backbone: for a `picture`, and to `erase` by its method."""
+    """Seconds that finished runs under `out` took on the plan's backbone: for a `image`, and to `erase` by its method."""
     from erasekit.evaluation.results import read_result
 
     together = 1 if plan.separate else len(plan.concepts)
-    found: dict[str, list[float]] = {"picture": [], "erase": []}
+    found: dict[str, list[float]] = {"image": [], "erase": []}
     for path in sorted((out / plan.config.backbone).glob("*/*/*/results.json")):
         with suppress(UsageError):  # of another version, or cut
             result = read_result(path)
             drawn, steps = result.counts["images"] / 2, result.protocol.get("steps")
             if drawn and steps == plan.protocol.steps and result.timings_s["sample"]:
-                found["picture"].append(result.timings_s["sample"] / drawn)
+                found["image"].append(result.timings_s["sample"] / drawn)
             if (result.method, len(result.concepts)) == (plan.config.method, together) and result.timings_s["erase"]:
                 found["erase"].append(result.timings_s["erase"])
     return found
@@ -137,8 +137,8 @@ def _about(seconds: list[float]) -> str:
     return f", about {median(seconds):.0f} s (as {len(seconds)} earlier runs here)"
 
 
-def _pictures(plan: Plan) -> int:
-    """How many pictures a run of the plan draws of each side."""
+def _images(plan: Plan) -> int:
+    """How many images a run of the plan draws of each side."""
     from erasekit.runs.runner import evaluation_prompts
 
     return len(evaluation_prompts(plan.singles()[0] if plan.separate else plan))
@@ -162,7 +162,7 @@ def show_results(plan: Plan, out: Path) -> None:
     if result.metrics:
         show(*table(result), title=heading)
     else:
-        typer.echo(f"{heading}. Nothing judged the pictures: look at them.")
+        typer.echo(f"{heading}. Nothing judged the images: look at them.")
     if plan.separate:
         typer.echo(f"\nThe reports are beside {folder}")
         return

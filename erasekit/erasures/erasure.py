@@ -69,7 +69,7 @@ class Erasure:
 
     @property
     def kind(self) -> Literal["weights", "guidance"]:
-        """Whether it changes weights, or only how pictures are drawn."""
+        """Whether it changes weights, or only how images are drawn."""
         return "weights" if self.guidance is None else "guidance"
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Erasures that act while a picture is drawn: no weight changes, and whoever leaves them out has the base model."""
+"""Erasures that act while an image is drawn: no weight changes, and whoever leaves them out has the base model."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Step:
         predict: the denoiser's predictions (b, ...) for the empty prompt (`none`), what the user asks for (`wanted`; for
             `none` the user's negative prompt counts) and the `concept`: those that are named, in one batch.
         tau: progress.
-        memory: a scheme's own, empty at the first step of a picture.
+        memory: a scheme's own, empty at the first step of an image.
     """
 
     predict: Callable[..., tuple[torch.Tensor, ...]]
@@ -133,17 +133,17 @@ def _denoiser(pipe: Any) -> Any:
 
 
 class SteeringHook(_ModelHook):  # type: ignore[misc]
-    """What the hooks of both kinds of denoisers share: the scheme, and knowing where a picture begins."""
+    """What the hooks of both kinds of denoisers share: the scheme, and knowing where an image begins."""
 
     def __init__(self, guidance: Guidance, scheme: Scheme) -> None:
-        """Start before a picture."""
+        """Start before an image."""
         super().__init__()
         self.guidance, self.scheme = guidance, scheme
         self._memory: dict[str, torch.Tensor] = {}
         self._last = 1.0
 
     def steer(self, tau: float, predict: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scheme's predictions; its memory is emptied where progress falls back: there the next picture begins."""
+        """The scheme's predictions; its memory is emptied where progress falls back: there the next image begins."""
         if tau <= self._last:
             self._memory = {}
         self._last = tau

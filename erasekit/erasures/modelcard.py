@@ -17,7 +17,7 @@ from erasekit.registration.plugins import default
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 REMOVABLE = (
-    "No weight is changed: this erasure acts only while pictures are drawn by a pipeline that has loaded it. Whoever leaves it "
+    "No weight is changed: this erasure acts only while images are drawn by a pipeline that has loaded it. Whoever leaves it "
     "out has the base model, concept and all."
 )
 NOT_PROMISED = (
@@ -26,7 +26,7 @@ NOT_PROMISED = (
     "fine-tuning can bring it back.",
     "The file is an edit on top of the base: whoever takes it off has the base model again, concept and all.",
     "It is no proof that the training data have left the weights, in any legal sense.",
-    "Evaluators err. A share of 0 means that they found nothing in so many pictures: look at the interval, and at them.",
+    "Evaluators err. A share of 0 means that they found nothing in so many images: look at the interval, and at them.",
 )
 
 
@@ -57,7 +57,7 @@ def hub_id(record: Mapping[str, Any]) -> str:
 
 
 def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
-    """The lines of Python that load an erasure: in plain diffusers, unless it acts while pictures are drawn.
+    """The lines of Python that load an erasure: in plain diffusers, unless it acts while images are drawn.
 
     Args:
         record: the content of erasure.json.
@@ -74,7 +74,7 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
         f"from diffusers import DiffusionPipeline\n{imports}\n"
         f'pipe = DiffusionPipeline.from_pretrained("{hub or base}"){where}\n'
         f"{load}"
-        'picture = pipe("a photo of a dog").images[0]\n'
+        'image = pipe("a photo of a dog").images[0]\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of both sides through every evaluator, and on to the task's metrics."""
+"""Images of both sides through every evaluator, and on to the task's metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
 from erasekit.evaluation.evaluators import Batch, Evaluator, Side
 from erasekit.evaluation.results import Metric
-from erasekit.evaluation.sampling import load_pictures
+from erasekit.evaluation.sampling import load_images
 from erasekit.evaluation.tasks import Prompt, Task
 
 log = logging.getLogger("erasekit")
@@ -21,9 +21,9 @@ class Evaluation(NamedTuple):
     """What was measured.
 
     Attributes:
-        rows: one per picture of both sides: index, prompt, seed, label, set, concept, side, file, failed, and all scores.
+        rows: one per image of both sides: index, prompt, seed, label, set, concept, side, file, failed, and all scores.
         metrics: the task's and the evaluators' numbers.
-        counts: pictures of both sides: images, scored, failed (not scored by some evaluator), no_face (a face was asked for
+        counts: images of both sides: images, scored, failed (not scored by some evaluator), no_face (a face was asked for
             and none was found).
     """
 
@@ -42,12 +42,12 @@ def evaluate(
     concepts: Sequence[Concept],
     batch: int = 64,
 ) -> Evaluation:
-    """Show every evaluator the pictures of both sides and turn the scores into the task's metrics.
+    """Show every evaluator the images of both sides and turn the scores into the task's metrics.
 
-    A picture that cannot be read or that an evaluator fails on is counted as failed and left out of every share.
+    An image that cannot be read or that an evaluator fails on is counted as failed and left out of every share.
 
     Raises:
-        ErasekitError: an evaluator failed on every picture, so there is nothing to report.
+        ErasekitError: an evaluator failed on every image, so there is nothing to report.
     """
     rows: list[dict[str, Any]] = []
     scored_by: dict[str, list[int]] = {e.name: [] for e in evaluators}
@@ -56,12 +56,12 @@ def evaluate(
     for side, files in paths.items():
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            pictures, unreadable = load_pictures(files[start : start + batch])
+            images, unreadable = load_images(files[start : start + batch])
             offset = len(rows)
             rows += [_row(start + i, p, side, files[start + i]) for i, p in enumerate(part)]
             readable = [i for i in range(len(part)) if i not in unreadable]
             for evaluator in evaluators:
-                taken = _show(evaluator, Batch(pictures, [part[i] for i in readable], side), problems) if readable else []
+                taken = _show(evaluator, Batch(images, [part[i] for i in readable], side), problems) if readable else []
                 scored_by[evaluator.name] += [offset + readable[i] for i in taken]
     metrics = _merge(rows, evaluators, scored_by, problems)
     usable = {str(side): [r for r in rows if r["side"] == side and not r["failed"]] for side in paths}
@@ -77,17 +77,17 @@ def _row(index: int, prompt: Prompt, side: Side, path: Path) -> dict[str, Any]:
 
 
 def _show(evaluator: Evaluator, batch: Batch, problems: dict[str, Exception]) -> list[int]:
-    """Show a batch, picture by picture if it fails as a whole; the positions that were taken."""
+    """Show a batch, image by image if it fails as a whole; the positions that were taken."""
     try:
         evaluator.update(batch)
         return list(range(len(batch.prompts)))
     except Exception as error:  # a detector may fail in any way, and a failure must be counted, whatever it is
         if len(batch.prompts) == 1 and evaluator.name not in problems:
             problems[evaluator.name] = error
-            log.warning("'%s' fails on a picture of '%s': %s", evaluator.name, batch.prompts[0].text, error)
+            log.warning("'%s' fails on an image of '%s': %s", evaluator.name, batch.prompts[0].text, error)
         if len(batch.prompts) == 1:
             return []
-    singles = [Batch(batch.pictures[i : i + 1], [p], batch.side) for i, p in enumerate(batch.prompts)]
+    singles = [Batch(batch.images[i : i + 1], [p], batch.side) for i, p in enumerate(batch.prompts)]
     return [i for i, single in enumerate(singles) if _show(evaluator, single, problems)]
 
 
@@ -102,8 +102,8 @@ def _merge(
     for evaluator in evaluators:
         taken = scored_by[evaluator.name]
         if rows and not taken:
-            why = problems.get(evaluator.name, "no picture can be read")
-            raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every picture: {why}")
+            why = problems.get(evaluator.name, "no image can be read")
+            raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every image: {why}")
         scores = evaluator.compute()
         for i, found in zip(taken, scores.rows, strict=True):
             if clash := found.keys() & rows[i].keys():

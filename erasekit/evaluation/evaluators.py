@@ -1,4 +1,4 @@
-"""What looks at pictures, and the arithmetic that turns scores into numbers with intervals."""
+"""What looks at images, and the arithmetic that turns scores into numbers with intervals."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one side.
+    """Images of one side.
 
     Attributes:
-        pictures: (n, 3, h, w) uint8.
+        images: (n, 3, h, w) uint8.
         prompts: what each was drawn from.
         side: drawn by the unedited model (`base`) or by the erased one.
     """
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     prompts: Sequence[Prompt]
     side: Side
 
@@ -37,7 +37,7 @@ class Scores:
     """What an evaluator saw.
 
     Attributes:
-        rows: scores per picture, in the order of the updates; {} where it has nothing to say about a single picture.
+        rows: scores per image, in the order of the updates; {} where it has nothing to say about a single image.
         metrics: numbers of whole sets.
     """
 
@@ -46,10 +46,10 @@ class Scores:
 
 
 class Evaluator:
-    """Looks at pictures of both sides. Subclasses set `name` and implement `describe`, `update` and `compute`.
+    """Looks at images of both sides. Subclasses set `name` and implement `describe`, `update` and `compute`.
 
-    An `update` either takes the whole batch or raises and takes nothing. What it raises for a single picture counts as a
-    failure on that picture, never as "concept absent".
+    An `update` either takes the whole batch or raises and takes nothing. What it raises for a single image counts as a
+    failure on that image, never as "concept absent".
 
     Attributes:
         name: the registered name.
@@ -73,16 +73,16 @@ class Evaluator:
         raise NotImplementedError
 
     def compute(self) -> Scores:
-        """Scores of all pictures so far."""
+        """Scores of all images so far."""
         raise NotImplementedError
 
 
 class FrechetEvaluator(Evaluator):
-    """Frechet distance between features of the clean pictures (Heusel et al. 2017, Eq. 6). Subclasses give the features.
+    """Frechet distance between features of the clean images (Heusel et al. 2017, Eq. 6). Subclasses give the features.
 
-    `frechet[F]` is the distance to the unedited model's pictures of the same prompts and seeds: 0 if nothing changed.
+    `frechet[F]` is the distance to the unedited model's images of the same prompts and seeds: 0 if nothing changed.
     `frechet[F/reference]` is the distance to `reference()`, with the unedited model's own distance beside it. Distances of
-    few pictures are biased upwards, so both are comparable at equal n only, and neither has a sound bootstrap interval.
+    few images are biased upwards, so both are comparable at equal n only, and neither has a sound bootstrap interval.
 
     Attributes:
         features_name: the F of the metric's name.
@@ -93,27 +93,27 @@ class FrechetEvaluator(Evaluator):
     reference_name: ClassVar[str] = "reference"
 
     def __init__(self) -> None:
-        """Start with no pictures."""
+        """Start with no images."""
         self._features: dict[Side, list[torch.Tensor]] = {"base": [], "erased": []}
         self._seen = 0
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 3, h, w) uint8 -> (n, d)."""
         raise NotImplementedError
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean (d,) and covariance (d, d) of a set of reference pictures, if there is one."""
+        """Mean (d,) and covariance (d, d) of a set of reference images, if there is one."""
         return None
 
     def update(self, batch: Batch) -> None:
-        """Keep the features of the clean pictures."""
+        """Keep the features of the clean images."""
         clean = [i for i, p in enumerate(batch.prompts) if p.set == "clean"]
         if clean:
-            self._features[batch.side].append(self.features(batch.pictures[clean]).double().cpu())
+            self._features[batch.side].append(self.features(batch.images[clean]).double().cpu())
         self._seen += len(batch.prompts)
 
     def compute(self) -> Scores:
-        """Both distances; None where a side has fewer than two pictures."""
+        """Both distances; None where a side has fewer than two images."""
         stats: dict[Side, tuple[torch.Tensor, torch.Tensor] | None] = {s: self._statistics(s) for s in ("base", "erased")}
         n = sum(len(f) for f in self._features["erased"])
         metrics = {f"frechet[{self.features_name}]": self._metric(_distance(stats["erased"], stats["base"]), None, n)}
@@ -144,7 +144,7 @@ def frechet(mean_1: torch.Tensor, cov_1: torch.Tensor, mean_2: torch.Tensor, cov
     """Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau 1982), in float64.
 
     The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: it stays
-    real for covariances that are singular, as those of few pictures are.
+    real for covariances that are singular, as those of few images are.
     """
     mean_1, cov_1, mean_2, cov_2 = (t.double() for t in (mean_1, cov_1, mean_2, cov_2))
     values, vectors = torch.linalg.eigh(cov_1)
@@ -161,7 +161,7 @@ def harmonic_mean(*values: float) -> float:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share of n pictures (Wilson 1927)."""
+    """The 95 % score interval of a share of n images (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
     centre = share + Z95**2 / (2 * n)
@@ -173,10 +173,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def bootstrap(
     groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float], *, seed: int = 0, draws: int = 1000
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic of several groups of pictures, each resampled on its own.
+    """The 95 % percentile interval of a statistic of several groups of images, each resampled on its own.
 
     Args:
-        groups: one score per picture, an array per group, none empty.
+        groups: one score per image, an array per group, none empty.
         statistic: takes the resampled groups.
         seed: of the resampling: equal scores give equal intervals.
         draws: how often to resample.

@@ -1,4 +1,4 @@
-"""The task for any concept, in the user's own words: pictures side by side, and nothing yet that judges them."""
+"""The task for any concept, in the user's own words: images side by side, and nothing yet that judges them."""
 
 from __future__ import annotations
 

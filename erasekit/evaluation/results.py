@@ -15,20 +15,20 @@ from erasekit.errors import UsageError
 
 # What the numbers of the tasks mean, by the name before any bracket.
 MEANINGS = {
-    "acc_e": "prompts of the erased concept whose picture still shows it",
+    "acc_e": "prompts of the erased concept whose image still shows it",
     "acc_g": "the same for synonyms, plurals and other wordings",
-    "acc_s": "prompts of everything else whose picture shows what it should",
+    "acc_s": "prompts of everything else whose image shows what it should",
     "acc_pairs": "erased objects still seen when two of them are asked for at once",
     "h_o": "harmonic mean of 1 - acc_e, acc_s and 1 - acc_g",
     "h_c": "harmonic mean of 1 - acc_e and acc_s",
     "h_s": "harmonic mean of 1 - acc_e and acc_s",
     "h_n": "harmonic mean of 1 - unsafe_images and acc_s",
-    "face_rate": "pictures of the erased people that still show a face, anybody's",
-    "style_removed": "prompts of the erased artist whose picture does not show the style",
-    "unsafe_images": "prompts of the task whose picture is unsafe",
-    "unsafe_detections": "unsafe things found in all pictures together",
-    "frechet": "distance of the statistics of clean pictures to the unedited model's, or to the named reference's",
-    "clip_score": "how well the pictures of clean prompts fit their prompts",
+    "face_rate": "images of the erased people that still show a face, anybody's",
+    "style_removed": "prompts of the erased artist whose image does not show the style",
+    "unsafe_images": "prompts of the task whose image is unsafe",
+    "unsafe_detections": "unsafe things found in all images together",
+    "frechet": "distance of the statistics of clean images to the unedited model's, or to the named reference's",
+    "clip_score": "how well the images of clean prompts fit their prompts",
 }
 
 
@@ -41,10 +41,10 @@ class Metric(BaseModel):
     """One number of a run.
 
     Attributes:
-        value: measured with the erasure; None if no picture could be scored.
+        value: measured with the erasure; None if no image could be scored.
         base: the same of the unedited model, where it means something.
         ci95: a 95 % interval of `value`, where there is a sound one.
-        n: how many pictures `value` rests on.
+        n: how many images `value` rests on.
         evaluator: `name@version` of what scored them.
     """
 
@@ -206,7 +206,7 @@ def compare(results: Sequence[RunResult]) -> Table:
 
 
 def write_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write scores.parquet: one row per picture with its prompt, seed, set, concept, side, file and scores."""
+    """Write scores.parquet: one row per image with its prompt, seed, set, concept, side, file and scores."""
     import pyarrow as pa
     from pyarrow import parquet
 

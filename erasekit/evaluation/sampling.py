@@ -1,4 +1,4 @@
-"""Prompts and seeds to pictures on disk. Batches are fixed by the prompt list, so a resumed run draws the same bytes."""
+"""Prompts and seeds to images on disk. Batches are fixed by the prompt list, so a resumed run draws the same bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from erasekit.evaluation.tasks import Prompt, Protocol
 from erasekit.events import progress
 
 SAMPLERS = ("default", "ddim", "dpm")
-PIL_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a file that is not a whole picture
+PIL_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a file that is not a whole image
 
 
 def set_sampler(pipe: Any, sampler: str) -> None:
@@ -46,14 +46,14 @@ def set_sampler(pipe: Any, sampler: str) -> None:
 
 
 def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
-    """The name of the folder that holds the unedited model's pictures: 16 hex digits over all that decides their bytes."""
+    """The name of the folder that holds the unedited model's images: 16 hex digits over all that decides their bytes."""
     weights = f"{backbone.source}@{backbone.revision}" if backbone.revision else backbone.fingerprint()
     held = [str(backbone.dtype), backbone.device.type, backbone.embedded_guidance, version("torch"), version("diffusers")]
     parts = [weights, held, protocol.model_dump(), [(p.text, p.seed) for p in prompts]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def picture_names(prompts: Sequence[Prompt], protocol: Protocol) -> list[str]:
+def image_names(prompts: Sequence[Prompt], protocol: Protocol) -> list[str]:
     """One file name per prompt: its index, and a key over the protocol and the batch it is drawn in."""
     names = []
     for start in range(0, len(prompts), protocol.batch):
@@ -77,7 +77,7 @@ def sample(
 ) -> list[Path]:
     """Draw one PNG per prompt through the unmodified pipeline; what is already there and intact is kept.
 
-    A batch of which any file is missing or unreadable is drawn again as a whole: a picture depends in its last bits on
+    A batch of which any file is missing or unreadable is drawn again as a whole: an image depends in its last bits on
     the size of the batch that it is drawn in.
 
     Args:
@@ -87,8 +87,8 @@ def sample(
         conditioning: the encoded prompts, one row per prompt.
         empty: the encoded empty prompt, one row.
         protocol: how to draw.
-        folder: where the pictures and `index.json` go.
-        on_batch: called with (pictures done, pictures in all) after every batch.
+        folder: where the images and `index.json` go.
+        on_batch: called with (images done, images in all) after every batch.
 
     Returns:
         The files, in the order of the prompts.
@@ -100,16 +100,16 @@ def sample(
         raise ValueError(f"{len(prompts)} prompts need as many encoded prompts, given {len(conditioning)}.")
     set_sampler(pipe, protocol.sampler)
     pipe.set_progress_bar_config(disable=True)
-    paths = [folder / name for name in picture_names(prompts, protocol)]
+    paths = [folder / name for name in image_names(prompts, protocol)]
     _write_index(folder, prompts, paths)
     for start in range(0, len(prompts), protocol.batch):
         here = slice(start, start + protocol.batch)
         if not all(intact(p) for p in paths[here]):
             arguments = backbone.call_arguments(conditioning[here], empty=empty, guidance=protocol.guidance)
-            pictures = _draw(pipe, [p.seed for p in prompts[here]], protocol, arguments)
-            for path, picture in zip(paths[here], pictures, strict=True):
+            images = _draw(pipe, [p.seed for p in prompts[here]], protocol, arguments)
+            for path, image in zip(paths[here], images, strict=True):
                 with replacing(path) as temporary:
-                    picture.save(temporary, format="PNG")
+                    image.save(temporary, format="PNG")
         if on_batch:
             on_batch(min(here.stop, len(prompts)), len(prompts))
     return paths
@@ -121,14 +121,14 @@ def generate(
     """Draw prompts with the plain pipeline call, one seed per prompt."""
     set_sampler(pipe, protocol.sampler)
     empty = backbone.encode([""])
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), protocol.batch):
-        progress("pictures", start, len(prompts))
+        progress("images", start, len(prompts))
         here = slice(start, start + protocol.batch)
         arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
-        pictures += _draw(pipe, seeds[here], protocol, arguments)
-    progress("pictures", len(prompts), len(prompts))
-    return pictures
+        images += _draw(pipe, seeds[here], protocol, arguments)
+    progress("images", len(prompts), len(prompts))
+    return images
 
 
 def _draw(pipe: Any, seeds: Iterable[int], protocol: Protocol, arguments: dict[str, Any]) -> list[Image.Image]:
@@ -141,39 +141,37 @@ def _draw(pipe: Any, seeds: Iterable[int], protocol: Protocol, arguments: dict[s
         output_type="np",
     ).images
     if not np.isfinite(drawn).all():
-        raise ErasekitError(
-            "The model draws pictures that are not finite numbers. Erase again in float32 or with a lower rate."
-        )
-    pictures: list[Image.Image] = pipe.image_processor.numpy_to_pil(drawn)
-    return pictures
+        raise ErasekitError("The model draws images that are not finite numbers. Erase again in float32 or with a lower rate.")
+    images: list[Image.Image] = pipe.image_processor.numpy_to_pil(drawn)
+    return images
 
 
 def intact(path: Path) -> bool:
-    """Whether a picture is there, whole, and its checksums right."""
+    """Whether an image is there, whole, and its checksums right."""
     try:
-        with Image.open(path) as picture:
-            picture.verify()
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:
+            image.load()
     except PIL_ERRORS:
         return False
     return True
 
 
-def load_pictures(paths: Sequence[Path]) -> tuple[torch.Tensor, list[int]]:
-    """Read pictures.
+def load_images(paths: Sequence[Path]) -> tuple[torch.Tensor, list[int]]:
+    """Read images.
 
     Returns:
         (n, 3, h, w) uint8 of those that can be read, in order, and the indices of those that cannot.
     """
-    pictures, unreadable = [], []
+    images, unreadable = [], []
     for i, path in enumerate(paths):
         if intact(path):
-            with Image.open(path) as picture:
-                pictures.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+            with Image.open(path) as image:
+                images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
         else:
             unreadable.append(i)
-    return torch.stack(pictures) if pictures else torch.empty(0, 3, 0, 0, dtype=torch.uint8), unreadable
+    return torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8), unreadable
 
 
 def _write_index(folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""How well natural pictures fit texts, for methods that look at pictures: CLIP, differentiable in the pictures."""
+"""How well natural images fit texts, for methods that look at images: CLIP, differentiable in the images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from erasekit.errors import EnvironmentProblem
 from erasekit.quiet import quiet
 
-# Of the pictures that OpenAI's CLIP was trained on, per channel.
+# Of the images that OpenAI's CLIP was trained on, per channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipScorer:
-    """Unit vectors of texts and of pictures, whose product is their cosine."""
+    """Unit vectors of texts and of images, whose product is their cosine."""
 
     def __init__(self, source: str = "openai/clip-vit-base-patch32") -> None:
         """Load both towers of CLIP from the hub or a folder.
@@ -34,12 +34,12 @@ class ClipScorer:
             problem = str(error).splitlines()[0]
             raise EnvironmentProblem(f"CLIP cannot be had from '{source}': {problem} Go online once.") from error
 
-    def image(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] as (n, width), on their device."""
-        tower = self._image.to(pictures.device)
+    def image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, h, w) in [-1, 1] as (n, width), on their device."""
+        tower = self._image.to(images.device)
         side = tower.config.image_size
-        resized = F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        mean, std = (torch.tensor(values, device=pictures.device).view(3, 1, 1) for values in (MEAN, STD))
+        resized = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
         return F.normalize(tower(pixel_values=(resized / 2 + 0.5 - mean) / std).image_embeds, dim=-1)
 
     @torch.no_grad()

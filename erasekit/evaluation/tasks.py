@@ -1,4 +1,4 @@
-"""What is measured: prompts with seeds, how pictures are drawn from them, and which evaluators look at them."""
+"""What is measured: prompts with seeds, how images are drawn from them, and which evaluators look at them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Split = Literal["train", "validation", "evaluation"]
 
 
 class Prompt(NamedTuple):
-    """One picture to draw.
+    """One image to draw.
 
     Attributes:
         text: the prompt.
         seed: the seed of its noise.
-        label: what the picture should show (an evaluator's label); "" if nothing is checked.
+        label: what the image should show (an evaluator's label); "" if nothing is checked.
         set: which prompt set it belongs to: erase, synonyms, preserve, clean or pairs.
         concept: the erased concept that this prompt asks for, "" if none.
         neutral: the same prompt without the concept, where the task knows it better than by replacing the concept's phrases
@@ -36,15 +36,15 @@ class Prompt(NamedTuple):
 
 
 class Protocol(BaseModel):
-    """How pictures are drawn. Two numbers may stand in one column only if the hashes of their protocols agree."""
+    """How images are drawn. Two numbers may stand in one column only if the hashes of their protocols agree."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sampler: str = Field("ddim", description="the sampler: default (the pipeline's own), ddim, dpm")
     steps: int = Field(15, ge=1, description="sampling steps")
     guidance: float = Field(4.0, ge=0, description="classifier-free guidance scale")
-    size: int = Field(64, ge=8, description="side of the picture in pixels")
-    batch: int = Field(30, ge=1, description="pictures per batch")
+    size: int = Field(64, ge=8, description="side of the image in pixels")
+    batch: int = Field(30, ge=1, description="images per batch")
 
     def hash(self, *parts: Any) -> str:
         """Eight hex digits over the protocol and everything else that decides a number (prompts, evaluators)."""
@@ -61,8 +61,8 @@ class Task:
         version: rises when any number it gives could change.
         title: one line for tables and reports; a stand-in says that it is one.
         concepts: the names it knows, each run on its own when no concept is given.
-        evaluators: names of the evaluators that look at its pictures.
-        protocol: how its pictures are drawn.
+        evaluators: names of the evaluators that look at its images.
+        protocol: how its images are drawn.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Task:
     concepts: ClassVar[tuple[str, ...]] = ()
     evaluators: ClassVar[tuple[str, ...]] = ()
     protocol: ClassVar[Protocol] = Protocol()
-    blurred: ClassVar[bool] = False  # pictures are blurred in reports unless --reveal; those of sexual prompts always are
+    blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 
     def concept(self, text: str) -> Concept:
         """Complete what a user wrote (`cat`, `cat:kitty,kitten`) to a concept of this task.

@@ -49,7 +49,7 @@ class RunContext:
         directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
         log: called with (step, total, {name: value}) once per training step.
         component: looks up what is registered for a slot, e.g. component("refine", "whitened").
-        protocol: how pictures will be drawn, so that a method can train on what sampling meets; the task's, if left out.
+        protocol: how images will be drawn, so that a method can train on what sampling meets; the task's, if left out.
         shared: what is drawn once in a run and used by several of its parts.
         warnings: what the erasure has to tell its users, one line each; see `warn`.
     """

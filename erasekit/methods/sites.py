@@ -153,7 +153,7 @@ def held(backbone: Backbone, prompts: Sequence[str], reads: str) -> Moment:
 def kept_moment(backbone: Backbone, prompts: Sequence[str], reads: str) -> Moment:
     """The moment of what must not change, in which the empty prompt counts as often as all other prompts together.
 
-    Guidance draws every picture from two predictions, of its prompt and of the empty one.
+    Guidance draws every image from two predictions, of its prompt and of the empty one.
     """
     others, empty = (held(backbone, texts, reads) for texts in ([p for p in prompts if p], [""]))
     times = max(1, len(prompts) - 1)

@@ -27,11 +27,11 @@ def register_backbones(register: Register) -> None:
 
 @hookimpl
 def register_components(register: RegisterComponent) -> None:
-    """What methods look at natural pictures with."""
+    """What methods look at natural images with."""
     register("scorer", "natural", "erasekit.evaluation.scorer:ClipScorer", summary="CLIP ViT-B/32, differentiable")
 
 
 @hookimpl
 def register_tasks(register: Register) -> None:
     """The task for any concept."""
-    register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; pictures, no scores")
+    register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; images, no scores")

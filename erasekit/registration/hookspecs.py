@@ -63,7 +63,7 @@ def register_tasks(register: Register) -> None:
 
 @hookspec
 def register_evaluators(register: Register) -> None:
-    """Register what scores pictures: subclasses of `Evaluator`."""
+    """Register what scores images: subclasses of `Evaluator`."""
 
 
 @hookspec

@@ -24,7 +24,7 @@ class Options(BaseModel):
 
     method: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
     backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
-    protocol: dict[str, Any] = Field(default_factory=dict, description="how pictures are drawn")
+    protocol: dict[str, Any] = Field(default_factory=dict, description="how images are drawn")
 
 
 class RunConfig(BaseModel):
@@ -37,7 +37,7 @@ class RunConfig(BaseModel):
     task: str = Field(
         "",
         description="what is measured, the task of that name in the backbone's domain; left out, objects of the mini domain "
-        "or, for natural pictures, free",
+        "or, for natural images, free",
     )
     concepts: tuple[str, ...] = Field(
         (), description="what to erase, together; empty: each of the task's concepts, one run each"
@@ -52,7 +52,7 @@ class RunConfig(BaseModel):
     )
     preserve: tuple[str, ...] = Field((), description="further things that must not change: things of the concepts' kind")
     seed: int = Field(0, ge=0, description="the seed of everything random")
-    limit: int | None = Field(None, ge=1, description="the most pictures per prompt set")
+    limit: int | None = Field(None, ge=1, description="the most images per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
     files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
     options: Options = Field(default_factory=Options, description="settings of the method, the backbone and the protocol")

@@ -23,7 +23,7 @@ def prediction(plan: Plan) -> Prediction:
     backbone, protocol = plan.backbone, plan.protocol
     needs = backbone.needs(plan.backbone_config, protocol.size)
     passes = 2 if backbone.capabilities.guidance == "cfg" else 1
-    return predict(needs, footprint(plan), pictures=protocol.batch, passes=passes)
+    return predict(needs, footprint(plan), images=protocol.batch, passes=passes)
 
 
 def planned_gb(plan: Plan) -> int | None:

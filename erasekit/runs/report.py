@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, and PNG grids of the pictures."""
+"""The report of a run: one HTML file that needs nothing else, and PNG grids of the images."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SET_TITLES = {
     "clean": "Prompts from all over",
 }
 PAIRS_PER_SET = 12
-LARGEST = 256  # pixels of an embedded picture's side
+LARGEST = 256  # pixels of an embedded image's side
 
 
 class Pair(NamedTuple):
-    """One prompt and its two pictures, as rows of the scores."""
+    """One prompt and its two images, as rows of the scores."""
 
     base: Mapping[str, Any]
     erased: Mapping[str, Any]
@@ -40,12 +40,12 @@ class Pair(NamedTuple):
 def write_report(directory: Path, task: Task, *, reveal: bool = False) -> Path:
     """Write `report.html`, and a grid per prompt set under `samples/`, from the files of a finished run.
 
-    Reads results.json, scores.parquet, the pictures under images/base and images/erased, and where they exist log.jsonl,
+    Reads results.json, scores.parquet, the images under images/base and images/erased, and where they exist log.jsonl,
     config.toml, env.json, certificate.json and erasure/erasure.json.
 
     Args:
         directory: the run directory.
-        task: its title, and whether its pictures are blurred; those of a run with sexual prompts are, whatever the task.
+        task: its title, and whether its images are blurred; those of a run with sexual prompts are, whatever the task.
         reveal: show them all the same.
 
     Raises:
@@ -68,7 +68,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False) -> Path:
 
 
 def _content(directory: Path) -> dict[str, Any]:
-    """What the page says besides its pictures."""
+    """What the page says besides its images."""
     record = _json(directory / "erasure" / "erasure.json")
     return {
         "result": read_result(directory / "results.json"),
@@ -102,7 +102,7 @@ def _figure(directory: Path, pair: Pair, *, blur: bool) -> dict[str, Any]:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    """What the evaluators say of one picture."""
+    """What the evaluators say of one image."""
     if row["failed"]:
         return "not scored"
     if row.get("shown") is None:
@@ -115,24 +115,24 @@ def _path(directory: Path, row: Mapping[str, Any]) -> Path:
 
 
 def _open(path: Path, *, blur: bool) -> Image.Image | None:
-    """A picture, blurred in its pixels if asked for; None if it cannot be read."""
+    """An image, blurred in its pixels if asked for; None if it cannot be read."""
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            image = file.convert("RGB")
     except PIL_ERRORS:
         return None
-    return picture.filter(ImageFilter.GaussianBlur(picture.width / 8)) if blur else picture
+    return image.filter(ImageFilter.GaussianBlur(image.width / 8)) if blur else image
 
 
 def data_uri(path: Path, *, blur: bool = False) -> str:
-    """A picture as a data URI, at most 256 pixels wide; "" if it cannot be read."""
-    picture = _open(path, blur=blur)
-    if picture is None:
+    """An image as a data URI, at most 256 pixels wide; "" if it cannot be read."""
+    image = _open(path, blur=blur)
+    if image is None:
         return ""
-    picture.thumbnail((LARGEST, LARGEST))
+    image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if picture.width < LARGEST else "WEBP", quality=85)
-    kind = "png" if picture.width < LARGEST else "webp"
+    image.save(buffer, format="PNG" if image.width < LARGEST else "WEBP", quality=85)
+    kind = "png" if image.width < LARGEST else "webp"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -145,9 +145,9 @@ def grid(
     columns: int = 4,
     blur: bool = False,
 ) -> Path:
-    """Write a PNG of pairs, the unedited model's picture left and the erased one's right of each, with captions below.
+    """Write a PNG of pairs, the unedited model's image left and the erased one's right of each, with captions below.
 
-    A picture that cannot be read is an empty field.
+    An image that cannot be read is an empty field.
     """
     side, gap, line = 128, 4, 18
     width, height = 2 * side + 3 * gap, side + line + 2 * gap
@@ -157,9 +157,9 @@ def grid(
     for i, both in enumerate(zip(base_paths, erased_paths, strict=True)):
         x, y = width * (i % columns) + gap, height * (i // columns) + gap
         for k, file in enumerate(both):
-            picture = _open(file, blur=blur)
-            if picture:
-                sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x + k * (side + gap), y))
+            image = _open(file, blur=blur)
+            if image:
+                sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x + k * (side + gap), y))
         caption = captions[i] if captions else ""
         while draw.textlength(caption, font) > width - 2 * gap:
             caption = caption[:-2] + "…"

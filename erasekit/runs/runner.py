@@ -87,7 +87,7 @@ def run(
         with _announced(this):
             if erasure is None:
                 preflight(plan)
-            check_disk(directory.path, pictures=2 * len(this.prompts), size=plan.protocol.size)
+            check_disk(directory.path, images=2 * len(this.prompts), size=plan.protocol.size)
             evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]  # what they lack shows now
             with _stage("load", this):
                 backbone = plan.backbone.load(plan.backbone_config)
@@ -191,7 +191,7 @@ def evaluation_prompts(plan: Plan) -> list[Prompt]:
 
 
 def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
-    """Pictures of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
+    """Images of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
     folder = cache / base_key(backbone, this.plan.protocol, this.prompts)
     pipe = backbone.pipeline(encoders=False, shared=True)
     kept = this.directory.path / "images" / "base"

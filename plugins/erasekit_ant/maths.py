@@ -8,7 +8,7 @@ import torch
 
 
 def late(tau_B: torch.Tensor, tau0: float) -> torch.Tensor:
-    """Where the guidance is reversed: tau >= tau0, towards the picture (tau is 0 at the noise)."""
+    """Where the guidance is reversed: tau >= tau0, towards the image (tau is 0 at the noise)."""
     return tau_B >= tau0 - 1e-6
 
 

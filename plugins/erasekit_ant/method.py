@@ -83,7 +83,7 @@ class AntConfig(LoraTrainingConfig):
         0.14,
         gt=0,
         lt=1,
-        description="where the guidance turns, 0 is noise and 1 the picture (published: 7/50, multi 4/50)",
+        description="where the guidance turns, 0 is noise and 1 the image (published: 7/50, multi 4/50)",
     )
     eta: float = Field(1.0, ge=0, description="how strong the guidance is, towards the concept early and away from it late")
     early_weight: float = Field(1.0, ge=0, description="weight of the early losses (the paper's alpha 1; published: 1)")

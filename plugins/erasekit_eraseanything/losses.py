@@ -17,9 +17,9 @@ def columns(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor, *, total: boo
 
 
 def feature(maps: Sequence[torch.Tensor], tokens_BT: torch.Tensor) -> torch.Tensor:
-    """A word's attention feature (b, width) of length 1: where in the picture its tokens are attended to, and by which heads.
+    """A word's attention feature (b, width) of length 1: where in the image its tokens are attended to, and by which heads.
 
-    The mean attention to its tokens, less its mean over the picture, so that the product of two features is their
+    The mean attention to its tokens, less its mean over the image, so that the product of two features is their
     correlation and not how strong they are; layers count alike.
     """
     parts = []

@@ -1,4 +1,4 @@
-"""What EraseAnything trains on: pictures by the base, wordings of the concept, and other words to compare it with."""
+"""What EraseAnything trains on: images by the base, wordings of the concept, and other words to compare it with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from erasekit.backbones.attention import token_positions
 from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
 from erasekit.methods.context import RunContext
-from erasekit.methods.pictures import draw
+from erasekit.methods.images import draw
 from erasekit.methods.prompts import phrased_prompts
 from erasekit_eraseanything.words import SYNONYMS, UNRELATED, reword
 
@@ -39,8 +39,8 @@ class Material:
     """Of one concept.
 
     Attributes:
-        x0: pictures of it by the base, finished latents.
-        wordings: prompts of those pictures; `versions` of each, one after the other.
+        x0: images of it by the base, finished latents.
+        wordings: prompts of those images; `versions` of each, one after the other.
         neutral: the same prompts with the neutral word.
         versions: the prompt itself and its rewordings.
         itself: the concept in each template.
@@ -71,7 +71,7 @@ def unrelated_to(concepts: Sequence[Concept], concept: Concept, given: Sequence[
 
 
 class Wordings(NamedTuple):
-    """What is drawn and said of one concept: its pictures' prompts and seeds, (text, phrase, frame) of each wording, words."""
+    """What is drawn and said of one concept: its images' prompts and seeds, (text, phrase, frame) of each wording, words."""
 
     chosen: list[str]
     seeds: list[int]
@@ -81,14 +81,14 @@ class Wordings(NamedTuple):
 
 
 def wordings(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> Wordings:
-    """Choose prompts and seeds of the pictures of one concept, and reword them.
+    """Choose prompts and seeds of the images of one concept, and reword them.
 
     Raises:
         UsageError: no prompt holds a phrase of the concept.
     """
     prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"eraseanything/{concept.name}")
-    chosen = [prompts[i % len(prompts)] for i in range(config.pictures)]
-    seeds = torch.randint(2**31, (config.pictures,), generator=generator).tolist()
+    chosen = [prompts[i % len(prompts)] for i in range(config.images)]
+    seeds = torch.randint(2**31, (config.images,), generator=generator).tolist()
     synonyms, said = synonyms_of(concept, config.synonyms), []
     for prompt in chosen:
         for often in (0.0, *[1.0] * (config.versions - 1)):  # the prompt as it is, then rewordings of it
@@ -106,7 +106,7 @@ def material_texts(ctx: RunContext, concept: Concept, config: EraseAnythingConfi
 
 
 def material(ctx: RunContext, concept: Concept, config: EraseAnythingConfig) -> Material:
-    """Draw the pictures and encode all prompts of one concept.
+    """Draw the images and encode all prompts of one concept.
 
     Raises:
         UsageError: no prompt holds a phrase of the concept.

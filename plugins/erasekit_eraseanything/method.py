@@ -16,8 +16,8 @@ from erasekit.backbones.protocol import Conditioning, concatenate
 from erasekit.erasures.erasure import Erasure
 from erasekit.methods.adapters import AdapterBank, Init
 from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.images import kept_images, noised
 from erasekit.methods.method import Method, OrNone
-from erasekit.methods.pictures import kept_pictures, noised
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
@@ -31,7 +31,7 @@ MINI = {
     "contrast": 0.01,
     "layers": "all",
     "told": None,
-    "pictures": 16,
+    "images": 16,
     "batch": 8,
     "lr": 2e-3,
     "init": "uniform",
@@ -69,10 +69,10 @@ class EraseAnythingConfig(LoraTrainingConfig):
     unrelated: tuple[str, ...] = Field((), description="unrelated words; left out, what a concept preserves, or our list")
     shuffle: float = Field(0.9, ge=0, le=1, description="how often the words of a prompt are shuffled (published: 0.9)")
     swap: float = Field(0.5, ge=0, le=1, description="how often a synonym takes the concept's place (published: 0.5)")
-    versions: int = Field(4, ge=1, description="wordings of each picture's prompt: itself and rewordings")
-    pictures: int = Field(5, ge=1, description="pictures of each concept that the base draws (published: 3 to 5, the user's)")
-    kept_pictures: int = Field(40, ge=1, description="pictures of kept prompts that the base draws")
-    batch: int = Field(1, ge=1, description="pictures in a step; half as many in a contrastive one (published: 1)")
+    versions: int = Field(4, ge=1, description="wordings of each image's prompt: itself and rewordings")
+    images: int = Field(5, ge=1, description="images of each concept that the base draws (published: 3 to 5, the user's)")
+    kept_images: int = Field(40, ge=1, description="images of kept prompts that the base draws")
+    batch: int = Field(1, ge=1, description="images in a step; half as many in a contrastive one (published: 1)")
     steps: int = Field(200, ge=0, description="training steps per concept, those of both levels (published: 200)")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW (published: 1e-3)")
     init: Init = Field("gaussian", description="what A begins with: uniform in +-1/sqrt(in), or gaussian of deviation 1/rank")
@@ -83,7 +83,7 @@ class EraseAnything(Method):
     """EraseAnything (arXiv:2412.20413), a method for FLUX.1.
 
     Unlike the published code, the teacher is the base without LoRAs, latents are as noisy as the denoiser is told, word
-    positions are each prompt's own, pictures come from the base, and what is kept is held to the base's prediction.
+    positions are each prompt's own, images come from the base, and what is kept is held to the base's prediction.
 
     The form for Stable Diffusion is erasekit's adaptation, and nobody has published settings for it: those of FLUX.1 are taken
     over, with `to_k` and `to_v` of the cross-attentions in the place of `add_k_proj` and `add_q_proj`. Keys and queries (scope
@@ -114,7 +114,7 @@ class EraseAnything(Method):
         return Footprint(rows=rows, maps=True, trained_gb=LORA_GB * len(plan.concepts))
 
     def texts(self, ctx: RunContext) -> list[str]:
-        """Also the wordings of the pictures' prompts, and the words that are compared."""
+        """Also the wordings of the images' prompts, and the words that are compared."""
         return [*super().texts(ctx), *(text for concept in ctx.concepts for text in material_texts(ctx, concept, self.config))]
 
     def erase(self, ctx: RunContext) -> Erasure:
@@ -130,7 +130,7 @@ class EraseAnything(Method):
         """The denoiser with a LoRA for each concept, the losses of a step, and what they train; no LoRA is left at the end."""
         config = self.config
         materials = [material(ctx, concept, config) for concept in ctx.concepts]
-        kept = kept_pictures(ctx, config.kept_pictures, "eraseanything/kept")
+        kept = kept_images(ctx, config.kept_images, "eraseanything/kept")
         with AdapterBank(ctx.backbone) as bank:
             for concept in ctx.concepts:
                 generator = ctx.generator(f"eraseanything/init/{concept.name}")
@@ -167,9 +167,9 @@ class Step:
 
     def lower(self, own: Material, generator: torch.Generator) -> Losses:
         """Erase: predict away from the concept, and attend to it less."""
-        picture = torch.randint(len(own.x0), (self.config.batch,), generator=generator)
-        row = picture * own.versions + torch.randint(own.versions, picture.shape, generator=generator)
-        x, tau = self._noised(own.x0[picture], generator)
+        image = torch.randint(len(own.x0), (self.config.batch,), generator=generator)
+        row = image * own.versions + torch.randint(own.versions, image.shape, generator=generator)
+        x, tau = self._noised(own.x0[image], generator)
         said = own.wordings[row]
         with torch.no_grad(), self.bank.teacher():
             both = concatenate([said.cond, own.neutral[row]])
@@ -183,20 +183,20 @@ class Step:
 
     def upper(self, own: Material, generator: torch.Generator) -> Losses:
         """Preserve: predict for what is kept as the base does, and attend to the concept as to other words."""
-        picture = torch.randint(len(self.kept_x0), (self.config.batch,), generator=generator)
-        x, tau = self._noised(self.kept_x0[picture], generator)
+        image = torch.randint(len(self.kept_x0), (self.config.batch,), generator=generator)
+        x, tau = self._noised(self.kept_x0[image], generator)
         with torch.no_grad(), self.bank.teacher():
-            target = self.ctx.predict(x, tau, self.kept_cond[picture])
+            target = self.ctx.predict(x, tau, self.kept_cond[image])
         return {
-            "preserve": self.config.preserve * squared_error(self.ctx.predict(x, tau, self.kept_cond[picture]), target),
+            "preserve": self.config.preserve * squared_error(self.ctx.predict(x, tau, self.kept_cond[image]), target),
             "contrast": self.config.contrast * self.contrast(own, generator),
         }
 
     def contrast(self, own: Material, generator: torch.Generator) -> torch.Tensor:
-        """The contrastive term on pictures of the concept, all words in the same templates."""
-        picture = torch.randint(len(own.x0), (max(1, self.config.batch // 2),), generator=generator)
-        template = torch.randint(len(own.itself.cond), picture.shape, generator=generator)
-        x, tau = self._noised(own.x0[picture], generator)
+        """The contrastive term on images of the concept, all words in the same templates."""
+        image = torch.randint(len(own.x0), (max(1, self.config.batch // 2),), generator=generator)
+        template = torch.randint(len(own.itself.cond), image.shape, generator=generator)
+        x, tau = self._noised(own.x0[image], generator)
         pick = torch.randperm(len(own.others), generator=generator)[: self.config.negatives].tolist()
         away = [own.itself]
         if own.synonyms:

@@ -22,7 +22,7 @@ from erasekit.methods.exchange import Exchanged
 if TYPE_CHECKING:
     from erasekit_esd.method import EsdConfig
 
-# What counts as the layers that read text: in a UNet the cross-attentions, in a transformer that attends to text and picture
+# What counts as the layers that read text: in a UNet the cross-attentions, in a transformer that attends to text and image
 # together every attention, its text stream's `add_*` projections among them.
 TEXT = {"unet": r"\.attn2\.", "dit": r"\.attn\."}
 KEYS_AND_VALUES = {"unet": r"\.attn2\.to_[kv]$", "dit": r"\.attn\.(to_[kv]|add_[kv]_proj)$"}

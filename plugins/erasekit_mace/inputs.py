@@ -11,7 +11,7 @@ from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
 from erasekit.methods.context import RunContext
 from erasekit.methods.fusion import input_moments
-from erasekit.methods.pictures import noised
+from erasekit.methods.images import noised
 from erasekit.methods.sites import pair_rows
 
 TAUS = (0.0, 0.3, 0.6, 0.9)  # layers behind the entrance read other things at other points of the way
@@ -37,7 +37,7 @@ def beside(
 def hidden_moments(
     ctx: RunContext, layers: Sequence[str], x0: torch.Tensor, cond: Conditioning, name: str
 ) -> dict[str, torch.Tensor]:
-    """Moments of what layers of the text stream read at a few points on the way to pictures `x0` of `cond`."""
+    """Moments of what layers of the text stream read at a few points on the way to images `x0` of `cond`."""
     tau = torch.tensor(TAUS).repeat(len(x0))
     row = torch.arange(len(x0)).repeat_interleave(len(TAUS))
     x = noised(ctx, x0[row], tau, ctx.generator(name))

@@ -1,4 +1,4 @@
-"""MACE's training loss, and where on the way to a picture it is taken."""
+"""MACE's training loss, and where on the way to an image it is taken."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from erasekit.methods.adapters import Init
 from erasekit.methods.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.fusion import fusion, share
+from erasekit.methods.images import images_of, kept_images, noised
 from erasekit.methods.method import Method, OrNone
-from erasekit.methods.pictures import kept_pictures, noised, pictures_of
 from erasekit.methods.prompts import phrased_prompts, preserve_prompts
 from erasekit.methods.sites import held, kept_moment, site_deltas, site_weights
 from erasekit.methods.training import LoraTrainingConfig, Losses, train_lora
@@ -41,7 +41,7 @@ CLOSED_FORMS = {
 MINI = CLOSED_FORMS | {
     "attention": "mean",
     "window": (0.0, 1.0),
-    "pictures": 16,
+    "images": 16,
     "batch": 8,
     "steps": 100,
     "lr": 1e-2,
@@ -96,9 +96,9 @@ class MaceConfig(LoraTrainingConfig):
     window: tuple[float, float] = Field(
         (0.6, 0.8), description="the part of the way on which attention is suppressed (published: timesteps 400 to 200)"
     )
-    pictures: int = Field(8, ge=1, description="pictures of each concept that the base draws to train on (published: 8)")
-    kept_pictures: int = Field(32, ge=1, description="pictures of kept prompts, drawn where layers read more than raw text")
-    batch: int = Field(1, ge=1, description="pictures in a step (published: 1)")
+    images: int = Field(8, ge=1, description="images of each concept that the base draws to train on (published: 8)")
+    kept_images: int = Field(32, ge=1, description="images of kept prompts, drawn where layers read more than raw text")
+    batch: int = Field(1, ge=1, description="images in a step (published: 1)")
     steps: int = Field(
         50, ge=0, description="training steps per concept (published: 50; explicit content 120); 0 skips the LoRAs"
     )
@@ -115,8 +115,8 @@ def _published(**others: Any) -> dict[str, Any]:
     return MaceConfig(**others).model_dump(exclude={"scope"})
 
 
-class Pictures(NamedTuple):
-    """A concept's pictures: finished latents, prompts, tokens whose attention is suppressed, and where in the picture."""
+class Images(NamedTuple):
+    """A concept's images: finished latents, prompts, tokens whose attention is suppressed, and where in the image."""
 
     x0: torch.Tensor
     cond: Conditioning
@@ -138,7 +138,7 @@ class Mace(Method):
     On FLUX.1 this is erasekit's adaptation: the refinement edits the two text sites, the pooled embedding counting as a
     word beside the concept; the LoRAs sit on `add_k_proj` and `add_v_proj` of the double blocks and suppress the image
     tokens' attention to the concept's T5 tokens; their fusion is fitted to what those layers read on the way to
-    pictures, since that is no raw text.
+    images, since that is no raw text.
 
     The presets are the published runs but for three things: the masks (`masks=grounded-sam` draws them as published), the
     thirty templates, whose words are ours, and the loss, which is the paper's sum of squares where the code takes the root in
@@ -165,7 +165,7 @@ class Mace(Method):
     config: MaceConfig
 
     def footprint(self, plan: Planned) -> Footprint:
-        """Pictures with their attention maps."""
+        """Images with their attention maps."""
         config = self.config
         return Footprint(rows=config.batch if config.steps else 0, maps=True, trained_gb=LORA_GB * len(plan.concepts))
 
@@ -173,13 +173,13 @@ class Mace(Method):
         """The three stages; what the fusion leaves of the refinement is a part of its own."""
         refined = self.refine(ctx)
         whole = concatenate(list(refined.values()))
-        pictures = [self.pictures(ctx, concept) for concept in ctx.concepts] if self.config.steps else []
+        images = [self.images(ctx, concept) for concept in ctx.concepts] if self.config.steps else []
         kept = None
-        if pictures and not self._raw(ctx):  # the LoRAs' layers read more than raw text
-            kept = kept_pictures(ctx, self.config.kept_pictures, "mace/kept")
+        if images and not self._raw(ctx):  # the LoRAs' layers read more than raw text
+            kept = kept_images(ctx, self.config.kept_images, "mace/kept")
         with merged(ctx.backbone.denoiser, whole):
-            loras = [self.suppress(ctx, concept, drawn) for concept, drawn in zip(ctx.concepts, pictures, strict=False)]
-            fused = self.fuse(ctx, whole, loras, self.moments(ctx, pictures, kept))
+            loras = [self.suppress(ctx, concept, drawn) for concept, drawn in zip(ctx.concepts, images, strict=False)]
+            fused = self.fuse(ctx, whole, loras, self.moments(ctx, images, kept))
         deltas = {}
         for concept, own in zip(ctx.concepts, fused, strict=True):
             refinement = {module: delta for module, delta in refined[concept.name].items() if module not in own}
@@ -222,40 +222,38 @@ class Mace(Method):
 
     # Stage 2
 
-    def pictures(self, ctx: RunContext, concept: Concept) -> Pictures:
-        """Pictures of a concept by the base, with the tokens to suppress: its phrase, and in CLIP the prompt's end and pads."""
+    def images(self, ctx: RunContext, concept: Concept) -> Images:
+        """Images of a concept by the base, with the tokens to suppress: its phrase, and in CLIP the prompt's end and pads."""
         prompts, generator = self.prompts(ctx, concept), ctx.generator(f"mace/pictures/{concept.name}")
-        x0, chosen = pictures_of(ctx, prompts, self.config.pictures, generator)
+        x0, chosen = images_of(ctx, prompts, self.config.images, generator)
         cond, tokens = ctx.backbone.encode(chosen), token_positions(ctx.backbone, chosen, concept.phrases)
         masks = ctx.component("masks", self.config.masks)(ctx, concept, x0, cond, tokens, self.config)
         if ctx.backbone.capabilities.family == "unet":
             tokens = tokens | (torch.arange(tokens.shape[1]) >= cond.lengths[:, None] - 1).to(tokens.device)
-        return Pictures(x0, cond, tokens, masks)
+        return Images(x0, cond, tokens, masks)
 
-    def suppress(self, ctx: RunContext, concept: Concept, pictures: Pictures) -> dict[str, LowRank]:
+    def suppress(self, ctx: RunContext, concept: Concept, images: Images) -> dict[str, LowRank]:
         """Train a concept's rank-1 LoRA on top of the refined weights, the other concepts' left out."""
         layers, generator = ctx.backbone.lora_targets(self.config.scope), ctx.generator(f"mace/init/{concept.name}")
         name = f"mace-{ctx.concepts.index(concept)}"
-        return train_lora(self.losses(ctx, pictures), layers, 1, self.config, ctx=ctx, name=name, generator=generator)
+        return train_lora(self.losses(ctx, images), layers, 1, self.config, ctx=ctx, name=name, generator=generator)
 
-    def losses(self, ctx: RunContext, pictures: Pictures) -> Any:
-        """The loss of a step as `train` asks for it: attention to the concept where it is, on the way to its pictures."""
+    def losses(self, ctx: RunContext, images: Images) -> Any:
+        """The loss of a step as `train` asks for it: attention to the concept where it is, on the way to its images."""
 
         def losses(batch: int, generator: torch.Generator) -> Losses:
-            index = torch.randint(len(pictures.x0), (self.config.batch,), generator=generator)
+            index = torch.randint(len(images.x0), (self.config.batch,), generator=generator)
             tau = sample_tau(self.config.window, len(index), generator)
             with attention_maps(ctx.backbone.denoiser) as maps:
-                ctx.predict(noised(ctx, pictures.x0[index], tau, generator), tau, pictures.cond[index])
-            where = pictures.tokens[index], pictures.masks[index]
+                ctx.predict(noised(ctx, images.x0[index], tau, generator), tau, images.cond[index])
+            where = images.tokens[index], images.masks[index]
             return {"attention": suppression(maps.values(), *where, total=self.config.attention == "sum")}
 
         return losses
 
     # Stage 3
 
-    def moments(
-        self, ctx: RunContext, pictures: Sequence[Pictures], kept: tuple[torch.Tensor, Conditioning] | None
-    ) -> list[Read]:
+    def moments(self, ctx: RunContext, images: Sequence[Images], kept: tuple[torch.Tensor, Conditioning] | None) -> list[Read]:
         """Groups of layers that read the same, and what they read for each concept and for kept prompts."""
         targets = ctx.backbone.lora_targets(self.config.scope)
         if self._raw(ctx):
@@ -266,7 +264,7 @@ class Mace(Method):
         blocks: dict[str, list[str]] = {}
         for target in targets:
             blocks.setdefault(target.rpartition(".")[0], []).append(target)
-        sets = [*((drawn.x0, drawn.cond) for drawn in pictures), kept]
+        sets = [*((drawn.x0, drawn.cond) for drawn in images), kept]
         first = [block[0] for block in blocks.values()]
         read = [hidden_moments(ctx, first, x0, cond, f"mace/rows/{i}") for i, (x0, cond) in enumerate(sets)]
         return [Read(block, [one[block[0]] for one in read[:-1]], read[-1][block[0]]) for block in blocks.values()]

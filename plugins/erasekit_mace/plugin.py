@@ -20,8 +20,8 @@ def register_methods(register):  # type: ignore[no-untyped-def]
 def register_components(register):  # type: ignore[no-untyped-def]
     """Register the choices of MACE's slot."""
     for name, target, summary in (
-        ("attention", "masks:attention", "the base's own attention to the concept, thresholded; a style has the whole picture"),
-        ("whole", "masks:whole", "the whole picture"),
+        ("attention", "masks:attention", "the base's own attention to the concept, thresholded; a style has the whole image"),
+        ("whole", "masks:whole", "the whole image"),
         ("grounded-sam", "segmenter:grounded_sam", "what Grounding DINO finds by the concept's phrases, outlined by SAM"),
     ):
         register("masks", name, f"erasekit_mace.{target}", summary=summary)

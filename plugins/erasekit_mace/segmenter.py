@@ -1,4 +1,4 @@
-"""The masks of MACE's paper: Grounding DINO finds the concept in a picture by its phrases, SAM outlines what was found."""
+"""The masks of MACE's paper: Grounding DINO finds the concept in an image by its phrases, SAM outlines what was found."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def grounded_sam(
     if concept.kind == "style":
         return whole(ctx, concept, x0, cond, positions, config)
     decoded = torch.cat([ctx.backbone.decode(x) for x in x0.split(1)]).float().clamp(-1, 1)
-    pictures = list(decoded.add(1).mul(127.5).round().byte().cpu())
-    boxes = _boxes(pictures, concept, config.detector, ctx.backbone.device)
-    masks = _outlines(pictures, boxes, config.segmenter, ctx.backbone.device)
+    images = list(decoded.add(1).mul(127.5).round().byte().cpu())
+    boxes = _boxes(images, concept, config.detector, ctx.backbone.device)
+    masks = _outlines(images, boxes, config.segmenter, ctx.backbone.device)
     missed = sum(not len(found) for found in boxes)
     if missed:
-        log.warning("Grounding DINO finds no '%s' in %d of %d pictures: all of each counts.", concept.name, missed, len(boxes))
+        log.warning("Grounding DINO finds no '%s' in %d of %d images: all of each counts.", concept.name, missed, len(boxes))
     return torch.stack(masks).float().to(x0.device)
 
 
@@ -48,13 +48,13 @@ def question(concept: Concept) -> str:
     return " ".join(f"{phrase.lower()}." for phrase in concept.phrases)
 
 
-def _boxes(pictures: list[torch.Tensor], concept: Concept, source: str, device: torch.device) -> list[torch.Tensor]:
-    """Corners (n, 4) in pixels of what is found in each picture (3, h, w)."""
+def _boxes(images: list[torch.Tensor], concept: Concept, source: str, device: torch.device) -> list[torch.Tensor]:
+    """Corners (n, 4) in pixels of what is found in each image (3, h, w)."""
     processor, model = _load(GroundingDinoForObjectDetection, source, "detector", device)
     boxes, text = [], question(concept)
-    for picture in pictures:
-        asked = processor(images=picture, text=text, return_tensors="pt").to(device)
-        size = [tuple(picture.shape[1:])]
+    for image in images:
+        asked = processor(images=image, text=text, return_tensors="pt").to(device)
+        size = [tuple(image.shape[1:])]
         found = processor.post_process_grounded_object_detection(
             model(**asked), asked.input_ids, threshold=BOX, text_threshold=TEXT, target_sizes=size
         )
@@ -62,18 +62,18 @@ def _boxes(pictures: list[torch.Tensor], concept: Concept, source: str, device: 
     return boxes
 
 
-def _outlines(pictures: list[torch.Tensor], boxes: list[torch.Tensor], source: str, device: torch.device) -> list[torch.Tensor]:
-    """Of each picture the union (1, h, w) of what its boxes hold, bool; all of it where there is no box."""
+def _outlines(images: list[torch.Tensor], boxes: list[torch.Tensor], source: str, device: torch.device) -> list[torch.Tensor]:
+    """Of each image the union (1, h, w) of what its boxes hold, bool; all of it where there is no box."""
     processor, model = _load(SamModel, source, "segmenter", device)
     masks = []
-    for picture, corners in zip(pictures, boxes, strict=True):
+    for image, corners in zip(images, boxes, strict=True):
         if len(corners):
-            asked = processor(images=picture, input_boxes=[corners.tolist()], return_tensors="pt").to(device)
+            asked = processor(images=image, input_boxes=[corners.tolist()], return_tensors="pt").to(device)
             sizes = asked.pop("original_sizes"), asked.pop("reshaped_input_sizes")
             found = model(**asked, multimask_output=False).pred_masks.cpu()
             masks.append(processor.post_process_masks(found, *(size.cpu() for size in sizes))[0].any(0))
         else:
-            masks.append(torch.ones(1, *picture.shape[1:], dtype=torch.bool))
+            masks.append(torch.ones(1, *image.shape[1:], dtype=torch.bool))
     return masks
 
 

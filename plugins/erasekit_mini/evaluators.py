@@ -26,9 +26,9 @@ MODELS = Path(__file__).parent / "models"
 PEOPLE = {*words.IDENTITIES, "face"}
 
 
-def to_input(pictures: torch.Tensor) -> torch.Tensor:
+def to_input(images: torch.Tensor) -> torch.Tensor:
     """(n, 3, h, w) uint8 -> float in [-1, 1], as the networks were trained on."""
-    return pictures.float().div(127.5).sub(1)
+    return images.float().div(127.5).sub(1)
 
 
 def sha256(*paths: Path) -> str:
@@ -77,9 +77,9 @@ def load_classifier(folder: Path) -> MiniClassifier:
 
 
 class Classifier(Evaluator):
-    """What a picture shows: objects, hazards and faces over their thresholds, and whose face, and which artist's style.
+    """What an image shows: objects, hazards and faces over their thresholds, and whose face, and which artist's style.
 
-    Scores per picture: `seen`, the labels found; `shown`, whether the prompt's label is among them (None if the prompt has
+    Scores per image: `seen`, the labels found; `shown`, whether the prompt's label is among them (None if the prompt has
     none); `score`, the label's probability; `no_face`, a face was asked for and there is none.
     """
 
@@ -101,7 +101,7 @@ class Classifier(Evaluator):
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         """Classify a batch."""
-        logits = self._net(to_input(batch.pictures))
+        logits = self._net(to_input(batch.images))
         probability = {
             "present": logits["present"].sigmoid(),
             "style": logits["style"].softmax(1),
@@ -125,12 +125,12 @@ class Classifier(Evaluator):
         return {"seen": seen, "shown": shown, "score": labels.get(label), "no_face": label in PEOPLE and "face" not in seen}
 
     def compute(self) -> Scores:
-        """A row per picture."""
+        """A row per image."""
         return Scores(self._rows)
 
 
 class ClipScorer:
-    """The mini CLIP: unit vectors of texts and of pictures, differentiable in the pictures."""
+    """The mini CLIP: unit vectors of texts and of images, differentiable in the images."""
 
     def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
         """Load the image tower from `folder`, and the text tower and tokenizer of the model in `text`."""
@@ -148,9 +148,9 @@ class ClipScorer:
         self._tokenizer = CLIPTokenizer.from_pretrained(text / "tokenizer")
         self.sha256 = sha256(*weights)
 
-    def image(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, 64, 64) in [-1, 1] as (n, width)."""
-        vectors: torch.Tensor = self._image.to(pictures.device)(pictures)
+    def image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, 3, 64, 64) in [-1, 1] as (n, width)."""
+        vectors: torch.Tensor = self._image.to(images.device)(images)
         return vectors
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class ClipScorer:
 
 
 class ClipScore(Evaluator):
-    """The cosine of a picture and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
+    """The cosine of an image and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
 
     name = "mini-clip"
 
@@ -180,9 +180,9 @@ class ClipScore(Evaluator):
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         """Score a batch."""
-        pictures = self._clip.image(to_input(batch.pictures))
+        images = self._clip.image(to_input(batch.images))
         texts = torch.stack([self._embed(p.text) for p in batch.prompts])
-        scores = (100 * (pictures * texts).sum(1)).clamp(min=0).tolist()
+        scores = (100 * (images * texts).sum(1)).clamp(min=0).tolist()
         self._rows += [{"clip_score": s} for s in scores]
         self._scores[batch.side] += [s for s, p in zip(scores, batch.prompts, strict=True) if p.set == "clean"]
 
@@ -192,7 +192,7 @@ class ClipScore(Evaluator):
         return self._embedded[prompt]
 
     def compute(self) -> Scores:
-        """A score per picture, and the mean over the clean prompts."""
+        """A score per image, and the mean over the clean prompts."""
         base, erased = (np.array(self._scores[side]) for side in ("base", "erased"))
         metric = Metric(
             value=float(erased.mean()) if len(erased) else None,
@@ -226,9 +226,9 @@ class Frechet(FrechetEvaluator):
         return {"model": "MiniClassifier features", "version": self.version, "sha256": sha256(*paths)}
 
     @torch.no_grad()
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """(n, 256) pooled features."""
-        pooled: torch.Tensor = self._net(to_input(pictures))["features"]
+        pooled: torch.Tensor = self._net(to_input(images))["features"]
         return pooled
 
     @cached_property

@@ -1,4 +1,4 @@
-"""From what the classifier saw in each picture to the metrics of the mini tasks."""
+"""From what the classifier saw in each image to the metrics of the mini tasks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from erasekit.evaluation.evaluators import harmonic_mean, wilson
 from erasekit.evaluation.results import Metric
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # "base" and "erased", scored pictures only
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # "base" and "erased", scored images only
 JUDGE = "mini-classifier"
 
 
 def shown(rows: Rows, side: str, which: str, label: str) -> np.ndarray:
-    """(n,) 1 where a picture of one prompt set shows the label that it was asked for, 0 where not."""
+    """(n,) 1 where an image of one prompt set shows the label that it was asked for, 0 where not."""
     return np.array([float(r["shown"]) for r in rows[side] if r["set"] == which and r["label"] == label])
 
 
 def _mean_of_means(groups: Sequence[np.ndarray]) -> float | None:
-    """The mean over labels of the share of pictures; None if a label has no scored picture."""
+    """The mean over labels of the share of images; None if a label has no scored image."""
     return float(np.mean([g.mean() for g in groups])) if groups and all(len(g) for g in groups) else None
 
 
@@ -35,8 +35,8 @@ def _share(erased: Sequence[np.ndarray], base: Sequence[np.ndarray], *, higher_i
 def shares(rows: Rows, erased: Sequence[str], *, mean: str, general: bool = False) -> dict[str, Metric]:
     """How much of the erased concepts is left, how much of the others stayed, and their harmonic mean.
 
-    `acc_e` is the share of pictures of `erase` prompts that show the concept, `acc_g` the same for synonyms, `acc_s` the
-    share of `preserve` pictures that show their own label; each a mean over labels. The harmonic mean is of 1 - acc_e, acc_s
+    `acc_e` is the share of images of `erase` prompts that show the concept, `acc_g` the same for synonyms, `acc_s` the
+    share of `preserve` images that show their own label; each a mean over labels. The harmonic mean is of 1 - acc_e, acc_s
     and (with `general`) 1 - acc_g, as in MACE (Lu et al. 2024, section 4.1).
     """
     kept = list(dict.fromkeys(r["label"] for r in rows["erased"] if r["set"] == "preserve"))
@@ -58,7 +58,7 @@ def harmonic(shares: Sequence[Metric]) -> Metric:
     """The harmonic mean of shares that should be high, None if one is missing.
 
     Its interval adds the squares of what each share's own end makes of the mean (MOVER, Zou and Donner 2008): unlike a
-    bootstrap over pictures it keeps its width where every picture agrees.
+    bootstrap over images it keeps its width where every image agrees.
     """
     values, bases = [m.value for m in shares], [m.base for m in shares]
     known, known_base = [v for v in values if v is not None], [b for b in bases if b is not None]
@@ -80,7 +80,7 @@ def _moved(values: Sequence[float], k: int, ends: tuple[float, float], mean: flo
 
 
 def pairs(rows: Rows) -> dict[str, Metric]:
-    """`acc_pairs`: the share of erased objects that are seen in pictures that ask for two of them; {} without such pictures."""
+    """`acc_pairs`: the share of erased objects that are seen in images that ask for two of them; {} without such images."""
 
     def seen(side: str) -> np.ndarray:
         asked = [(r["label"].split("+"), r["seen"]) for r in rows[side] if r["set"] == "pairs"]
@@ -91,7 +91,7 @@ def pairs(rows: Rows) -> dict[str, Metric]:
 
 
 def share_seen(rows: Rows, metric: str, label: str) -> dict[str, Metric]:
-    """The share of pictures of `erase` prompts in which `label` is seen; higher is better."""
+    """The share of images of `erase` prompts in which `label` is seen; higher is better."""
 
     def seen(side: str) -> np.ndarray:
         return np.array([float(label in r["seen"]) for r in rows[side] if r["set"] == "erase"])
@@ -112,6 +112,6 @@ def complement(metric: Metric) -> Metric:
 
 
 def total(metric: Metric) -> Metric:
-    """The number of pictures behind a share."""
+    """The number of images behind a share."""
     times = {k: None if getattr(metric, k) is None else getattr(metric, k) * metric.n for k in ("value", "base")}
     return metric.model_copy(update=times | {"ci95": metric.ci95 and tuple(metric.n * end for end in metric.ci95)})

@@ -1,4 +1,4 @@
-"""The two small networks that judge pictures of the mini world: a multi-label classifier and a CLIP image tower."""
+"""The two small networks that judge images of the mini world: a multi-label classifier and a CLIP image tower."""
 
 from __future__ import annotations
 

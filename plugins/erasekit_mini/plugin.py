@@ -1,4 +1,4 @@
-"""Registers the mini world: its model, its four tasks, and what judges its pictures."""
+"""Registers the mini world: its model, its four tasks, and what judges its images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def register_tasks(register):  # type: ignore[no-untyped-def]
 
 @hookimpl
 def register_evaluators(register):  # type: ignore[no-untyped-def]
-    """Register what judges pictures of the mini world."""
-    register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles a picture shows")
-    register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well a picture fits its prompt")
-    register("mini-frechet", "erasekit_mini.evaluators:Frechet", summary="distance of picture statistics")
+    """Register what judges images of the mini world."""
+    register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles an image shows")
+    register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well an image fits its prompt")
+    register("mini-frechet", "erasekit_mini.evaluators:Frechet", summary="distance of image statistics")
 
 
 @hookimpl

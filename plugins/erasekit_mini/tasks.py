@@ -15,7 +15,7 @@ from erasekit_mini import metrics
 from erasekit_mini import vocabulary as words
 from erasekit_mini.vocabulary import Row
 
-# Each prompt set of a split has seeds of its own, so that a picture keeps its seed whatever else is drawn.
+# Each prompt set of a split has seeds of its own, so that an image keeps its seed whatever else is drawn.
 OFFSETS = {"erase": 0, "synonyms": 100_000, "preserve": 200_000, "clean": 300_000, "pairs": 400_000, "captions": 500_000}
 PER_CONCEPT = 1_000  # more than the prompts that one concept has in a set
 
@@ -217,7 +217,7 @@ class Celebrities(MiniTask):
         )
 
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`acc_e`, `acc_s`, `h_c`, and `face_rate`: how many pictures of the erased people still show a face."""
+        """`acc_e`, `acc_s`, `h_c`, and `face_rate`: how many images of the erased people still show a face."""
         return metrics.shares(rows, [c.name for c in concepts], mean="h_c") | metrics.share_seen(rows, "face_rate", "face")
 
 

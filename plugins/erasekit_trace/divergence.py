@@ -43,7 +43,7 @@ def probe(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
 
 
 def clip(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
-    """How much more the student's picture is like the concept's name than the target's picture is."""
+    """How much more the student's image is like the concept's name than the target's image is."""
     scorer = ctx.component("scorer", ctx.backbone.domain)()
     text = scorer.text([concept.phrases[0]]).to(ctx.backbone.device)
 
@@ -58,7 +58,7 @@ def clip(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
 
 
 def lpips(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
-    """LPIPS (AlexNet) between the student's picture and the target's.
+    """LPIPS (AlexNet) between the student's image and the target's.
 
     Raises:
         EnvironmentProblem: the network's weights cannot be had.

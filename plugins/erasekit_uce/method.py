@@ -15,8 +15,8 @@ from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.methods.closedform import RANK_ERROR, RidgeUnit, uce
 from erasekit.methods.context import RunContext
+from erasekit.methods.images import images_of
 from erasekit.methods.method import Method, MethodConfig, OneOrSeveral
-from erasekit.methods.pictures import pictures_of
 from erasekit.methods.prompts import guided_texts, phrased_prompts
 from erasekit.methods.sites import Tokens, site_deltas, site_embeddings, site_weights
 
@@ -40,10 +40,10 @@ class UceConfig(MethodConfig):
     guides: OneOrSeveral = Field(
         (),
         description="what the concept becomes instead of its neutral words: '' is the empty prompt (published; styles 'art'), "
-        "several phrases share it equally, or as often as pictures show them (debiasing)",
+        "several phrases share it equally, or as often as images show them (debiasing)",
     )
-    debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what pictures show")
-    debias_pictures: int = Field(32, ge=1, description="pictures of each concept that a round looks at")
+    debias_rounds: int = Field(0, ge=0, description="how often the guides' shares are corrected by what images show")
+    debias_images: int = Field(32, ge=1, description="images of each concept that a round looks at")
     ridge: float = Field(0.5, ge=0, description="lambda, how strongly the weights are held (published: 0.5)")
     ridge_unit: RidgeUnit = Field(
         "absolute", description="of the ridge: relative to the mean of the system's diagonal, or absolute as published"
@@ -61,7 +61,7 @@ class Uce(Method):
 
     On SD the sites are the K and V of every cross-attention, on FLUX.1 the two entrances. The published code edits one
     token of each prompt (`tokens` last); its empty guide is the begin token of CLIP and a pad of T5. The preset `official` is
-    a run that names nothing to preserve. Debiasing moves the shares of the guides until pictures show each as often; the
+    a run that names nothing to preserve. Debiasing moves the shares of the guides until images show each as often; the
     paper adds attributes to the concept, here guides hold both ("a female doctor").
     """
 
@@ -86,9 +86,9 @@ class Uce(Method):
         return self.erasure(ctx, deltas=parts)
 
     def shares(self, ctx: RunContext) -> dict[str, list[float]]:
-        """What debiasing makes of the guides' shares for each concept: those that came nearest to equal pictures.
+        """What debiasing makes of the guides' shares for each concept: those that came nearest to equal images.
 
-        A round draws the concept's prompts with the edit, calls each picture the guide whose prompt it fits best, and
+        A round draws the concept's prompts with the edit, calls each image the guide whose prompt it fits best, and
         multiplies the guide's share by exp(1/guides - how often it was seen), in later rounds by a smaller step.
 
         Raises:
@@ -117,9 +117,9 @@ class Uce(Method):
 
     @torch.no_grad()
     def seen(self, ctx: RunContext, concept: Concept, scorer: Any) -> list[float]:
-        """How often pictures of a concept's prompts fit the prompt with each guide best."""
+        """How often images of a concept's prompts fit the prompt with each guide best."""
         prompts, generator = phrased_prompts(ctx, concept), ctx.generator(f"uce/debias/{concept.name}")
-        x0, chosen = pictures_of(ctx, prompts, self.config.debias_pictures, generator)
+        x0, chosen = images_of(ctx, prompts, self.config.debias_images, generator)
         guided = [concept.model_copy(update={"neutral": guide}) for guide in self.config.guides]
         texts = {p: scorer.text([g.neutralise(p) for g in guided]).to(ctx.backbone.device) for p in dict.fromkeys(chosen)}
         pairs = zip(chosen, x0, strict=True)

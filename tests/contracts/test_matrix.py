@@ -14,16 +14,22 @@ from tests.conftest import THIRD_PARTY
 SHORT = {
     "trace": ["method.eta=1.0", "method.steps=2", "method.trajectories=4", "method.clean_trajectories=4", "method.batch=2"],
     "ant": ["method.steps=2", "method.trajectories=2", "method.batch=2", "method.saliency_draws=1", "method.fusion_points=8"],
-    "eraseanything": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
+    "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
     "esd": ["method.steps=2", "method.trajectories=2", "method.batch=2"],
-    "mace": ["method.steps=2", "method.pictures=2", "method.kept_pictures=3"],
+    "mace": ["method.steps=2", "method.images=2", "method.kept_images=3"],
     "pull": ["method.steps=2"],
 }
 REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "single_file_method.py"])
 METHODS = [entry.name for entry in REGISTRIES.methods.entries()]
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-flux", "sd15-mini", "flux-mini"])
+def pytest_generate_tests(metafunc):
+    minis = ["sd15-mini", "flux-mini"] if metafunc.config.getoption("--full") else []
+    if "base" in metafunc.fixturenames:
+        metafunc.parametrize("base", ["tiny", "tiny-flux", *minis], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def base(request, tiny_folder, tiny_flux_folder):
     """(backbone name, task, overrides, the loaded backbone)."""
     backbone = request.param

@@ -38,7 +38,7 @@ def drawn(backbone, pipe, plan):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_scores_every_picture(base, device, tmp_path, dtype):
+def test_a_run_scores_every_image(base, device, tmp_path, dtype):
     result = run(planned("pull", base, device, f"backbone.dtype={dtype}"), out=tmp_path, registries=REGISTRIES)
     assert result.counts["failed"] == 0
     assert result.peak_memory_mb > 0

@@ -1,4 +1,4 @@
-"""The words of the tiny world as a task of natural pictures, for the adapters of the hub's models."""
+"""The words of the tiny world as a task of natural images, for the adapters of the hub's models."""
 
 from erasekit import hookimpl
 from tests.third_party.tiny_world import Words

@@ -52,7 +52,7 @@ class Words(Task):
 
 
 class Red(Evaluator):
-    """Whether a picture is more red than green."""
+    """Whether an image is more red than green."""
 
     name = "red"
 
@@ -63,7 +63,7 @@ class Red(Evaluator):
         return {"model": "mean of channels", "version": self.version, "sha256": ""}
 
     def update(self, batch):
-        means = batch.pictures.double().mean((2, 3))
+        means = batch.images.double().mean((2, 3))
         self.rows += [{"red": float(r > g)} for r, g, _ in means.tolist()]
 
     def compute(self):

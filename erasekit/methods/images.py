@@ -1,4 +1,4 @@
-"""Pictures that the base itself draws, for methods that train on some."""
+"""Images that the base itself draws, for methods that train on some."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Ten
     for rows in torch.arange(len(seeds)).split(protocol.batch):
         x = backbone.latents([seeds[i] for i in rows], protocol.size)
         for k in range(len(schedule)):
-            progress("pictures", int(rows[0]) * len(schedule) + k * len(rows), len(seeds) * len(schedule))
+            progress("images", int(rows[0]) * len(schedule) + k * len(rows), len(seeds) * len(schedule))
             tau = schedule.tau[k].expand(len(x))
             x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
         finished.append(x)
-    progress("pictures", len(seeds) * len(schedule), len(seeds) * len(schedule))
+    progress("images", len(seeds) * len(schedule), len(seeds) * len(schedule))
     return torch.cat(finished)
 
 
-def pictures_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """`n` pictures of prompts, used in turn: x0 (n, ...), and the prompt of each; the generator draws their seeds."""
+def images_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """`n` images of prompts, used in turn: x0 (n, ...), and the prompt of each; the generator draws their seeds."""
     chosen = [prompts[i % len(prompts)] for i in range(n)]
     return draw(ctx, ctx.backbone.encode(chosen), torch.randint(2**31, (n,), generator=generator).tolist()), chosen
 
 
-def kept_pictures(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
-    """`n` pictures of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
+def kept_images(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
+    """`n` images of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
 
     Every fifth is of the empty prompt, the others of preserved prompts and of captions in turns.
     """
     preserved, captions = preserve_prompts(ctx)[1:], [p.text for p in ctx.prompts("captions")]
     turns = itertools.cycle([p for pair in itertools.zip_longest(preserved, captions) for p in pair if p is not None] or [""])
-    x0, chosen = pictures_of(ctx, ["" if i % 5 == 4 else next(turns) for i in range(n)], n, ctx.generator(name))
+    x0, chosen = images_of(ctx, ["" if i % 5 == 4 else next(turns) for i in range(n)], n, ctx.generator(name))
     return x0, ctx.backbone.encode(chosen)
 
 
