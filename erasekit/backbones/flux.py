@@ -43,6 +43,7 @@ class Flux(PipelineBackbone):
     Config: ClassVar[type[BackboneConfig]] = FluxConfig
     pipeline_class: ClassVar[Any] = FluxPipeline
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "pooled", "text_encoder_2": "tokens"}
     unused: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
     scopes: ClassVar[Mapping[str, str]] = {
         "add_kv": r"^transformer_blocks\.\d+\.attn\.add_[kv]_proj$",
@@ -83,7 +84,7 @@ class Flux(PipelineBackbone):
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """T5 token positions at which `phrase` stands in `prompt` as whole words."""
-        return self._spans(prompt, phrase, self._pipe.tokenizer_2, self._length)
+        return self._spans(prompt, phrase, *self._tokenizer("text_encoder_2"))
 
     def text_sites(self) -> list[Site]:
         """The two entrances of text. Their biases are not part of an edit."""
@@ -160,6 +161,12 @@ class Flux(PipelineBackbone):
         """Latents x = (1 - sigma) x0 + sigma noise."""
         return torch.lerp(x0, noise, _like(flow_sigma(tau), x0))
 
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Finished latents (n, tokens, channels) of images (n, 3, h, w) in [-1, 1], packed."""
+        latents = super().to_latents(images)
+        packed: torch.Tensor = _Pipeline._pack_latents(latents, *latents.shape)
+        return packed
+
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Images (b, 3, h, w) in [-1, 1] of packed latents."""
         side = round(x0.shape[1] ** 0.5)
@@ -184,11 +191,16 @@ class Flux(PipelineBackbone):
         """Image tokens along a side."""
         return self._side(size or self.size) // 2
 
+    def _tokenizer(self, encoder: str) -> tuple[Any, int]:
+        if encoder == "text_encoder":
+            return self._pipe.tokenizer, self._pipe.tokenizer.model_max_length
+        return self._pipe.tokenizer_2, self._length
+
     def _encode(self, prompt: str) -> Conditioning:
         tokens, pooled, _ = self._pipe.encode_prompt(
             prompt, None, self._pipe.text_encoder.device, 1, max_sequence_length=self._length
         )
-        ids = self._tokenized(prompt, self._pipe.tokenizer_2, self._length)
+        ids = self._tokenized(prompt, *self._tokenizer("text_encoder_2"))
         return Conditioning(tokens=tokens, pooled=pooled, **ids)
 
 

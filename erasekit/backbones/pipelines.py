@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from erasekit.backbones.parts import PipelineParts
-from erasekit.backbones.protocol import Capabilities, Conditioning, concatenate
+from erasekit.backbones.protocol import Capabilities, Conditioning, Lexicon, concatenate
 from erasekit.backbones.words import fragments
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.events import progress
@@ -25,9 +26,11 @@ class PipelineBackbone(PipelineParts):
     Attributes:
         scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
+        reads: which field of a Conditioning each text encoder fills.
     """
 
     name: ClassVar[str]
+    reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "tokens"}
     domain: ClassVar[Literal["natural", "mini"]] = "natural"
     capabilities: ClassVar[Capabilities]
     scopes: ClassVar[Mapping[str, str]]
@@ -81,6 +84,60 @@ class PipelineBackbone(PipelineParts):
             words = [token.removesuffix("</w>") for token in whole]
             self._near[near, n] = [words[i] for i in nearness.argsort(descending=True)[:n].tolist()]
         return self._near[near, n]
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The ids (n, length) that each text encoder reads for prompts, pads included; on the CPU."""
+        given = {name: [self._tokenized(p, *self._tokenizer(name))["ids"] for p in prompts] for name in self.encoders}
+        return {name: torch.cat(ids) for name, ids in given.items()}
+
+    def lexicon(self, encoder: str) -> Lexicon:
+        """The tokens of a text encoder, on the device that it is on."""
+        tokenizer, _ = self._tokenizer(encoder)
+        vectors = self._part(encoder).get_input_embeddings().weight.detach()
+        usable = torch.zeros(len(vectors), dtype=torch.bool)
+        known = [i for i in tokenizer.get_vocab().values() if i < len(vectors)]  # T5's table has more rows than tokens
+        usable[known] = True
+        usable[[i for i in tokenizer.all_special_ids if i < len(vectors)]] = False
+        ids = tokenizer("").input_ids
+        return Lexicon(vectors, usable, begin=len(ids) - 1, end=ids[-1], pad=tokenizer.pad_token_id)
+
+    def spell(self, encoder: str, ids: torch.Tensor) -> str:
+        """The text of one prompt's ids (length,) without begin, end and pad tokens."""
+        text: str = self._tokenizer(encoder)[0].decode(ids, skip_special_tokens=True)
+        return " ".join(text.split())
+
+    def embed(
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        vectors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        like: Conditioning | None = None,
+    ) -> Conditioning:
+        """Encode token ids, differentiable in `vectors`; see `Backbone`.
+
+        An encoder runs as it is, bit for bit: a hook on its table of tokens hands it the vectors.
+        """
+        found: dict[str, Any] = {} if like is None else dict(vars(like.to(self.device, self.dtype)))
+        for name, ids in tokens.items():
+            encoder = self._part(name)
+            with _handing(encoder, (vectors or {}).get(name)):
+                out = encoder(ids.to(encoder.device))
+            field = self.reads[name]
+            found[field] = (out.pooler_output if field == "pooled" else out.last_hidden_state).to(self.device, self.dtype)
+            if field == "tokens":
+                end = self._tokenizer(name)[0].eos_token_id
+                found |= {"ids": ids.cpu(), "lengths": (ids.cpu() == end).int().argmax(1) + 1}
+        return Conditioning(**{"pooled": None} | found)
+
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Finished latents (n, channels, h, w) of images (n, 3, h, w) in [-1, 1]: the mode of what the VAE gives."""
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        with torch.no_grad():
+            given = self.vae.encode(images.to(self.device, self.dtype))
+        latents = given.latent_dist.mode() if hasattr(given, "latent_dist") else given.latents
+        x0: torch.Tensor = (latents - shift) * config.scaling_factor
+        return x0
 
     def rows(self, x: torch.Tensor) -> int:
         """The most rows like those of `x` that are predicted at once without gradients."""
@@ -139,6 +196,10 @@ class PipelineBackbone(PipelineParts):
         """One prompt, encoded."""
         raise NotImplementedError
 
+    def _tokenizer(self, encoder: str) -> tuple[Any, int]:
+        """The tokenizer of a text encoder, and how many tokens that reads."""
+        raise NotImplementedError
+
     def _predict(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, guidance: float) -> torch.Tensor:
         """The prediction for rows that are on the device and go through the denoiser together."""
         raise NotImplementedError
@@ -166,3 +227,19 @@ class PipelineBackbone(PipelineParts):
         wanted = tokenizer(phrase, add_special_tokens=False).input_ids
         starts = range(len(ids) - len(wanted) + 1) if wanted else range(0)
         return [range(i, i + len(wanted)) for i in starts if ids[i : i + len(wanted)] == wanted]
+
+
+@contextmanager
+def _handing(encoder: Any, vectors: torch.Tensor | None) -> Iterator[None]:
+    """Let a text encoder read vectors in place of the rows of its table of tokens (T5 has one table in two modules)."""
+    if vectors is None:
+        yield
+        return
+    own, table = vectors, encoder.get_input_embeddings().weight
+    places = [m for m in encoder.modules() if isinstance(m, nn.Embedding) and m.weight is table]
+    hooks = [place.register_forward_hook(lambda module, given, out: own.to(out)) for place in places]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

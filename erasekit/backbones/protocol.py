@@ -64,6 +64,25 @@ def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 @dataclass(frozen=True)
+class Lexicon:
+    """The tokens of one text encoder.
+
+    Attributes:
+        vectors: (tokens, width), what the encoder reads for each token.
+        usable: (tokens,) whether somebody can type it: no begin, end, pad or unknown token.
+        begin: how many tokens stand before the first word of every prompt.
+        end: the id of the token after the last word.
+        pad: the id of the tokens after that.
+    """
+
+    vectors: torch.Tensor
+    usable: torch.Tensor
+    begin: int
+    end: int
+    pad: int
+
+
+@dataclass(frozen=True)
 class Site:
     """A linear layer that reads raw text embeddings.
 
@@ -125,6 +144,7 @@ class Backbone(Protocol):
     domain: ClassVar[Literal["natural", "mini"]]
     capabilities: ClassVar[Capabilities]
     prefix: ClassVar[str]  # the denoiser's name in the pipeline: "unet" or "transformer"
+    encoders: ClassVar[tuple[str, ...]]  # the names of the text encoders in the pipeline
     Config: ClassVar[type[BackboneConfig]]
     sampling: ClassVar[Mapping[str, Any]]  # settings of a task's protocol that are other ones on this backbone
 
@@ -177,6 +197,36 @@ class Backbone(Protocol):
 
     def expect(self, texts: Callable[[], Sequence[str]]) -> None:
         """Encode these prompts too, if and when the text encoders have to make room for the denoiser."""
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The ids (n, length) that each text encoder reads for prompts, pads included, by the encoder's name; on the CPU."""
+
+    def lexicon(self, encoder: str) -> Lexicon:
+        """The tokens of a text encoder."""
+
+    def spell(self, encoder: str, ids: torch.Tensor) -> str:
+        """The text of one prompt's ids (length,) without begin, end and pad tokens."""
+
+    def embed(
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        vectors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        like: Conditioning | None = None,
+    ) -> Conditioning:
+        """Encode token ids, differentiable in `vectors`, on the device; the text encoders come back for it if they are gone.
+
+        For the ids of `tokenize` this is what `encode` gives.
+
+        Args:
+            tokens: {encoder: ids (n, length)}.
+            vectors: {encoder: (n, length, width)}, read in place of the rows of the encoder's table of tokens. The ids then
+                only say where a prompt ends.
+            like: encoded prompts that the parts of encoders without tokens are taken from.
+        """
+
+    def to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Finished latents x0 (n, ...) of images (n, 3, h, w) in [-1, 1], as the denoiser takes them."""
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt`."""

@@ -97,7 +97,7 @@ class StableDiffusion(PipelineBackbone):
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt` as whole words; the begin token is position 0."""
-        return self._spans(prompt, phrase, *self._tokenizer)
+        return self._spans(prompt, phrase, *self._tokenizer("text_encoder"))
 
     def text_sites(self) -> list[Site]:
         """The keys and values of every cross-attention."""
@@ -160,14 +160,13 @@ class StableDiffusion(PipelineBackbone):
         given, none = (c.to(self.device, self.dtype) for c in (cond, empty.repeat(len(cond))))
         return {"prompt_embeds": given.tokens, "negative_prompt_embeds": none.tokens, "guidance_scale": guidance}
 
-    @property
-    def _tokenizer(self) -> tuple[Any, int]:
+    def _tokenizer(self, encoder: str) -> tuple[Any, int]:
         tokenizer = self._pipe.tokenizer
         return tokenizer, tokenizer.model_max_length
 
     def _encode(self, prompt: str) -> Conditioning:
         tokens, _ = self._pipe.encode_prompt(prompt, self._pipe.text_encoder.device, 1, do_classifier_free_guidance=False)
-        return Conditioning(tokens=tokens, pooled=None, **self._tokenized(prompt, *self._tokenizer))
+        return Conditioning(tokens=tokens, pooled=None, **self._tokenized(prompt, *self._tokenizer("text_encoder")))
 
     def _rates(self, x: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(a) and sqrt(1 - a) at `tau`, shaped to multiply `x`."""
