@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erasekit.errors import UsageError
+from erasekit.evaluation.evaluators import Evaluator, EvaluatorConfig
 from erasekit.methods.method import Method, MethodConfig
 from erasekit.registration import plugins
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig, build, parse_overrides, to_toml
 from erasekit.runs.resolve import resolve
+from erasekit.runs.runner import judges
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,14 @@ class Slotted(Method):
     slots = ("refine", "divergence")
 
 
+class Strict(Evaluator):
+    class Config(EvaluatorConfig):
+        threshold: float = 0.5
+        classes: tuple[str, ...] = ("a", "b")
+
+    name = "strict"
+
+
 @pytest.fixture
 def more(world):
     registries = plugins.load([world])
@@ -185,6 +195,24 @@ def test_settings_that_name_components_are_looked_up(more):
         plan_of(more, method="slotted", overrides=["method.refine=whitend", 'method.divergence=["clp"]'])
     assert "Unknown choice for 'refine' 'whitend'. Did you mean 'whitened'?" in str(raised.value)
     assert "Unknown choice for 'divergence' 'clp'. Did you mean 'clip'?" in str(raised.value)
+
+
+def test_settings_of_evaluators_are_the_tasks_then_the_users_and_name_the_run(more, monkeypatch):
+    from erasekit.registration.registry import Entry
+
+    plain = plan_of(more).hash
+    more.evaluators.add(Entry("strict", Strict, "test", "test"))
+    task = type(plan_of(more).task)
+    monkeypatch.setattr(task, "evaluators", ("red", "strict"))
+    monkeypatch.setattr(task, "evaluator_settings", {"strict": {"threshold": 0.7}})
+    plan, other = plan_of(more), plan_of(more, overrides=["evaluators.strict.threshold=0.9", 'evaluators.strict.classes=["a"]'])
+    assert [e.config.model_dump() for e in judges(plan, more)[1:]] == [{"threshold": 0.7, "classes": ("a", "b")}]
+    assert judges(other, more)[1].config.model_dump() == {"threshold": 0.9, "classes": ("a",)}
+    assert len({plain, plan.hash, other.hash}) == 3
+    with pytest.raises(UsageError) as raised:
+        plan_of(more, overrides=["evaluators.strict.treshold=1", "evaluators.blue.a=1"])
+    assert "Unknown setting 'evaluators.strict.treshold'. Did you mean 'evaluators.strict.threshold'?" in str(raised.value)
+    assert "The task 'words' has no evaluator 'blue' to set; it has red, strict." in str(raised.value)
 
 
 def test_another_version_of_a_method_is_another_run(registries, monkeypatch):

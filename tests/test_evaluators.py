@@ -140,9 +140,9 @@ def images(folder, colours) -> list:
 
 @pytest.fixture
 def both(tmp_path):
-    """Base: all red; erased: red, black, green (the judge fails on it), black, unreadable, black."""
+    """Base: all red; erased: red, blue, green (the judge fails on it), blue, unreadable, blue."""
     base = images(tmp_path / "base", ["red"] * 6)
-    erased = images(tmp_path / "erased", ["red", "black", (0, 255, 0), "black", "black", "black"])
+    erased = images(tmp_path / "erased", ["red", "blue", (0, 255, 0), "blue", "blue", "blue"])
     erased[4].write_bytes(b"\x89PNG")
     return base, erased
 

@@ -121,6 +121,13 @@ def test_unreadable_images_are_reported_by_index(draw, tmp_path):
     assert load_images(paths[1:2])[0].shape[0] == 0
 
 
+def test_a_black_image_is_none(draw, tmp_path):
+    paths = draw(tmp_path)
+    Image.new("RGB", (16, 16)).save(paths[3])
+    images, unreadable = load_images(paths)
+    assert (len(images), unreadable) == (4, [3])
+
+
 def test_samplers(backbone):
     pipe = backbone.pipeline()
     before = pipe.scheduler

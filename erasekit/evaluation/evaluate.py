@@ -44,7 +44,7 @@ def evaluate(
 ) -> Evaluation:
     """Show every evaluator the images of both sides and turn the scores into the task's metrics.
 
-    An image that cannot be read or that an evaluator fails on is counted as failed and left out of every share.
+    An image that cannot be read, is black all over or makes an evaluator fail is counted as failed and left out of every share.
 
     Raises:
         ErasekitError: an evaluator failed on every image, so there is nothing to report.
@@ -102,7 +102,7 @@ def _merge(
     for evaluator in evaluators:
         taken = scored_by[evaluator.name]
         if rows and not taken:
-            why = problems.get(evaluator.name, "no image can be read")
+            why = problems.get(evaluator.name, "every image is unreadable or black")
             raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every image: {why}")
         scores = evaluator.compute()
         for i, found in zip(taken, scores.rows, strict=True):

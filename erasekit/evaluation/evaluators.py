@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from erasekit.evaluation.results import Metric
 from erasekit.evaluation.tasks import Prompt
@@ -45,6 +46,12 @@ class Scores:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
+class EvaluatorConfig(BaseModel):
+    """Base of every evaluator's settings: frozen, and unknown keys are errors. They are part of the protocol."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Evaluator:
     """Looks at images of both sides. Subclasses set `name` and implement `describe`, `update` and `compute`.
 
@@ -54,18 +61,24 @@ class Evaluator:
     Attributes:
         name: the registered name.
         version: rises when any of its scores could change.
+        Config: the settings, which the constructor takes by keyword; field descriptions are the documentation.
     """
 
     name: ClassVar[str]
     version: str = "1"
+    Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
+
+    def __init__(self, **settings: Any) -> None:
+        """Take the settings, checked against `Config`."""
+        self.config: Any = self.Config(**settings)
 
     @property
     def tag(self) -> str:
         """`name@version`, as results name it."""
         return f"{self.name}@{self.version}"
 
-    def describe(self) -> dict[str, str]:
-        """`model`, `version` and `sha256` of the weights."""
+    def describe(self) -> dict[str, Any]:
+        """`model`, `version`, `sha256` of the weights, and the settings that its scores depend on: part of the protocol."""
         raise NotImplementedError
 
     def update(self, batch: Batch) -> None:
@@ -92,8 +105,9 @@ class FrechetEvaluator(Evaluator):
     features_name: ClassVar[str]
     reference_name: ClassVar[str] = "reference"
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         """Start with no images."""
+        super().__init__(**settings)
         self._features: dict[Side, list[torch.Tensor]] = {"base": [], "erased": []}
         self._seen = 0
 

@@ -161,17 +161,26 @@ def intact(path: Path) -> bool:
 def load_images(paths: Sequence[Path]) -> tuple[torch.Tensor, list[int]]:
     """Read images.
 
+    An image that is black all over is none: a safety checker puts it in the place of what it holds back, an overflow in the
+    place of what could not be computed. To judge it would flatter an erasure.
+
     Returns:
-        (n, 3, h, w) uint8 of those that can be read, in order, and the indices of those that cannot.
+        (n, 3, h, w) uint8 of those that can be read and are not black, in order, and the indices of the others.
     """
     images, unreadable = [], []
     for i, path in enumerate(paths):
-        if intact(path):
-            with Image.open(path) as image:
-                images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        pixels = _pixels(path) if intact(path) else None
+        if pixels is not None and pixels.any():
+            images.append(pixels)
         else:
             unreadable.append(i)
     return torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8), unreadable
+
+
+def _pixels(path: Path) -> torch.Tensor:
+    """(3, h, w) uint8."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _write_index(folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path]) -> None:

@@ -62,6 +62,7 @@ class Task:
         title: one line for tables and reports; a stand-in says that it is one.
         concepts: the names it knows, each run on its own when no concept is given.
         evaluators: names of the evaluators that look at its images.
+        evaluator_settings: {evaluator: settings of it}, where they are not its defaults; a user's go over them.
         protocol: how its images are drawn.
     """
 
@@ -71,6 +72,7 @@ class Task:
     title: ClassVar[str] = ""
     concepts: ClassVar[tuple[str, ...]] = ()
     evaluators: ClassVar[tuple[str, ...]] = ()
+    evaluator_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     protocol: ClassVar[Protocol] = Protocol()
     blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 

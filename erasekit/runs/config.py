@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     pass
 
 
+PARTS = "method.key=value, backbone.key=..., protocol.key=... or evaluators.name.key=..."
+
+
 class Options(BaseModel):
     """Settings of the parts of a run that differ from their defaults."""
 
@@ -25,6 +28,7 @@ class Options(BaseModel):
     method: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
     backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
     protocol: dict[str, Any] = Field(default_factory=dict, description="how images are drawn")
+    evaluators: dict[str, Any] = Field(default_factory=dict, description="settings of the task's evaluators, a table for each")
 
 
 class RunConfig(BaseModel):
@@ -55,7 +59,9 @@ class RunConfig(BaseModel):
     limit: int | None = Field(None, ge=1, description="the most images per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
     files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
-    options: Options = Field(default_factory=Options, description="settings of the method, the backbone and the protocol")
+    options: Options = Field(
+        default_factory=Options, description="settings of the method, the backbone, the protocol, evaluators"
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         path = key.strip().split(".")
         if not equals or len(path) < 2 or not all(path):
-            raise UsageError(f"Cannot read the setting '{text}'. Write method.key=value, backbone.key=... or protocol.key=...")
+            raise UsageError(f"Cannot read the setting '{text}'. Write it as one of {PARTS}.")
         place = options
         for part in path[:-1]:
             place = place.setdefault(part, {})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from erasekit.concepts import Concept
@@ -12,6 +13,7 @@ from erasekit.runs.config import RunConfig
 
 if TYPE_CHECKING:  # they import torch
     from erasekit.backbones.protocol import Backbone, BackboneConfig
+    from erasekit.evaluation.evaluators import EvaluatorConfig
     from erasekit.evaluation.tasks import Protocol, Task
     from erasekit.methods.method import Method, MethodConfig
 
@@ -22,6 +24,7 @@ class Plan:
 
     Attributes:
         config: what was asked for, with registered names in place of aliases.
+        evaluators: the settings of each of the task's evaluators.
         separate: each concept is a run of its own, and this plan is their summary.
         erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
     """
@@ -34,6 +37,7 @@ class Plan:
     task: Task
     concepts: tuple[Concept, ...]
     protocol: Protocol
+    evaluators: Mapping[str, EvaluatorConfig] = field(default_factory=dict)
     separate: bool = False
     erasure_sha256: str = ""
 
@@ -51,6 +55,8 @@ class Plan:
         }
         if self.config.files != "float32":  # the name of a run does not change with a setting that is as it always was
             content["files"] = self.config.files
+        if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
+            content["evaluators"] = judged
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     def singles(self) -> list[Plan]:

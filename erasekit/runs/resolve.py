@@ -51,6 +51,7 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config)
     values = task and backbone and _sampling(task, backbone) | options.protocol
     protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
+    evaluators = _evaluators(task, options.evaluators, registries, faults) if task else {}
     concepts = _concepts(task, config, faults) if task else ()
     faults.lines += _unsafe(concepts, method_config.model_dump()) if method_config else []
     for slot, choice in _choices(method, method_config) if method_config else ():
@@ -62,7 +63,7 @@ def resolve(config: RunConfig, registries: Registries) -> Plan:
     names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
-    plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, separate)
+    plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
     return fitted(plan)
 
 
@@ -78,6 +79,18 @@ def _task(name: str, domain: str, registries: Registries) -> Any:
     for evaluator in task.evaluators:
         registries.evaluators.entry(evaluator)
     return task
+
+
+def _evaluators(task: Any, asked: Mapping[str, Any], registries: Registries, faults: _Mistakes) -> dict[str, Any]:
+    """The settings of each of the task's evaluators: its own, then the task's, then the user's."""
+    for name in asked.keys() - set(task.evaluators):
+        judges = f"it has {', '.join(task.evaluators)}" if task.evaluators else "it has none"
+        faults.lines.append(f"The task '{task.name}' has no evaluator '{name}' to set; {judges}.")
+    found = {}
+    for name in task.evaluators:
+        values = merge(dict(task.evaluator_settings.get(name, {})), asked.get(name, {}))
+        found[name] = faults.attempt(settings_of, registries.evaluators.get(name).Config, values, f"evaluators.{name}.")
+    return found
 
 
 def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig) -> Any:

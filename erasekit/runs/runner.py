@@ -88,7 +88,7 @@ def run(
             if erasure is None:
                 preflight(plan)
             check_disk(directory.path, images=2 * len(this.prompts), size=plan.protocol.size)
-            evaluators = [registries.evaluators.get(name)() for name in plan.task.evaluators]  # what they lack shows now
+            evaluators = judges(plan, registries)  # what they lack shows now
             with _stage("load", this):
                 backbone = plan.backbone.load(plan.backbone_config)
             with _stage("encode", this):
@@ -177,6 +177,11 @@ def _stage(name: str, this: Run) -> Iterator[None]:
     this.emit(StageStarted(name))
     with this.directory.stage(name):
         yield
+
+
+def judges(plan: Plan, registries: Registries) -> list[Evaluator]:
+    """The task's evaluators, each with its settings."""
+    return [registries.evaluators.get(name)(**settings.model_dump()) for name, settings in plan.evaluators.items()]
 
 
 def evaluation_prompts(plan: Plan) -> list[Prompt]:

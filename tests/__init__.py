@@ -1,0 +1,1 @@
+"""The tests, a package of its own name: some distributions install a `tests` too."""
