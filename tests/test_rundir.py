@@ -12,7 +12,7 @@ from erasekit.events import StepEnd
 from erasekit.registration import plugins
 from erasekit.runs.config import RunConfig, build
 from erasekit.runs.resolve import resolve
-from erasekit.runs.rundir import open_run, path_of
+from erasekit.runs.rundir import AtWork, open_run, path_of
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +133,35 @@ def test_a_damaged_status_is_named(tmp_path, plan, text):
         pass
     with open_run(tmp_path, plan, force=True) as run:
         assert run.state == "new"
+
+
+def test_a_written_claim_is_respected_and_a_dead_holders_is_taken_over(tmp_path, plan, monkeypatch):
+    """For disks without locks between machines. On one machine a holder that is gone is known by its process."""
+    monkeypatch.setenv("ERASEKIT_LOCKS", "lease")
+    hold = (
+        "import sys, pathlib; from erasekit.atomic import lock_of; lock = lock_of(pathlib.Path(sys.argv[1])); lock.acquire();"
+        "print('held', flush=True); import time; time.sleep(60)"
+    )
+    command = [sys.executable, "-c", hold, str(path_of(tmp_path, plan))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with refused(AtWork, "Another process"), open_run(tmp_path, plan):
+            pass
+        other.kill()
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "new"
+    monkeypatch.setenv("ERASEKIT_LOCKS", "leash")
+    with refused(UsageError, "Set it to one of: system, lease"), open_run(tmp_path, plan):
+        pass
+
+
+def test_a_run_knows_how_often_it_was_begun_in_vain(tmp_path, plan):
+    for times in (1, 2, 3):
+        with open_run(tmp_path, plan) as run:
+            assert run.starts == times
+    with open_run(tmp_path, plan) as run:
+        with run.stage("load"):
+            pass
+        assert run.starts == 1
+    with open_run(tmp_path, plan) as run:
+        assert run.starts == 2

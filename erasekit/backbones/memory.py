@@ -6,12 +6,14 @@ import os
 import resource
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from erasekit.errors import EnvironmentProblem
 
 GIB = 2**30
+STATUS = Path("/proc/self/status")
 VRAM_GB = (8, 12, 16, 24, 32, 48, 80, 141)
 CONTEXT_GB = 0.7  # what a GPU's driver and its libraries keep for themselves
 USABLE = 0.93  # of a GPU: the allocator cannot use the last of it
@@ -158,11 +160,23 @@ def out_of_memory(error: BaseException, gb: int) -> EnvironmentProblem:
     return EnvironmentProblem(f"The GPU ran out of memory with --vram {gb} ({first}). {way_out}.")
 
 
+def reset_peak() -> None:
+    """Begin to look for the peak anew, so that a process can tell it of each of several runs; where the system allows it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb() -> float:
-    """The most memory that this process has held: of the GPU if one was used, else of the machine."""
+    """The most memory held since `reset_peak`, or since the process began: of the GPU if one was used, else of the machine."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated() / 2**20)
+    if STATUS.is_file():
+        high = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(high.split()[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

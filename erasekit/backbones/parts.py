@@ -108,6 +108,12 @@ class PipelineParts(HeldPipeline):
         """Whether the denoiser, if it is loaded, still is what was loaded: the same tensors, with the same bits."""
         return self.prefix not in self._parts or _sum_of(self.denoiser) == self._sum
 
+    def renew(self) -> None:
+        """Be as if just loaded, for another run: a denoiser that was changed is loaded anew, and prompts can be encoded."""
+        if self._alone or not self.unchanged():
+            self.release("denoiser")
+        self._expected = tuple
+
     def weight(self, module: str) -> torch.Tensor:
         """The weight of one linear layer of the denoiser (out, in), read from its file if the denoiser is not loaded."""
         if self.prefix in self._parts:

@@ -284,6 +284,9 @@ class Backbone(Protocol):
     def unchanged(self) -> bool:
         """Whether the denoiser, if it is loaded, still is what was loaded: the same tensors, with the same bits."""
 
+    def renew(self) -> None:
+        """Be as if just loaded, for another run: a denoiser that was changed is loaded anew, and prompts can be encoded."""
+
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Keyword arguments that give the pipeline already encoded prompts and a guidance scale.
 

@@ -120,15 +120,16 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
     """
     detach(pipe)
     hook = UnetHook(guidance, scheme, pipe) if hasattr(pipe, "unet") else FluxHook(guidance, scheme, embedded=embedded)
-    HookRegistry.check_if_exists_or_initialize(_denoiser(pipe)).register_hook(hook, NAME)
+    HookRegistry.check_if_exists_or_initialize(denoiser_of(pipe)).register_hook(hook, NAME)
 
 
 def detach(pipe: Any) -> None:
     """Take a scheme out of a pipeline, which then is the base's again."""
-    HookRegistry.check_if_exists_or_initialize(_denoiser(pipe)).remove_hook(NAME, recurse=False)
+    HookRegistry.check_if_exists_or_initialize(denoiser_of(pipe)).remove_hook(NAME, recurse=False)
 
 
-def _denoiser(pipe: Any) -> Any:
+def denoiser_of(pipe: Any) -> Any:
+    """The denoiser of a Stable Diffusion or FLUX.1 pipeline."""
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 

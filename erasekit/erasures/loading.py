@@ -10,7 +10,7 @@ from peft.functional import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from erasekit.backbones.protocol import Backbone
-from erasekit.erasures.guidance import Guidance, attach
+from erasekit.erasures.guidance import Guidance, attach, denoiser_of, detach
 from erasekit.erasures.manifest import MANIFEST, check_file, file_stems, read_manifest
 from erasekit.errors import ErasekitError, UsageError, unknown
 from erasekit.quiet import quiet
@@ -64,6 +64,16 @@ def load_into(
     if names:
         pipe.set_adapters(names)
     return names
+
+
+def unload(pipe: Any) -> None:
+    """Take out of a pipeline what `load_into` put there; its weights are the base's again, and frozen."""
+    denoiser = denoiser_of(pipe)
+    if getattr(denoiser, "peft_config", None):
+        with quiet():
+            pipe.unload_lora_weights()
+    detach(pipe)
+    denoiser.requires_grad_(False)
 
 
 def _load_guidance(

@@ -14,13 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from erasekit.atomic import replacing
+from erasekit.atomic import lock_of, replacing
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import Event
 from erasekit.runs.config import to_toml
 from erasekit.runs.plan import Plan
+
+
+class AtWork(EnvironmentProblem):
+    """Another process is at work on a run."""
+
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "numpy", "pillow")
 
@@ -32,12 +37,14 @@ class RunDirectory:
         path: where it is.
         state: `new`, `partial` (some stages are done) or `finished`.
         timings_s: seconds that each stage took, over all attempts.
+        starts: how often it was begun since a stage was last finished; more than one says that a process was lost.
     """
 
     def __init__(self, path: Path, status: dict[str, Any]) -> None:
         """Take the directory `path` with what its status.json says."""
         self.path = path
         self.timings_s: dict[str, float] = status.get("timings_s", {})
+        self.starts: int = status.get("starts", 0)
         self._finished: list[str] = status.get("finished", [])
         self.state: Literal["new", "partial", "finished"] = "partial" if status else "new"
         if status.get("state") == "finished" and (path / "results.json").is_file():
@@ -55,14 +62,15 @@ class RunDirectory:
             yield
             if name not in self._finished:
                 self._finished.append(name)
+                self.starts = 1
         finally:
             self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.monotonic() - start, 3)
             self.write_status("running")
 
     def write_status(self, state: str, error: str = "") -> None:
         """Write status.json: `running`, `failed` or `finished`, and what is done so far."""
-        status = {"state": state, "finished": self._finished, "timings_s": self.timings_s} | ({"error": error} if error else {})
-        write_json(self.path / "status.json", status)
+        done = {"state": state, "finished": self._finished, "timings_s": self.timings_s, "starts": self.starts}
+        write_json(self.path / "status.json", done | ({"error": error} if error else {}))
 
     def log(self, event: Event) -> None:
         """Append an event to log.jsonl."""
@@ -80,21 +88,19 @@ def path_of(out: Path, plan: Plan) -> Path:
 def open_run(out: Path, plan: Plan, *, force: bool = False) -> Iterator[RunDirectory]:
     """Open, and lock, the run directory of a plan; `force` begins anew.
 
-    The lock is the operating system's: it is gone with the process that held it, however that ended.
-
     Raises:
         UsageError: the folder cannot be written to.
-        EnvironmentProblem: another process is at work in it, or the disk is full.
+        AtWork: another process is at work in it.
+        EnvironmentProblem: the disk is full.
         ErasekitError: its status.json is damaged.
     """
     path = path_of(out, plan)
     with _full_disk_reported(out), _writable(out):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock = lock_of(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise EnvironmentProblem(f"Another process is at work on '{path}'. Wait for it, or end it.") from None
+            raise AtWork(f"Another process is at work on '{path}'. Wait for it, or end it.") from None
     try:
         with _full_disk_reported(out):
             with _writable(out):
@@ -114,6 +120,7 @@ def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
             temporary.write_text(to_toml(plan.config), encoding="utf-8")
         write_json(path / "env.json", environment())
     if run.state != "finished":
+        run.starts += 1
         run.write_status("running")
     return run
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from erasekit.atomic import linked, replacing
-from erasekit.backbones.memory import check_disk, peak_memory_mb
+from erasekit.backbones.memory import check_disk, peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.loading import load_into
+from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
 from erasekit.evaluation.evaluate import Evaluation, evaluate
@@ -39,6 +39,7 @@ from erasekit.events import (
 from erasekit.registration.plugins import Registries, default
 from erasekit.runs.compute import compute, context, expect, named
 from erasekit.runs.config import RunConfig
+from erasekit.runs.kept import Kept
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import preflight
 from erasekit.runs.report import write_report
@@ -58,6 +59,7 @@ def run(
     listener: Listener | None = None,
     registries: Registries | None = None,
     erasure: Path | None = None,
+    kept: Kept | None = None,
 ) -> RunResult:
     """Erase, sample, measure and report; what an earlier attempt finished is not done again.
 
@@ -70,27 +72,29 @@ def run(
         listener: is told every event.
         registries: what names stand for; what is installed, if left out.
         erasure: measure this one instead of computing it.
+        kept: the model that an earlier run has loaded, and the place where this one leaves its own.
 
     Raises:
         UsageError: something in the configuration is wrong; lists every mistake.
         EnvironmentProblem: weights, memory or disk are missing.
         ErasekitError: the run failed; the same call goes on from what was finished.
     """
-    out, registries = Path(out), registries or default()
+    out, registries, kept = Path(out), registries or default(), kept or Kept()
     plan = planned(config, registries, erasure=erasure)
     if plan.separate:
-        return _run_each(plan, out, force=force, listener=listener, registries=registries)
+        return _run_each(plan, out, force=force, listener=listener, registries=registries, kept=kept)
     with open_run(out, plan, force=force) as directory:
         if directory.state == "finished":
             return read_result(directory.path / "results.json")
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
+        reset_peak()
         with _announced(this):
             if erasure is None:
                 preflight(plan)
             check_disk(directory.path, images=2 * len(this.prompts), size=plan.protocol.size)
             evaluators = judges(plan, registries)  # what they lack shows now
             with _stage("load", this):
-                backbone = plan.backbone.load(plan.backbone_config)
+                backbone = kept.load(plan)
             with _stage("encode", this):
                 backbone.encode(["", *(p.text for p in this.prompts)])
                 expect(plan, context(plan, backbone, registries))
@@ -141,11 +145,11 @@ def planned(config: RunConfig, registries: Registries, *, erasure: Path | None =
     return replace(plan, erasure_sha256=read_manifest(erasure)["erasure_sha256"], separate=False)
 
 
-def _run_each(plan: Plan, out: Path, *, force: bool, listener: Listener | None, registries: Registries) -> RunResult:
-    """A run per concept, and their mean in a directory of its own."""
-    results = [run(p.config, out=out, force=force, listener=listener, registries=registries) for p in plan.singles()]
+def _run_each(plan: Plan, out: Path, *, registries: Registries, **how: Any) -> RunResult:
+    """A run per concept, the model loaded once for all, and their mean in a directory of its own."""
+    results = [run(p.config, out=out, registries=registries, **how) for p in plan.singles()]
     mean = mean_over_concepts(results).model_copy(update={"config_hash": plan.hash})
-    with open_run(out, plan, force=force) as directory:
+    with open_run(out, plan, force=how["force"]) as directory:
         write_result(mean, directory.path / "results.json")
         directory.write_status("finished")
     return mean
@@ -256,7 +260,10 @@ def erased_images(this: Run, backbone: Backbone) -> list[Path]:
         backbone.release("denoiser")
     pipe = backbone.pipeline(encoders=False, shared=True)
     load_into(pipe, this.directory.path / "erasure", base=backbone, component=this.registries.components.get)
-    return _sampled(this, backbone, pipe, this.directory.path / "images" / "erased", which="erased")
+    try:
+        return _sampled(this, backbone, pipe, this.directory.path / "images" / "erased", which="erased")
+    finally:
+        unload(pipe)
 
 
 def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, sha256: str) -> RunResult:
