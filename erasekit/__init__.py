@@ -32,6 +32,7 @@ _PUBLIC = {
     "Erasure": "erasekit.erasures.erasure",
     "load": "erasekit.runs.loading",
     "load_into": "erasekit.erasures.loading",
+    "where": "erasekit.backbones.where",
 }
 
 __all__ = ["__version__", "hookimpl", *_PUBLIC]

@@ -19,7 +19,7 @@ CARDS = Path(__file__).parent / "cards"
 
 NAMES = ("sd15-mini", "flux-mini")
 TITLES = {"sd15-mini": "Stable Diffusion 1.x", "flux-mini": "FLUX.1"}
-PIPELINES = {"sd15-mini": "StableDiffusionPipeline", "flux-mini": "FluxPipeline"}
+CALLS = {"sd15-mini": "", "flux-mini": ", height=64, width=64, max_sequence_length=24"}
 
 
 def model_card(name: str, card: dict) -> str:
@@ -33,9 +33,15 @@ def model_card(name: str, card: dict) -> str:
             "",
             f"A small text-to-image model in the classes of {TITLES[name]}, trained from nothing on erasekit's mini world:",
             "64 x 64 images of ten objects, ten invented people, six invented artists and three hazards. It is made to be",
-            "erased from, in seconds and without a GPU; it is of no use for anything else. Loads without erasekit:",
+            "erased from, in seconds and without a GPU; it is of no use for anything else. `erasekit where` prints its folder:",
             "",
-            f'    diffusers.{PIPELINES[name]}.from_pretrained("{name}")',
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            "from erasekit import where",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained(where("{name}"))',
+            f'image = pipe("a photo of a dog"{CALLS[name]}).images[0]',
+            "```",
             "",
             "Share of images in which the mini classifier sees what the prompt asks for, on wordings and seeds of the",
             f"evaluation split ({how['images_per_cell']} per cell, {how['steps']} steps, guidance {how['guidance']}):",
@@ -60,6 +66,8 @@ def main() -> None:
         for path in (MODELS / name).glob("*/config.json"):  # diffusers notes the folder a part was loaded from
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)
+            if "dtype" in config:  # of a text encoder: a plain `from_pretrained` takes it, and float32 for all other parts
+                config["dtype"] = "float32"
             path.write_text(json.dumps(config, indent=2) + "\n")
         card = CARDS / f"{name}.evaluation.json"
         if card.is_file():

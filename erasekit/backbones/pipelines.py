@@ -27,6 +27,7 @@ class PipelineBackbone(PipelineParts):
         scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
         reads: which field of a Conditioning each text encoder fills.
+        call: what a plain call of the pipeline has to be told, where the pipeline's own defaults are for another model.
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class PipelineBackbone(PipelineParts):
     capabilities: ClassVar[Capabilities]
     scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
+    call: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def embedded_guidance(self) -> bool:

@@ -50,7 +50,7 @@ def command(
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
     from erasekit.backbones.memory import check_disk
     from erasekit.erasures.manifest import read_manifest
-    from erasekit.erasures.modelcard import model_card
+    from erasekit.erasures.modelcard import load_lines, model_card
     from erasekit.runs.compute import compute
     from erasekit.runs.preflight import preflight
 
@@ -70,7 +70,8 @@ def command(
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     else:
-        typer.echo(f"{out}  {names}  {sha256[:8]}{_size(manifest)}")
+        lines = load_lines(manifest, str(out), base=plan.backbone_config.path or getattr(plan.backbone, "path", ""))
+        typer.echo(f"{out}  {names}  {sha256[:8]}{_size(manifest)}\n\n{lines}", nl=False)
 
 
 def _size(manifest: dict[str, Any]) -> str:

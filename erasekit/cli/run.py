@@ -167,5 +167,6 @@ def show_results(plan: Plan, out: Path) -> None:
         typer.echo(f"\nThe reports are beside {folder}")
         return
     tell(Erasure.load(folder / "erasure"))
-    lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"))
+    base = plan.backbone_config.path or getattr(plan.backbone, "path", "")
+    lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"), base=base)
     typer.echo(f"\nReport: {folder / 'report.html'}\n\n{lines}", nl=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from erasekit.backbones.where import shipped, where
 from erasekit.erasures.remains import Remains
 from erasekit.errors import ErasekitError
 from erasekit.evaluation.results import RunResult, meaning, number
@@ -51,31 +54,64 @@ def hub_id(record: Mapping[str, Any]) -> str:
     if "/" in base:
         return base
     with suppress(ErasekitError):
-        path = str(getattr(default().backbones.get(record["backbone"]), "path", ""))
+        path = where(record["backbone"])
         return path if HUB_ID.fullmatch(path) else ""
     return ""
 
 
-def load_lines(record: Mapping[str, Any], folder: str = "erasure") -> str:
-    """The lines of Python that load an erasure: in plain diffusers, unless it acts while images are drawn.
+def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str = "") -> str:
+    """The lines of Python that load an erasure and draw: in plain diffusers, unless it acts while images are drawn.
 
     Args:
         record: the content of erasure.json.
         folder: what to write for the folder that holds it.
+        base: what to write for the base model: its folder or single file, if the reader has it there. Left out, as in files
+            that travel: its id on the hub, or how a shipped one is found.
     """
-    base, hub = record["base"]["repo"], hub_id(record)
-    where = "" if base == hub else f"  # made on the local {base!r}: load that, if it is another model"
-    if not hub:
-        where = "  # the folder of the base model"
-    imports, load = "", f'pipe.load_lora_weights("{folder}", weight_name="all.safetensors", adapter_name="erased")\n'
+    imports, model = ["from diffusers import DiffusionPipeline"], _model(record, base)
+    if model.startswith("where("):
+        imports.append("from erasekit import where")
+    place = json.dumps(folder, ensure_ascii=False)
+    load = f'pipe.load_lora_weights({place}, weight_name="all.safetensors", adapter_name="erased")'
     if record.get("kind") == "guidance":
-        imports, load = "from erasekit import load\n", f'load(pipe, "{folder}")\n'
+        imports, load = sorted([*imports, "from erasekit import load"]), f"load(pipe, {place})"
+    pipe = f"DiffusionPipeline.from_pretrained({model})"
+    if base.endswith(".safetensors"):
+        imports[0], pipe = "from diffusers import StableDiffusionPipeline", f"StableDiffusionPipeline.from_single_file({model})"
+    words = "".join(f", {key}={value!r}" for key, value in _call(record["backbone"]).items())
+    draw = f'image = pipe("a photo of a dog"{words}).images[0]'
+    return "\n".join([*imports, "", f"pipe = {pipe}{_remark(record, base)}", load, draw, 'image.save("dog.png")', ""])
+
+
+def _model(record: Mapping[str, Any], base: str) -> str:
+    """The base model as Python: where the reader has it, else where the record says that it came from."""
+    if not base and _is_shipped(record):
+        return f'where("{record["backbone"]}")'
+    return json.dumps(base or hub_id(record) or record["base"]["repo"], ensure_ascii=False)
+
+
+def _remark(record: Mapping[str, Any], base: str) -> str:
+    """What a reader has to know of the base in the snippet; nothing, where it runs as it stands."""
+    made_on, hub = record["base"]["repo"], hub_id(record)
+    if base or made_on == hub or _is_shipped(record):
+        return ""
     return (
-        f"from diffusers import DiffusionPipeline\n{imports}\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{hub or base}"){where}\n'
-        f"{load}"
-        'image = pipe("a photo of a dog").images[0]\n'
+        f"  # made on the local {made_on!r}: load that, if it is another model" if hub else "  # the folder of the base model"
     )
+
+
+def _is_shipped(record: Mapping[str, Any]) -> bool:
+    """Whether an erasure was made on the model that its backbone brings along."""
+    with suppress(ErasekitError):
+        return shipped(record["backbone"]) and Path(where(record["backbone"])).name == record["base"]["repo"]
+    return False
+
+
+def _call(backbone: str) -> Mapping[str, Any]:
+    """What a plain call of the backbone's pipeline has to be told."""
+    with suppress(ErasekitError):
+        return getattr(default().backbones.get(backbone), "call", {})
+    return {}
 
 
 def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> str:

@@ -34,3 +34,4 @@ class FluxMini(Flux):
     on_cpu: ClassVar[Holding] = Holding(rows=64)
     size: ClassVar[int] = 64
     positions: ClassVar[int] = 24
+    call: ClassVar[Mapping[str, Any]] = {"height": size, "width": size, "max_sequence_length": positions}
