@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from erasekit.documents import fault_of
 from erasekit.errors import UsageError
+from erasekit.texts import Line, one_line
 
 Kind = Literal["object", "identity", "style", "nsfw", "free"]
 EMPTY_PROMPT = "<empty>"  # as a neutral word: the whole prompt becomes the empty one
@@ -28,6 +30,12 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
 }
 
 
+def _template(text: str) -> str:
+    if text.count("{}") != 1 or re.search(r"[{}]", text.replace("{}", "")):
+        raise ValueError("a template has one '{}' and no other braces")
+    return text
+
+
 class Concept(BaseModel):
     """One concept.
 
@@ -44,25 +52,29 @@ class Concept(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(one_line)]
     kind: Kind = "free"
-    phrases: tuple[str, ...]
-    neutral: str = ""
-    templates: tuple[str, ...] = TEMPLATES["free"]
-    preserve: tuple[str, ...] = ()
+    phrases: tuple[Line, ...] = Field(min_length=1)
+    neutral: Line = ""
+    templates: tuple[Annotated[Line, AfterValidator(_template)], ...] = Field(TEMPLATES["free"], min_length=1)
+    preserve: tuple[Line, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Concept:
         """Read `name` or `name:phrase,phrase`.
 
         Raises:
-            UsageError: the name is empty.
+            UsageError: the name is empty, or some text is not a line that can be seen.
         """
         name, _, rest = text.partition(":")
         name = " ".join(name.split())
         if not name:
             raise UsageError(f"A concept needs a name, given '{text}'. Write 'cat' or 'cat:kitty,kitten'.")
-        return cls(name=name, phrases=(name, *(p for p in (" ".join(r.split()) for r in rest.split(",")) if p)))
+        phrases = dict.fromkeys([name, *(p for p in (" ".join(r.split()) for r in rest.split(",")) if p)])
+        try:
+            return cls(name=name, phrases=tuple(phrases))
+        except ValidationError as error:
+            raise UsageError(f"Cannot take the concept '{text:.80}': {fault_of(error)}.") from None
 
     def of_kind(self, kind: Kind) -> Concept:
         """The concept as one of a kind, with that kind's neutral words and templates."""

@@ -333,6 +333,24 @@ def test_erase_wants_to_be_told_what(call, names):
     assert "Say what to erase, e.g. --concept 'cat'" in err
 
 
+def test_force_never_deletes_what_is_not_ours(call, names, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "letter.txt").write_text("mine")
+    code, _, err = call("erase", *names, "-c", "cat", "--out", "docs", "--force")
+    assert code == 2
+    assert err == "'docs' holds no erasure, but 'letter.txt'. It is not touched: choose another folder with --out.\n"
+    assert (tmp_path / "docs" / "letter.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["docs"]
+    plan = json.loads(call("run", "--dry-run", "--json", *names, "-c", "cat")[1])
+    [run] = plan["runs"]
+    (tmp_path / run).mkdir(parents=True)
+    (tmp_path / run / "letter.txt").write_text("mine")
+    code, _, err = call("run", *names, "-c", "cat", "--force")
+    assert code == 2
+    assert "holds no run, so --force does not touch it" in err
+    assert (tmp_path / run / "letter.txt").read_text() == "mine"
+
+
 def test_generate_refuses_settings_that_it_has_not(call, names):
     code, _, err = call("generate", "a cat", "-s", "method.steps=1")
     assert code == 2

@@ -46,14 +46,16 @@ def command(
     plan = resolve(wanted, registries)
     if plan.separate:
         raise UsageError(f"Say what to erase, e.g. --concept '{plan.concepts[0].name}'.")
-    if out.exists() and not force:
-        raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
     from erasekit.backbones.memory import check_disk
+    from erasekit.erasures.contents import check_replaceable
     from erasekit.erasures.manifest import read_manifest
     from erasekit.erasures.modelcard import load_lines, model_card
     from erasekit.runs.compute import compute
     from erasekit.runs.preflight import preflight
 
+    if out.exists() and not force:
+        raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
+    check_replaceable(out)
     preflight(plan)
     check_disk(out, images=0, size=0)
     with listener() as told, heard(told):

@@ -51,6 +51,13 @@ def to_dense(delta: Delta) -> torch.Tensor:
     return delta.weight if isinstance(delta, Dense) else delta.up @ delta.down
 
 
+def shape(delta: Delta) -> tuple[int, int]:
+    """The shape (out, in) of the full matrix."""
+    if isinstance(delta, Dense):
+        return delta.weight.shape[0], delta.weight.shape[1]
+    return delta.up.shape[0], delta.down.shape[1]
+
+
 def add(first: Delta, second: Delta) -> Delta:
     """The sum: two low-rank deltas are concatenated by rank, anything else is added up."""
     if isinstance(first, LowRank) and isinstance(second, LowRank):
@@ -109,7 +116,7 @@ def merge_(denoiser: nn.Module, deltas: Deltas) -> None:
     Raises:
         ErasekitError: a module is missing, has another shape, or holds its weight in four bits; nothing is changed then.
     """
-    layers = _layers(denoiser, deltas)
+    layers = check_layers(denoiser, deltas)
     packed = next((name for name, layer in layers.items() if _packed(layer)), None)
     if packed is not None:
         raise ErasekitError(f"'{packed}' holds its weight in four bits: nothing can be merged into it. Load it in 16 bits.")
@@ -129,7 +136,7 @@ def merged(denoiser: nn.Module, deltas: Deltas) -> Iterator[None]:
     Raises:
         ErasekitError: a module is missing or has another shape.
     """
-    layers = _layers(denoiser, deltas)
+    layers = check_layers(denoiser, deltas)
     whole = {name: delta for name, delta in deltas.items() if not _packed(layers[name])}
     originals = {name: layers[name].weight.detach().to("cpu", copy=True) for name in whole}
     hooks = [layers[name].register_forward_hook(_beside(deltas[name])) for name in deltas.keys() - whole.keys()]
@@ -163,23 +170,27 @@ def _beside(delta: Delta) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tens
     return hook
 
 
-def _layers(denoiser: nn.Module, deltas: Deltas) -> dict[str, Any]:
-    """The linear layer that each delta belongs to, its shape checked."""
+def check_layers(denoiser: nn.Module, deltas: Deltas) -> dict[str, Any]:
+    """The linear layer that each delta belongs to, its shape checked.
+
+    Raises:
+        ErasekitError: a module is missing or has another shape.
+    """
     modules = dict(denoiser.named_modules())
     layers: dict[str, Any] = {}
     for name, delta in deltas.items():
         layer: Any = modules.get(name)
-        shape = tuple(delta.weight.shape) if isinstance(delta, Dense) else (delta.up.shape[0], delta.down.shape[1])
         there = _shape(layer)
-        if there != shape:
+        if there != shape(delta):
             have = f"is {there} there" if there else "is not there"
-            raise ErasekitError(f"The delta of '{name}' is {shape}, the module {have}. Was it made for another base?")
+            raise ErasekitError(f"The delta of '{name}' is {shape(delta)}, the module {have}. Was it made for another base?")
         layers[name] = layer
     return layers
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
     """The shape of a layer's weight (out, in), as it is when it is not packed; () if it has none."""
+    layer = getattr(layer, "base_layer", layer)  # an adapter lies around it
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return ()

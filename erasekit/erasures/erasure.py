@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from erasekit.atomic import linked
+from erasekit.atomic import linked, replacing_folder
 from erasekit.concepts import Concept
 from erasekit.erasures import tensors
+from erasekit.erasures.contents import check_folder, check_replaceable, read_deltas
 from erasekit.erasures.deltas import Deltas, concatenate
 from erasekit.erasures.guidance import Guidance
-from erasekit.erasures.manifest import ALL, MANIFEST, SCHEMA_VERSION, check_file, digest, file_stems, read_manifest, slug
+from erasekit.erasures.manifest import ALL, SCHEMA_VERSION, digest, file_stems, read_manifest, slug, write_manifest
 from erasekit.erasures.remains import Remains
 from erasekit.erasures.tensors import Written
-from erasekit.errors import EnvironmentProblem
+from erasekit.errors import EnvironmentProblem, ErasekitError
 from erasekit.events import progress
 
 if TYPE_CHECKING:
@@ -123,50 +123,47 @@ class Erasure:
             SHA-256 over the tensor files' names and hashes.
 
         Raises:
+            UsageError: `folder` is something else than an erasure, which is not touched.
             ErasekitError: the erasure holds no deltas, or values that are not finite.
             EnvironmentProblem: the folder cannot be written.
         """
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        folder = Path(os.path.realpath(folder))
+        check_replaceable(folder)
         try:
-            temporary.mkdir(parents=True)
-            progress("writing", 0, 1)
-            record: dict[str, Any] = {"parts": {}}
-            if self.guidance:
-                files = self.guidance.write(temporary)
-            else:
-                written, parts = self._write_tensors(temporary, getattr(torch, dtype))
-                files = {name: of.sha256 for name, of in written.items()}
-                ranks = {name: of.rank for name, of in written.items()}
-                record = {"parts": parts, "ranks": ranks, "dtype": dtype, "rounding": written[ALL].rounding}
-            manifest = json.dumps(self._manifest(files, record), indent=1, ensure_ascii=False)
-            (temporary / MANIFEST).write_text(manifest + "\n", "utf-8")
-            _replace(folder, temporary)
+            with replacing_folder(folder) as temporary:
+                progress("writing", 0, 1)
+                record: dict[str, Any] = {"parts": {}}
+                if self.guidance:
+                    files = self.guidance.write(temporary)
+                else:
+                    written, parts = self._write_tensors(temporary, getattr(torch, dtype))
+                    files = {name: of.sha256 for name, of in written.items()}
+                    ranks = {name: of.rank for name, of in written.items()}
+                    record = {"parts": parts, "ranks": ranks, "dtype": dtype, "rounding": written[ALL].rounding}
+                write_manifest(temporary, self._manifest(files, record))
             progress("writing", 1, 1)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise EnvironmentProblem(f"Cannot write '{folder}': {reason}. Free disk space or choose another folder.") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except ValueError as error:
+            raise ErasekitError(f"The erasure cannot be written: {error}.") from error
         return digest(files)
 
     @classmethod
     def load(cls, folder: Path, base: Backbone | None = None) -> Erasure:
-        """Read an erasure, every file checked against its hash.
+        """Read an erasure, every file checked against its hash and against the others (see `contents`).
 
         Raises:
-            UsageError: the folder holds no erasure, one of a newer erasekit, or one of another base.
-            EnvironmentProblem: a file is missing or damaged.
+            UsageError: see `read_manifest`.
+            EnvironmentProblem: a file is missing, damaged, or not what the manifest says.
         """
         manifest = read_manifest(folder, base)
-        for name in manifest["files"]:
-            check_file(folder, manifest, name)
-        guidance = None
-        if manifest.get("kind") == "guidance":
+        check_folder(folder, manifest)
+        guidance, deltas = None, {}
+        if manifest["kind"] == "guidance":
             guidance = Guidance.read(folder)
-        deltas = {
-            entry: {part: tensors.read(folder / file, manifest["denoiser"]) for part, file in parts.items()}
-            for entry, parts in manifest["parts"].items()
-        }
+        else:
+            deltas = read_deltas(folder, manifest, base)
         return cls(
             method=manifest["method"],
             config=manifest["config"],
@@ -176,9 +173,9 @@ class Erasure:
             base=manifest["base"],
             deltas=deltas,
             guidance=guidance,
-            figures=manifest.get("figures", {}),
-            remains=None if manifest.get("residual") is None else Remains(**{k: manifest[k] for k in ("residual", "drift")}),
-            warnings=tuple(manifest.get("warnings", ())),
+            figures=manifest["figures"],
+            remains=None if manifest["residual"] is None else Remains(**{k: manifest[k] for k in ("residual", "drift")}),
+            warnings=tuple(manifest["warnings"]),
         )
 
     def _write_tensors(self, folder: Path, dtype: torch.dtype) -> tuple[dict[str, Written], dict[str, dict[str, str]]]:
@@ -200,7 +197,7 @@ class Erasure:
         return files, parts
 
     def _manifest(self, files: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
-        config = json.loads(json.dumps(self.config, default=str))
+        config, figures = _plain(self.config), _plain(self.figures)
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
@@ -212,8 +209,8 @@ class Erasure:
             "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8],
             "concepts": [c.model_dump(mode="json") for c in self.concepts],
             **({"residual": None, "drift": None} if self.remains is None else self.remains.model_dump()),
-            "figures": dict(self.figures),
-            "warnings": list(self.warnings),
+            "figures": figures,
+            "warnings": [" ".join(line.split()) for line in self.warnings],
             **record,
             "files": files,
             "erasure_sha256": digest(files),
@@ -222,15 +219,11 @@ class Erasure:
         }
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, which knows no infinity: what is not finite becomes null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+
+
 def _modules(deltas: Mapping[str, Mapping[str, Deltas]]) -> list[str]:
     """The layers that an erasure touches."""
     return sorted({module for parts in deltas.values() for part in parts.values() for module in part})
-
-
-def _replace(folder: Path, temporary: Path) -> None:
-    """Give a finished folder its name; what had the name is moved aside first, since folders cannot be overwritten."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(aside)
-    temporary.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)

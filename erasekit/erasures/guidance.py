@@ -11,17 +11,21 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.backbones.schedule import ddpm_tau, flow_tau
 from erasekit.concepts import Concept
+from erasekit.documents import Damaged, read_document
+from erasekit.erasures.manifest import ADVICE, PROMPTS, SETTINGS, Name
 from erasekit.errors import UsageError
 from erasekit.safety import reject_unsafe
+from erasekit.texts import Line
 
 _ModelHook: Any = ModelHook  # Any: diffusers is untyped
 NAME = "erasekit"  # of the hook on a denoiser
-SETTINGS, PROMPTS = "guidance.json", "guidance.safetensors"
 Prediction = Literal["none", "wanted", "concept"]
 
 
@@ -66,7 +70,13 @@ class Guidance:
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write the settings and the encoded prompts; the files' SHA-256 by name."""
-        record = {"scheme": self.scheme, "settings": self.settings, "texts": self.texts, "scale": self.scale}
+        record = {
+            "schema_version": 1,
+            "scheme": self.scheme,
+            "settings": self.settings,
+            "texts": self.texts,
+            "scale": self.scale,
+        }
         (folder / SETTINGS).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         tensors = {name: t.cpu().contiguous() for name, t in vars(self.prompts).items() if t is not None}
         save_file(tensors, folder / PROMPTS)
@@ -74,11 +84,50 @@ class Guidance:
 
     @classmethod
     def read(cls, folder: Path) -> Guidance:
-        """What `write` wrote."""
-        record = json.loads((folder / SETTINGS).read_text("utf-8"))
-        tensors = load_file(folder / PROMPTS)
+        """What `write` wrote.
+
+        Raises:
+            EnvironmentProblem: a file is damaged.
+            UsageError: a text is one that erasekit refuses.
+        """
+        record = read_document(Record, folder / SETTINGS, advice=ADVICE)
+        reject_unsafe(record.texts)
+        try:
+            tensors = load_file(folder / PROMPTS)
+        except SafetensorError as error:
+            raise Damaged(f"'{folder / PROMPTS}' is damaged ({error}). {ADVICE}") from error
+        if fault := _fault(tensors):
+            raise Damaged(f"'{folder / PROMPTS}' is damaged: {fault}. {ADVICE}")
         prompts = Conditioning(tensors["tokens"], tensors.get("pooled"), tensors["ids"], tensors["lengths"])
-        return cls(**record | {"texts": tuple(record["texts"]), "prompts": prompts})
+        return cls(record.scheme, record.settings, record.texts, prompts, record.scale)
+
+
+class Record(BaseModel):
+    """The content of guidance.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1]
+    scheme: Name
+    settings: dict[str, Any]
+    texts: tuple[Line, Line]
+    scale: float
+
+
+def _fault(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with two encoded prompts, "" if nothing is."""
+    sides = {"tokens": 3, "pooled": 2, "ids": 2, "lengths": 1}
+    if not {"tokens", "ids", "lengths"} <= tensors.keys() <= sides.keys():
+        return "it does not hold two encoded prompts"
+    for name, tensor in tensors.items():
+        floating = name in ("tokens", "pooled")
+        if tensor.ndim != sides[name] or len(tensor) != 2 or tensor.is_floating_point() != floating:
+            return f"'{name}' is no part of two encoded prompts"
+        if not tensor.isfinite().all():
+            return f"'{name}' holds values that are not finite"
+    if tensors["ids"].shape != tensors["tokens"].shape[:2]:
+        return "'ids' and 'tokens' have different lengths"
+    return ""
 
 
 def away_text(concepts: Sequence[Concept], text: str) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft.functional import get_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from erasekit.backbones.protocol import Backbone
+from erasekit.documents import Damaged, fault_of
+from erasekit.erasures.deltas import check_layers
+from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.guidance import Guidance, attach, denoiser_of, detach
-from erasekit.erasures.manifest import MANIFEST, check_file, file_stems, read_manifest
+from erasekit.erasures.manifest import MANIFEST, SETTINGS, file_stems
 from erasekit.errors import ErasekitError, UsageError, unknown
 from erasekit.quiet import quiet
 
@@ -43,24 +47,27 @@ def load_into(
         ErasekitError: diffusers did not load every tensor.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder, base)
-    if manifest.get("kind") == "guidance":
+    erasure = Erasure.load(folder, base)
+    if erasure.guidance is not None:
         if concepts is not None:
             raise UsageError(f"'{folder}' steers away from all its concepts in one: it has no parts. Load it whole.")
-        _load_guidance(pipe, folder, manifest, base, component)
+        _load_guidance(pipe, folder, erasure.guidance, base, component)
         return []
-    stems = file_stems(list(manifest["parts"]))
+    stems = file_stems(list(erasure.deltas))
     for concept in concepts or ():
         if concept not in stems:
             raise unknown("concept of this erasure", concept, stems, f"{folder}/{MANIFEST}")
     names = ["all"] if concepts is None else [stems[c] for c in concepts]
-    denoiser: Any = getattr(pipe, manifest["denoiser"])
+    denoiser: Any = getattr(pipe, erasure.prefix, None)
+    if denoiser is None:
+        raise UsageError(f"'{folder}' changes a {erasure.prefix}, which a {type(pipe).__name__} does not have.")
     if any(getattr(m, "fused_projections", False) for m in denoiser.modules()):
         raise UsageError(
             "The pipeline's projections are fused and would bypass the erasure: call unfuse_qkv_projections() first."
         )
+    check_layers(denoiser, erasure.total())
     for name in names:
-        _load_file(pipe, denoiser, folder, manifest, name)
+        _load_file(pipe, denoiser, folder, erasure.prefix, name)
     if names:
         pipe.set_adapters(names)
     return names
@@ -77,29 +84,25 @@ def unload(pipe: Any) -> None:
 
 
 def _load_guidance(
-    pipe: Any,
-    folder: Path,
-    manifest: Mapping[str, Any],
-    base: Backbone | None,
-    component: Callable[[str, str], Any] | None,
+    pipe: Any, folder: Path, guidance: Guidance, base: Backbone | None, component: Callable[[str, str], Any] | None
 ) -> None:
     """Attach the scheme of an erasure that changes no weights."""
-    for name in manifest["files"]:
-        check_file(folder, manifest, name)
-    guidance = Guidance.read(folder)
     if component is None:
         raise UsageError(f"'{folder}' steers sampling by a registered scheme: use `erasekit.load`, or hand over a component.")
-    scheme = component("guidance", guidance.scheme)
-    attach(pipe, guidance, scheme(guidance.settings), embedded=base is None or base.embedded_guidance)
+    try:
+        scheme = component("guidance", guidance.scheme)(guidance.settings)
+    except (ValueError, TypeError, KeyError) as error:
+        why = fault_of(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise Damaged(f"'{folder / SETTINGS}' is damaged: '{guidance.scheme}' does not take its settings ({why}).") from error
+    attach(pipe, guidance, scheme, embedded=base is None or base.embedded_guidance)
 
 
-def _load_file(pipe: Any, denoiser: Any, folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+def _load_file(pipe: Any, denoiser: Any, folder: Path, prefix: str, name: str) -> None:
     """Load one file as the adapter `name` and see that every tensor arrived."""
     file = f"{name}.safetensors"
-    check_file(folder, manifest, file)
     with quiet():
         pipe.load_lora_weights(folder, weight_name=file, adapter_name=name)
-    saved = {key.removeprefix(f"{manifest['denoiser']}.") for key in load_file(folder / file)}
+    saved = {key.removeprefix(f"{prefix}.") for key in load_file(folder / file)}
     loaded = get_peft_model_state_dict(denoiser, adapter_name=name).keys() if name in denoiser.peft_config else set()
     if saved != loaded:
         raise ErasekitError(f"'{file}' holds {len(saved)} tensors, the pipeline loaded {len(saved & loaded)} of them.")

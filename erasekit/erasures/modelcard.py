@@ -86,7 +86,7 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str 
 def _model(record: Mapping[str, Any], base: str) -> str:
     """The base model as Python: where the reader has it, else where the record says that it came from."""
     if not base and _is_shipped(record):
-        return f'where("{record["backbone"]}")'
+        return f"where({json.dumps(record['backbone'])})"
     return json.dumps(base or hub_id(record) or record["base"]["repo"], ensure_ascii=False)
 
 

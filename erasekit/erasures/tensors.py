@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from erasekit.erasures.deltas import Deltas, Dense, LowRank, compress, norm
 from erasekit.errors import ErasekitError
+
+LORA_KEYS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,61 @@ def write(path: Path, deltas: Deltas, prefix: str, dtype: torch.dtype = torch.fl
     return Written(hashlib.sha256(path.read_bytes()).hexdigest(), rank, (wrong / size) ** 0.5 if size else 0.0)
 
 
-def read(path: Path, prefix: str) -> Deltas:
-    """The deltas in a file, in float32 whatever the file's type is."""
-    tensors = {key.removeprefix(f"{prefix}."): tensor.float() for key, tensor in load_file(path).items()}
-    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    return {m: LowRank(up=tensors[f"{m}.lora_B.weight"], down=tensors[f"{m}.lora_A.weight"]) for m in modules}
+def read(path: Path, prefix: str, dtype: torch.dtype = torch.float32) -> dict[str, LowRank]:
+    """The deltas in a file that `write` wrote, in float32 whatever the file's type is.
+
+    Args:
+        path: the file.
+        prefix: the denoiser's name in the pipeline.
+        dtype: the type that the tensors have in the file.
+
+    Raises:
+        ValueError: the file holds anything that `write` does not write: tensors of another kind, shape or type or that are
+            not finite, a layer in part, or settings that would load them at another scale.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"it is no safetensors file ({error})") from error
+    halves = {re.fullmatch(rf"{re.escape(prefix)}\.(.+)\.lora_([AB])\.weight", key): t for key, t in tensors.items()}
+    if not tensors or None in halves:
+        raise ValueError("it holds something else than LoRA weights of the denoiser, or nothing")
+    sides = {(found[1], found[2]): tensor for found, tensor in halves.items() if found}
+    deltas: dict[str, LowRank] = {}
+    for module in dict.fromkeys(module for module, _ in sides):
+        down, up = sides.get((module, "A")), sides.get((module, "B"))
+        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or not len(down) == up.shape[1] > 0:
+            raise ValueError(f"the two factors of '{module}' do not belong together")
+        if down.dtype != dtype or up.dtype != dtype:
+            raise ValueError(f"'{module}' is {down.dtype}, not {dtype}")
+        if len(down) > min(len(up), down.shape[1]):
+            raise ValueError(f"'{module}' has a larger rank than its layer")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"'{module}' holds values that are not finite")
+        deltas[module] = LowRank(up=up.float(), down=down.float())
+    _check_header(header, {module: low.rank for module, low in deltas.items()}, prefix)
+    return deltas
+
+
+def _check_header(header: Mapping[str, str], ranks: Mapping[str, int], prefix: str) -> None:
+    """See that diffusers will load every layer at its own rank and at scale one.
+
+    Raises:
+        ValueError: it will not.
+    """
+    try:
+        config = {k.removeprefix(f"{prefix}."): v for k, v in json.loads(header["lora_adapter_metadata"]).items()}
+        rank, pattern = config["r"], config["rank_pattern"]
+        whole = header.keys() == {"lora_adapter_metadata"} and config.keys() == LORA_KEYS
+        same = config["lora_alpha"] == rank and config["alpha_pattern"] == pattern
+        own = {module: pattern.get(f"^{re.escape(module)}", rank) for module in ranks}
+        named = sorted(config["target_modules"]) == sorted(ranks) and pattern.keys() <= {f"^{re.escape(m)}" for m in ranks}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its head has no settings of a LoRA ({type(error).__name__})") from error
+    if not (whole and same and named and own == ranks):
+        raise ValueError("the LoRA settings in its head are not those of its tensors, and would load them at another scale")
 
 
 def _low_rank(delta: Dense | LowRank) -> LowRank:

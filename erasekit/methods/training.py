@@ -12,6 +12,7 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from erasekit.atomic import replacing
 from erasekit.erasures.deltas import LowRank
 from erasekit.errors import ErasekitError
 from erasekit.methods.adapters import AdapterBank, Init
@@ -148,10 +149,8 @@ def _save(path: Path, step: int, parameters: Sequence[torch.Tensor], optimizer: 
     tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(step)})
-    partial.replace(path)
+    with replacing(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"step": str(step)})
 
 
 def _restore(path: Path, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:

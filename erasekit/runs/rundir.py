@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +15,18 @@ from typing import Any, Literal
 
 from filelock import Timeout
 
-from erasekit.atomic import lock_of, replacing
+from erasekit.atomic import lock_of, remove, replacing, sweep, sweep_below
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import Event
 from erasekit.runs.config import to_toml
 from erasekit.runs.plan import Plan
 
+RECORDS = ("status.json", "config.toml")  # a folder with one of them is a run's
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "numpy", "pillow")
+
 
 class AtWork(EnvironmentProblem):
     """Another process is at work on a run."""
-
-
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "numpy", "pillow")
 
 
 class RunDirectory:
@@ -111,9 +110,13 @@ def open_run(out: Path, plan: Plan, *, force: bool = False) -> Iterator[RunDirec
 
 
 def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
+    sweep(path.parent, path.name, locked=True)
     if force and path.exists():
-        shutil.rmtree(path)
+        if path.is_symlink() or (not any((path / name).is_file() for name in RECORDS) and any(path.iterdir())):
+            raise UsageError(f"'{path}' holds no run, so --force does not touch it. Move it elsewhere, or use another --out.")
+        remove(path)
     path.mkdir(exist_ok=True)
+    sweep_below(path)
     run = RunDirectory(path, _read_status(path))
     if run.state == "new":
         with replacing(path / "config.toml") as temporary:

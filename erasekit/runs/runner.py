@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -10,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import linked, replacing
+from erasekit.atomic import linked, replacing, replacing_folder
 from erasekit.backbones.memory import check_disk, peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify
+from erasekit.erasures.contents import copy_erasure
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
@@ -238,10 +238,9 @@ def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
 def _copy(given: Path, folder: Path, backbone: Backbone) -> None:
     """Copy an erasure, checked, so that it is there whole or not at all."""
     Erasure.load(given, backbone)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(given, partial)
-    partial.rename(folder)
+    with replacing_folder(folder) as temporary:
+        copy_erasure(given, temporary, read_manifest(given, backbone))
+    Erasure.load(folder, backbone)
 
 
 def write_certificate(this: Run, backbone: Backbone) -> None:
