@@ -31,4 +31,5 @@ def _harmless(character: str) -> bool:
     return character in JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
+Lines = Annotated[str, Field(max_length=100_000), AfterValidator(one_line)]  # several that were put into one
 Line = Annotated[str, Field(max_length=2000), AfterValidator(one_line)]

@@ -22,7 +22,7 @@ from erasekit.documents import Damaged, read_document
 from erasekit.erasures.manifest import ADVICE, PROMPTS, SETTINGS, Name
 from erasekit.errors import UsageError
 from erasekit.safety import reject_unsafe
-from erasekit.texts import Line
+from erasekit.texts import Lines
 
 _ModelHook: Any = ModelHook  # Any: diffusers is untyped
 NAME = "erasekit"  # of the hook on a denoiser
@@ -77,6 +77,7 @@ class Guidance:
             "texts": self.texts,
             "scale": self.scale,
         }
+        Record.model_validate(record)  # what could not be read again is not written
         (folder / SETTINGS).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
         tensors = {name: t.cpu().contiguous() for name, t in vars(self.prompts).items() if t is not None}
         save_file(tensors, folder / PROMPTS)
@@ -110,7 +111,7 @@ class Record(BaseModel):
     schema_version: Literal[1]
     scheme: Name
     settings: dict[str, Any]
-    texts: tuple[Line, Line]
+    texts: tuple[Lines, Lines]
     scale: float
 
 
