@@ -11,9 +11,11 @@ import erasekit
 from erasekit import events
 from erasekit.backbones.protocol import BackboneConfig
 from erasekit.cli import build
-from erasekit.evaluation.results import MEANINGS, Metric, RunResult
-from erasekit.evaluation.tasks import Protocol
+from erasekit.evaluation.metrics import MEASURES
+from erasekit.evaluation.results import Metric, RunResult
+from erasekit.evaluation.tasks import PROMPT_SETS, Protocol
 from erasekit.registration import hookspecs
+from erasekit.registration.plugins import default
 from erasekit.runs.config import Options, RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +53,19 @@ def test_fields(model):
             assert field.description, name
 
 
-@pytest.mark.parametrize("name", sorted(MEANINGS))
-def test_metrics(name):
-    assert re.search(rf"^\| .*`{name}[`\[].* \| .+ \| .+ \|$", REFERENCE, re.MULTILINE), name
+def test_every_metric_stands_in_the_reference_with_the_meaning_that_it_is_defined_with():
+    found = {name: measure.meaning for name, measure in MEASURES.items()}
+    for entry in default().evaluators.entries():
+        found |= entry.load().meanings
+    for name, meaning in found.items():
+        row = re.search(rf"^\| .*`{name}[`\[].*? \| (.+?) \| .+ \|$", REFERENCE, re.MULTILINE)
+        assert row, name
+        assert row[1].replace("`", "") == meaning, name
+
+
+@pytest.mark.parametrize("name", PROMPT_SETS)
+def test_prompt_sets(name):
+    assert said(name)
 
 
 @pytest.mark.parametrize("name", [n for n in erasekit.__all__ if not n.startswith("__")])

@@ -12,12 +12,10 @@ from erasekit.evaluation.evaluators import (
     Evaluator,
     FrechetEvaluator,
     Scores,
-    bootstrap,
     frechet,
-    harmonic_mean,
     statistics,
-    wilson,
 )
+from erasekit.evaluation.intervals import bootstrap, harmonic_mean, wilson
 from erasekit.evaluation.results import Metric
 from erasekit.evaluation.tasks import Prompt, Task
 
@@ -167,6 +165,7 @@ def test_rows_belong_to_their_images(both):
     assert rows[7] | {"shown": None} == {
         **{"index": 1, "prompt": "prompt 1", "seed": 1, "set": "erase", "label": "red", "concept": "cat"},
         **{"side": "erased", "file": "1.png", "failed": False, "shown": None, "side_seen": "erased"},
+        **{"seen": [], "score": None, "no_face": False, "judge": "redness"},
     }
 
 
@@ -185,7 +184,7 @@ def test_two_evaluators_may_not_give_the_same_score(both):
     class Twin(Redness):
         name = "twin"
 
-    with pytest.raises(ValueError, match="shown"):
+    with pytest.raises(ErasekitError, match="'twin' gives the score side_seen, which another one gives"):
         evaluate(Reds(), [Redness(), Twin()], PROMPTS, *both, concepts=[CAT])
 
 

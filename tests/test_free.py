@@ -5,7 +5,8 @@ import json
 import pytest
 
 from erasekit.errors import UsageError
-from erasekit.evaluation.free import SETS, SPLITS, Free
+from erasekit.evaluation.free import Free
+from erasekit.evaluation.tasks import PROMPT_SETS, SPLITS
 from tests import tiny, tiny_flux
 
 TASK = Free()
@@ -16,7 +17,7 @@ def prompts(which, split, *concepts, limit=None):
     return TASK.prompts(which, concepts, split, limit)
 
 
-@pytest.mark.parametrize("which", SETS)
+@pytest.mark.parametrize("which", PROMPT_SETS)
 def test_splits_share_neither_prompts_nor_seeds(which):
     found = [prompts(which, split, DOG, MAN) for split in SPLITS]
     for of in ("text", "seed"):
@@ -25,7 +26,7 @@ def test_splits_share_neither_prompts_nor_seeds(which):
 
 
 def test_no_set_but_one_is_empty_and_captions_are_for_training():
-    for which in SETS:
+    for which in PROMPT_SETS:
         sizes = [len(prompts(which, split, DOG, MAN)) for split in SPLITS]
         assert all(sizes) == (which not in ("synonyms", "captions"))
         assert bool(sizes[0]) == (which != "synonyms")

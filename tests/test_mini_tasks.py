@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.evaluation.evaluators import Batch, bootstrap
+from erasekit.evaluation.evaluators import Batch
+from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.tasks import Prompt
 from erasekit_mini import vocabulary as words
 from erasekit_mini.evaluators import Classifier, ClipScore, Frechet
@@ -186,7 +187,8 @@ def test_metrics_of_objects_against_their_definition():
     erased = shown("erase", "cat", [1, 0, 0, 0]) + shown("synonyms", "cat", [1, 1, 0, 0, 0])
     erased += shown("preserve", "dog", [1] * 3) + shown("preserve", "ship", [1, 0]) + shown("clean", "dog", [0] * 9)
     found = OBJECTS.aggregate(rows(erased), [OBJECTS.concept("cat")])
-    assert set(found) == {"acc_e", "acc_s", "acc_g", "h_o"}
+    assert set(found) == {"acc_e", "acc_s", "acc_g", "h_o", "acc_pairs"}
+    assert found["acc_pairs"].value is None  # nobody asked for pairs: `evaluate` leaves it out
     assert found["acc_e"].value == 0.25
     assert found["acc_g"].value == pytest.approx(0.4)
     assert found["acc_s"].value == 0.75  # the mean over classes, not 4 of 5

@@ -50,7 +50,7 @@ def test_results_have_exactly_the_keys_of_the_schema(tmp_path):
         *("schema_version", "method", "backbone", "task", "domain", "concepts", "seed", "config_hash", "protocol"),
         *("counts", "metrics", "timings_s", "peak_memory_mb", "erasure_sha256", "warnings"),
     ]
-    assert list(stored["metrics"]["acc_e"]) == ["value", "base", "ci95", "n", "higher_is_better", "evaluator"]
+    assert list(stored["metrics"]["acc_e"]) == ["value", "base", "ci95", "n", "higher_is_better", "evaluator", "meaning"]
     assert stored["schema_version"] == 1
     assert read_result(tmp_path / "results.json") == result()
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
+from erasekit.evaluation.tasks import PROMPT_SETS, SPLITS, seed_offset
 from erasekit_mini import vocabulary as words
-from erasekit_mini.tasks import OFFSETS, PER_CONCEPT, Celebrities, Hazards, Objects, Styles
+from erasekit_mini.tasks import PER_CONCEPT, Celebrities, Hazards, Objects, Styles
 
-SPLITS = ("train", "validation", "evaluation")
 TASKS = (Objects(), Celebrities(), Styles(), Hazards())
 
 
@@ -59,7 +59,7 @@ def test_held_out_pairs_belong_to_one_split_each():
 
 
 def test_seeds_of_the_splits_never_meet():
-    highest = max(OFFSETS.values()) + PER_CONCEPT * 100
+    highest = max(map(seed_offset, PROMPT_SETS)) + PER_CONCEPT * 100
     ranges = [range(words.seed_of(s, 0), words.seed_of(s, highest) + 1) for s in SPLITS]
     assert all(a.stop <= b.start for a, b in itertools.pairwise(ranges))
 
@@ -67,7 +67,7 @@ def test_seeds_of_the_splits_never_meet():
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 def test_tasks_draw_different_prompts_and_seeds_in_every_split(task):
     concepts = [task.concept(task.concepts[0])]
-    drawn = {s: [p for which in OFFSETS for p in task.prompts(which, concepts, s)] for s in SPLITS}
+    drawn = {s: [p for which in PROMPT_SETS for p in task.prompts(which, concepts, s)] for s in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         assert not {p.text for p in drawn[one]} & {p.text for p in drawn[other]}
         assert not {p.seed for p in drawn[one]} & {p.seed for p in drawn[other]}

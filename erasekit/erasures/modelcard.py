@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from erasekit.backbones.where import shipped, where
 from erasekit.erasures.remains import Remains
 from erasekit.errors import ErasekitError
-from erasekit.evaluation.results import RunResult, meaning, number
+from erasekit.evaluation.results import RunResult, number
 from erasekit.registration.plugins import default
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -134,7 +134,6 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
             limits=NOT_PROMISED,
             remains=remains_line(record),
             removable=REMOVABLE if record.get("kind") == "guidance" else "",
-            meaning=meaning,
             number=number,
             cell=_cell,
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
 from erasekit.evaluation.evaluators import Batch, Evaluator, Side
+from erasekit.evaluation.judgement import FIELDS, Judgement, judgement_in, merged
+from erasekit.evaluation.metrics import MEASURES, split
 from erasekit.evaluation.results import Metric
 from erasekit.evaluation.sampling import load_images
 from erasekit.evaluation.tasks import Prompt, Task
@@ -21,7 +23,8 @@ class Evaluation(NamedTuple):
     """What was measured.
 
     Attributes:
-        rows: one per image of both sides: index, prompt, seed, label, set, concept, side, file, failed, and all scores.
+        rows: one per image of both sides: index, prompt, seed, label, set, concept, side, file, failed, all scores, and what
+            the judges say (see `judgement.merged`).
         metrics: the task's and the evaluators' numbers.
         counts: images of both sides: images, scored, failed (not scored by some evaluator), no_face (a face was asked for
             and none was found).
@@ -66,9 +69,22 @@ def evaluate(
     metrics = _merge(rows, evaluators, scored_by, problems)
     usable = {str(side): [r for r in rows if r["side"] == side and not r["failed"]] for side in paths}
     tags = {e.name: e.tag for e in evaluators}
+    asked = {p.set for p in prompts}
     metrics = {**task.aggregate(usable, concepts), **metrics}
-    metrics = {k: m.model_copy(update={"evaluator": tags.get(m.evaluator, m.evaluator)}) for k, m in metrics.items()}
+    metrics = {name: _tagged(m, tags) for name, m in metrics.items() if m.value is not None or _rests_on(name) <= asked}
     return Evaluation(rows, metrics, _counts(rows, judged=bool(evaluators)))
+
+
+def _rests_on(metric: str) -> set[str]:
+    """The prompt sets without which there is no such metric; what evaluators give of whole sets, they give of clean images."""
+    measure = MEASURES.get(split(metric)[0])
+    return set(measure.needs) if measure else {"clean"}
+
+
+def _tagged(metric: Metric, tags: Mapping[str, str]) -> Metric:
+    """The metric with the versions of the evaluators that it names."""
+    names = metric.evaluator.split(", ")
+    return metric.model_copy(update={"evaluator": ", ".join(tags.get(name, name) for name in names)})
 
 
 def _row(index: int, prompt: Prompt, side: Side, path: Path) -> dict[str, Any]:
@@ -99,6 +115,7 @@ def _merge(
 ) -> dict[str, Metric]:
     """Put every evaluator's scores into the rows; its metrics of whole sets."""
     metrics: dict[str, Metric] = {}
+    judged: dict[int, dict[str, Judgement]] = {}
     for evaluator in evaluators:
         taken = scored_by[evaluator.name]
         if rows and not taken:
@@ -106,13 +123,37 @@ def _merge(
             raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every image: {why}")
         scores = evaluator.compute()
         for i, found in zip(taken, scores.rows, strict=True):
-            if clash := found.keys() & rows[i].keys():
-                raise ValueError(f"Two evaluators give the score {sorted(clash)}; '{evaluator.name}' has to rename its own.")
-            rows[i].update(found)
+            _add(rows[i], found, evaluator.name, judged.setdefault(i, {}))
         for i in set(range(len(rows))) - set(taken):
             rows[i]["failed"] = True
-        metrics |= scores.metrics
+        metrics |= {name: m.model_copy(update={"meaning": _meaning(evaluator, name)}) for name, m in scores.metrics.items()}
+    for i, given in judged.items():
+        if given:
+            rows[i].update(merged(given, [e.name for e in evaluators]))
     return metrics
+
+
+def _add(row: dict[str, Any], found: Mapping[str, Any], evaluator: str, judged: dict[str, Judgement]) -> None:
+    """Put an evaluator's scores of an image into its row, and its judgement into `judged`.
+
+    Raises:
+        ErasekitError: it gives a score that another one gives too, or a judgement of the wrong type.
+    """
+    try:
+        judgement = judgement_in(found)
+    except ValueError as error:
+        raise ErasekitError(f"Evaluator '{evaluator}' is no judge as it should be. {error}") from error
+    if judgement is not None:
+        judged[evaluator] = judgement
+    columns = {key: value for key, value in found.items() if judgement is None or key not in FIELDS}
+    if clash := columns.keys() & {*row, *FIELDS, "judge"}:
+        names = ", ".join(sorted(clash))
+        raise ErasekitError(f"Evaluator '{evaluator}' gives the score {names}, which another one gives. Rename it.")
+    row.update(columns)
+
+
+def _meaning(evaluator: Evaluator, metric: str) -> str:
+    return evaluator.meanings.get(split(metric)[0], "")
 
 
 def _counts(rows: list[dict[str, Any]], *, judged: bool) -> dict[str, int]:

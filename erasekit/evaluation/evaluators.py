@@ -1,13 +1,11 @@
-"""What looks at images, and the arithmetic that turns scores into numbers with intervals."""
+"""What looks at images: evaluators, their scores, and the Frechet distance of sets of features."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -15,7 +13,6 @@ from erasekit.evaluation.results import Metric
 from erasekit.evaluation.tasks import Prompt
 
 Side = Literal["base", "erased"]
-Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ class Scores:
     """What an evaluator saw.
 
     Attributes:
-        rows: scores per image, in the order of the updates; {} where it has nothing to say about a single image.
+        rows: scores per image, in the order of the updates; {} where it has nothing to say about a single image. A judge's rows
+            have the fields of a `judgement.Judgement`: metrics such as `acc_e` are made from them.
         metrics: numbers of whole sets.
     """
 
@@ -62,10 +60,12 @@ class Evaluator:
         name: the registered name.
         version: rises when any of its scores could change.
         Config: the settings, which the constructor takes by keyword; field descriptions are the documentation.
+        meanings: {metric of its own, as it is called before a bracket: what it means, in a few words}.
     """
 
     name: ClassVar[str]
     version: str = "1"
+    meanings: ClassVar[Mapping[str, str]] = {}
     Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
 
     def __init__(self, **settings: Any) -> None:
@@ -102,6 +102,9 @@ class FrechetEvaluator(Evaluator):
         reference_name: what `reference()` is made of, in the metric's name.
     """
 
+    meanings: ClassVar[Mapping[str, str]] = {
+        "frechet": "distance of the statistics of clean images to the unedited model's, or to the named reference's"
+    }
     features_name: ClassVar[str]
     reference_name: ClassVar[str] = "reference"
 
@@ -167,35 +170,3 @@ def frechet(mean_1: torch.Tensor, cov_1: torch.Tensor, mean_2: torch.Tensor, cov
     trace = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
     distance: torch.Tensor = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * trace
     return max(0.0, float(distance))
-
-
-def harmonic_mean(*values: float) -> float:
-    """The harmonic mean of shares; 0 as soon as one of them is 0."""
-    return len(values) / sum(1 / v for v in values) if min(values) > 0 else 0.0
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share of n images (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    centre = share + Z95**2 / (2 * n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def bootstrap(
-    groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float], *, seed: int = 0, draws: int = 1000
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic of several groups of images, each resampled on its own.
-
-    Args:
-        groups: one score per image, an array per group, none empty.
-        statistic: takes the resampled groups.
-        seed: of the resampling: equal scores give equal intervals.
-        draws: how often to resample.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic([g[rng.integers(0, len(g), len(g))] for g in groups]) for _ in range(draws)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

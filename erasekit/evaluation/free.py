@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from erasekit.concepts import Concept
-from erasekit.errors import unknown
-from erasekit.evaluation.results import Metric
-from erasekit.evaluation.tasks import Prompt, Protocol, Split, Task
+from erasekit.evaluation.tasks import SPLITS, Prompt, Protocol, Split, Task, seed_offset
 
 MANNERS = ("{}", "a photo of {}", "a close-up of {}", "a painting of {}", "a drawing of {}")
 PLACES = (
@@ -23,8 +21,6 @@ THINGS = (
     *("a castle", "a house", "a lamp", "a chair", "a guitar", "a clock", "a pile of books", "a cup of coffee"),
     *("a bowl of fruit", "a loaf of bread", "a tree", "a field of flowers", "a waterfall", "a rabbit", "an elephant"),
 )
-SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
-SETS = ("erase", "synonyms", "preserve", "clean", "pairs", "captions")
 CAPTIONS = 300
 ARTICLES = {"a", "an", "the", "of"}
 
@@ -53,8 +49,7 @@ class Free(Task):
 
     def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
         """One prompt set of one split. Phrases of a concept take turns; there are no synonyms that were not given."""
-        if which not in SETS:
-            raise unknown("prompt set", which, SETS, "erasekit ls tasks")
+        first = 1_000_000 * SPLITS.index(split) + seed_offset(which)
         chosen, kept = frames(split), _kept(concepts)
         two = (f"{a} and {b}" for a, b in itertools.permutations(kept, 2))
         if which == "erase":
@@ -74,13 +69,8 @@ class Free(Task):
             found = [(f.format(thing), "") for f, thing in _shuffled(itertools.product(chosen, [*kept, *two]))[:CAPTIONS]]
         else:
             found = []
-        first = 1_000_000 * SPLITS.index(split) + 100_000 * SETS.index(which)
         prompts = [Prompt(text, first + i, concept, which, concept) for i, (text, concept) in enumerate(found)]
         return prompts if which == "erase" else prompts[:limit]
-
-    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """No numbers: there is no evaluator."""
-        return {}
 
 
 def _asked(frame: str, concept: Concept, phrase: str) -> str:

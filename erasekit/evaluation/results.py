@@ -13,29 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 
-# What the numbers of the tasks mean, by the name before any bracket.
-MEANINGS = {
-    "acc_e": "prompts of the erased concept whose image still shows it",
-    "acc_g": "the same for synonyms, plurals and other wordings",
-    "acc_s": "prompts of everything else whose image shows what it should",
-    "acc_pairs": "erased objects still seen when two of them are asked for at once",
-    "h_o": "harmonic mean of 1 - acc_e, acc_s and 1 - acc_g",
-    "h_c": "harmonic mean of 1 - acc_e and acc_s",
-    "h_s": "harmonic mean of 1 - acc_e and acc_s",
-    "h_n": "harmonic mean of 1 - unsafe_images and acc_s",
-    "face_rate": "images of the erased people that still show a face, anybody's",
-    "style_removed": "prompts of the erased artist whose image does not show the style",
-    "unsafe_images": "prompts of the task whose image is unsafe",
-    "unsafe_detections": "unsafe things found in all images together",
-    "frechet": "distance of the statistics of clean images to the unedited model's, or to the named reference's",
-    "clip_score": "how well the images of clean prompts fit their prompts",
-}
-
-
-def meaning(metric: str) -> str:
-    """What a metric means, in a few words; "" for one that is not erasekit's own."""
-    return MEANINGS.get(metric.partition("[")[0], "")
-
 
 class Metric(BaseModel):
     """One number of a run.
@@ -46,6 +23,7 @@ class Metric(BaseModel):
         ci95: a 95 % interval of `value`, where there is a sound one.
         n: how many images `value` rests on.
         evaluator: `name@version` of what scored them.
+        meaning: in a few words, from where the metric is defined.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +34,7 @@ class Metric(BaseModel):
     n: int = Field(ge=0)
     higher_is_better: bool
     evaluator: str
+    meaning: str = ""
 
 
 class RunResult(BaseModel):

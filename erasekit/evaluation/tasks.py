@@ -10,8 +10,47 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from erasekit.concepts import Concept
+from erasekit.errors import unknown
+from erasekit.evaluation.metrics import measured
 
 Split = Literal["train", "validation", "evaluation"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
+
+
+class PromptSet(NamedTuple):
+    """One of the sets that a task's prompts come in.
+
+    Attributes:
+        meaning: what its prompts ask for.
+        drawn: whether its images are drawn and judged; the others are for training alone.
+        needed: whether a task has to have it. A set that is empty leaves out the metrics that rest on it.
+    """
+
+    meaning: str
+    drawn: bool = True
+    needed: bool = False
+
+
+PROMPT_SETS: dict[str, PromptSet] = {
+    "erase": PromptSet("what is erased, by its name", needed=True),
+    "synonyms": PromptSet("what is erased, in other words"),
+    "preserve": PromptSet("what has to stay: things of the same kind"),
+    "clean": PromptSet("anything else"),
+    "pairs": PromptSet("two erased concepts at once"),
+    "captions": PromptSet("all that the model can draw", drawn=False),
+}
+DRAWN = tuple(name for name, prompts in PROMPT_SETS.items() if prompts.drawn)
+
+
+def seed_offset(which: str) -> int:
+    """Where the seeds of a prompt set begin within its split: an image keeps its seed whatever else is drawn.
+
+    Raises:
+        UsageError: there is no such set; says the nearest.
+    """
+    if which not in PROMPT_SETS:
+        raise unknown("prompt set", which, PROMPT_SETS, "docs/reference.md")
+    return 100_000 * list(PROMPT_SETS).index(which)
 
 
 class Prompt(NamedTuple):
@@ -21,7 +60,7 @@ class Prompt(NamedTuple):
         text: the prompt.
         seed: the seed of its noise.
         label: what the image should show (an evaluator's label); "" if nothing is checked.
-        set: which prompt set it belongs to: erase, synonyms, preserve, clean or pairs.
+        set: which prompt set it belongs to (see `PROMPT_SETS`).
         concept: the erased concept that this prompt asks for, "" if none.
         neutral: the same prompt without the concept, where the task knows it better than by replacing the concept's phrases
             (a prompt in other words, say); never needed for measuring.
@@ -63,6 +102,7 @@ class Task:
         concepts: the names it knows, each run on its own when no concept is given.
         evaluators: names of the evaluators that look at its images.
         evaluator_settings: {evaluator: settings of it}, where they are not its defaults; a user's go over them.
+        metrics: the metrics that are made of what they see (see `metrics.MEASURES`); `acc_e[clip10]` is by the judge `clip10`.
         protocol: how its images are drawn.
     """
 
@@ -73,6 +113,7 @@ class Task:
     concepts: ClassVar[tuple[str, ...]] = ()
     evaluators: ClassVar[tuple[str, ...]] = ()
     evaluator_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    metrics: ClassVar[tuple[str, ...]] = ()
     protocol: ClassVar[Protocol] = Protocol()
     blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 
@@ -85,12 +126,12 @@ class Task:
         raise NotImplementedError
 
     def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
-        """One prompt set of one split: `erase`, `synonyms`, `preserve`, `clean`, `pairs`, or `captions` (training only).
+        """One prompt set of one split (see `PROMPT_SETS`); only `erase` may not be empty.
 
         Prompts and seeds of the three splits are disjoint. `limit` is the most per set and concept.
         """
         raise NotImplementedError
 
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Any]:
-        """The task's metrics from the per-image scores (see `results.Metric`)."""
-        raise NotImplementedError
+        """The task's metrics from the scored images of both sides; by default those that `metrics` names."""
+        return measured(self.metrics, rows, [c.name for c in concepts])

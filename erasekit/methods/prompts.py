@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from erasekit.concepts import EMPTY_PROMPT, Concept
 from erasekit.errors import UsageError
-from erasekit.evaluation.tasks import Prompt, Split
+from erasekit.evaluation.tasks import PROMPT_SETS, SPLITS, Prompt
 from erasekit.methods.context import RunContext
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
-SETS = ("erase", "synonyms", "preserve", "clean", "captions")
+SETS = tuple(which for which in PROMPT_SETS if which != "pairs")  # methods that train on pairs encode theirs themselves
 
 
 def concept_prompts(concept: Concept, asked: Sequence[Prompt]) -> list[str]:
@@ -70,7 +69,7 @@ def guided_texts(ctx: RunContext, guides: Sequence[str]) -> list[str]:
 
 def training_texts(ctx: RunContext) -> list[str]:
     """The prompts of the concepts and of the task's training and validation splits, and the neutral forms of all of them."""
-    asked = [p for split in SPLITS for which in SETS for p in ctx.prompts(which, split)]
+    asked = [p for split in SPLITS[:-1] for which in SETS for p in ctx.prompts(which, split)]
     found = [*preserve_prompts(ctx), *(p.text for p in asked)]
     found += [neutral_of(p, ctx.concepts) for p in asked if p.concept]
     for concept in ctx.concepts:

@@ -14,18 +14,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from erasekit.atomic import replacing
 from erasekit.erasures.modelcard import NOT_PROMISED, REMOVABLE, load_lines, remains_line, templates
-from erasekit.evaluation.results import Metric, meaning, number, read_result, read_scores
+from erasekit.evaluation.results import Metric, number, read_result, read_scores
 from erasekit.evaluation.sampling import PIL_ERRORS
-from erasekit.evaluation.tasks import Task
+from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Task
 from erasekit.safety import is_sexual
 
-SET_TITLES = {
-    "erase": "Prompts of what was erased",
-    "synonyms": "The same in other words",
-    "pairs": "Two erased concepts at once",
-    "preserve": "Prompts of what has to stay",
-    "clean": "Prompts from all over",
-}
 PAIRS_PER_SET = 12
 LARGEST = 256  # pixels of an embedded image's side
 
@@ -58,9 +51,9 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False) -> Path:
         paths = [[_path(directory, row) for row in side] for side in zip(*pairs, strict=True)]
         captions = [pair.base["prompt"] for pair in pairs]
         grid(paths[0], paths[1], directory / "samples" / f"{name}.png", captions=captions, blur=blur)
-    figures = [(SET_TITLES.get(s, s), [_figure(directory, p, blur=blur) for p in pairs]) for s, pairs in sets.items()]
+    figures = [(_title(s), [_figure(directory, p, blur=blur) for p in pairs]) for s, pairs in sets.items()]
     content = _content(directory) | {"title": task.title or task.name, "sets": figures, "blur": blur}
-    page = templates().get_template("report.html.j2").render(content, meaning=meaning, number=number, scale=scale)
+    page = templates().get_template("report.html.j2").render(content, number=number, scale=scale)
     path = directory / "report.html"
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -88,12 +81,18 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Pair]]:
     sides: dict[str, dict[int, Mapping[str, Any]]] = {"base": {}, "erased": {}}
     for row in rows:
         sides[row["side"]][row["index"]] = row
-    sets: dict[str, list[Pair]] = {name: [] for name in SET_TITLES}
+    sets: dict[str, list[Pair]] = {name: [] for name in DRAWN}
     for index, row in sides["base"].items():
         pairs = sets.setdefault(row["set"], [])
         if len(pairs) < PAIRS_PER_SET and index in sides["erased"]:
             pairs.append(Pair(row, sides["erased"][index]))
     return {name: pairs for name, pairs in sets.items() if pairs}
+
+
+def _title(which: str) -> str:
+    """The heading of a prompt set's images."""
+    meaning = PROMPT_SETS[which].meaning if which in PROMPT_SETS else which
+    return f"Prompts of {meaning}"
 
 
 def _figure(directory: Path, pair: Pair, *, blur: bool) -> dict[str, Any]:

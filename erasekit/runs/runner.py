@@ -18,11 +18,12 @@ from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
+from erasekit.errors import UsageError
 from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.results import RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.evaluation.sampling import base_key, sample
-from erasekit.evaluation.tasks import Prompt
+from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt
 from erasekit.events import (
     Dispatcher,
     Evaluated,
@@ -47,7 +48,6 @@ from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import RunDirectory, open_run, write_json
 from erasekit.safety import reject_unsafe
 
-SETS = ("erase", "synonyms", "preserve", "clean", "pairs")
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
 
 
@@ -192,9 +192,11 @@ def evaluation_prompts(plan: Plan) -> list[Prompt]:
     """The prompts that are measured on, all sets one after the other.
 
     Raises:
-        UsageError: a prompt is one that erasekit refuses to draw.
+        UsageError: there is no prompt of what is erased, or a prompt is one that erasekit refuses to draw.
     """
-    prompts = [p for which in SETS for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    prompts = [p for which in DRAWN for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    for which in {name for name, prompts in PROMPT_SETS.items() if prompts.needed} - {p.set for p in prompts}:
+        raise UsageError(f"The task '{plan.task.name}' has no prompts in the set '{which}'. Give it at least one.")
     reject_unsafe(p.text for p in prompts)
     return prompts
 

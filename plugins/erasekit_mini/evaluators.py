@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from erasekit.errors import EnvironmentProblem
-from erasekit.evaluation.evaluators import Batch, Evaluator, FrechetEvaluator, Scores, bootstrap
+from erasekit.evaluation.evaluators import Batch, Evaluator, FrechetEvaluator, Scores
+from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.results import Metric
 from erasekit_mini import vocabulary as words
 from erasekit_mini.nets import MiniClassifier, MiniImageTower
@@ -79,8 +80,7 @@ def load_classifier(folder: Path) -> MiniClassifier:
 class Classifier(Evaluator):
     """What an image shows: objects, hazards and faces over their thresholds, and whose face, and which artist's style.
 
-    Scores per image: `seen`, the labels found; `shown`, whether the prompt's label is among them (None if the prompt has
-    none); `score`, the label's probability; `no_face`, a face was asked for and there is none.
+    A judge: see `erasekit.evaluation.judgement.Judgement`.
     """
 
     name = "mini-classifier"
@@ -165,6 +165,7 @@ class ClipScore(Evaluator):
     """The cosine of an image and its prompt in the mini CLIP, times 100, not below 0 (Hessel et al. 2021 times 40)."""
 
     name = "mini-clip"
+    meanings: ClassVar[Mapping[str, str]] = {"clip_score": "how well the images of clean prompts fit their prompts"}
 
     def __init__(self, folder: Path = MODELS / "evaluators", text: Path = MODELS / "sd15-mini") -> None:
         """Load both towers (see `ClipScorer`)."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 from erasekit.concepts import Concept, Kind
 from erasekit.errors import unknown
+from erasekit.evaluation.metrics import Rows, measured
 from erasekit.evaluation.results import Metric
-from erasekit.evaluation.tasks import Prompt, Split, Task
-from erasekit_mini import metrics
+from erasekit.evaluation.tasks import Prompt, Split, Task, seed_offset
 from erasekit_mini import vocabulary as words
 from erasekit_mini.vocabulary import Row
 
-# Each prompt set of a split has seeds of its own, so that an image keeps its seed whatever else is drawn.
-OFFSETS = {"erase": 0, "synonyms": 100_000, "preserve": 200_000, "clean": 300_000, "pairs": 400_000, "captions": 500_000}
 PER_CONCEPT = 1_000  # more than the prompts that one concept has in a set
 
 
@@ -78,16 +76,15 @@ class MiniTask(Task):
 
         `limit` is the most per erased concept, and in sets that ask for none of them the most in all.
         """
+        seed_offset(which)  # a set that there is not is refused
         n = self.sizes[split].get(which, 0)
         erased = [c.name for c in concepts]
         if which == "erase":
-            prompts = self._of_each(
-                which, split, erased, [self.erase_rows(name, split, n)[:limit] for name in erased], concepts
-            )
+            rows = [self.erase_rows(name, split, n)[:limit] for name in erased]
+            prompts = self._of_each(which, split, erased, rows, concepts)
         elif which == "synonyms":
-            prompts = self._of_each(
-                which, split, erased, [self.synonym_rows(name, split, n)[:limit] for name in erased], concepts
-            )
+            rows = [self.synonym_rows(name, split, n)[:limit] for name in erased]
+            prompts = self._of_each(which, split, erased, rows, concepts)
         elif which == "preserve":
             kept = self.preserve_rows(erased, split, n)
             prompts = self._of_each(which, split, [rows[0].label for rows in kept], kept)[:limit]
@@ -96,11 +93,9 @@ class MiniTask(Task):
         elif which == "clean":
             clean = self._without(erased, enumerate(words.clean_prompts(split, 10_000)))
             prompts = self._numbered(which, split, clean)[:n][:limit]
-        elif which == "captions":
+        else:
             captions = self._without(erased, enumerate(self._captions() if split == "train" else []))
             prompts = self._numbered(which, split, captions)[:n][:limit]
-        else:
-            raise unknown("prompt set", which, OFFSETS, "erasekit ls tasks")
         return prompts
 
     def _of_each(
@@ -111,7 +106,7 @@ class MiniTask(Task):
         everything = list(dict.fromkeys((*self.concepts, *words.OBJECTS, *words.IDENTITIES)))
         turns: list[tuple[int, Prompt]] = []
         for name, of_name in zip(names, rows, strict=True):
-            first = OFFSETS[which] + PER_CONCEPT * everything.index(name)
+            first = seed_offset(which) + PER_CONCEPT * everything.index(name)
             concept = "" if which == "preserve" else name
             for k, row in enumerate(of_name):
                 seed = words.seed_of(split, first + k)
@@ -124,7 +119,7 @@ class MiniTask(Task):
         prompts = []
         for k, row in rows:
             concept = row.label if which == "pairs" else ""
-            prompts.append(Prompt(row.prompt, words.seed_of(split, OFFSETS[which] + k), row.label, which, concept))
+            prompts.append(Prompt(row.prompt, words.seed_of(split, seed_offset(which) + k), row.label, which, concept))
         return prompts
 
     def _without(self, erased: Sequence[str], rows: Iterable[tuple[int, Row]]) -> list[tuple[int, Row]]:
@@ -153,6 +148,7 @@ class Objects(MiniTask):
 
     name = "objects"
     title = "Objects of the mini world"
+    metrics = ("acc_e", "acc_s", "acc_g", "h_o", "acc_pairs")
     version = 2
     kind = "object"
     concepts = tuple(words.OBJECTS)
@@ -187,17 +183,13 @@ class Objects(MiniTask):
             preserve=tuple(words.article(o) for o in self.concepts if o != name),
         )
 
-    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`acc_e`, `acc_s`, `acc_g`, `h_o`, and `acc_pairs` if several are erased."""
-        erased = [c.name for c in concepts]
-        return metrics.shares(rows, erased, mean="h_o", general=True) | metrics.pairs(rows)
-
 
 class Celebrities(MiniTask):
     """Ten invented people; their faces go, faces stay."""
 
     name = "celebrities"
     title = "Celebrities of the mini world (invented people)"
+    metrics = ("acc_e", "acc_s", "h_c", "face_rate")
     kind = "identity"
     concepts = words.IDENTITIES
 
@@ -216,16 +208,13 @@ class Celebrities(MiniTask):
             preserve=("a person", *(who for who in self.concepts if who != name)),
         )
 
-    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`acc_e`, `acc_s`, `h_c`, and `face_rate`: how many images of the erased people still show a face."""
-        return metrics.shares(rows, [c.name for c in concepts], mean="h_c") | metrics.share_seen(rows, "face_rate", "face")
-
 
 class Styles(MiniTask):
     """Six invented artists, each a manner of drawing."""
 
     name = "styles"
     title = "Styles of the mini world (invented artists)"
+    metrics = ("acc_e", "acc_s", "h_s", "style_removed")
     kind = "style"
     concepts = tuple(words.STYLES)
 
@@ -241,17 +230,13 @@ class Styles(MiniTask):
             name=name, kind=self.kind, phrases=(name, *phrases), neutral="an artist", templates=templates, preserve=others
         )
 
-    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`acc_e`, `style_removed` (one minus it), `acc_s`, `h_s`."""
-        shares = metrics.shares(rows, [c.name for c in concepts], mean="h_s")
-        return shares | {"style_removed": metrics.complement(shares["acc_e"])}
-
 
 class Hazards(MiniTask):
     """Hazards in place of explicit content: named outright, evoked, or attached to an object by an adjective."""
 
     name = "i2p"
     title = "I2P of the mini world: a stand-in, hazards (knife, bomb, gun) take the place of explicit content"
+    metrics = ("unsafe_images", "unsafe_detections", "acc_s", "h_n")
     kind = "nsfw"
     version = 2
     concepts = ("hazard",)
@@ -291,15 +276,15 @@ class Hazards(MiniTask):
             preserve=preserve,
         )
 
-    def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Metric]:
-        """`unsafe_images` (their share, also by how they are asked for), `unsafe_detections` (number), `acc_s`, `h_n`."""
-        shares = metrics.shares(rows, [c.name for c in concepts], mean="h_n")
-        unsafe = shares.pop("acc_e")
-        kinds = {f"unsafe_images[{kind}]": metrics.left(_of_kind(rows, kind), "hazard") for kind in get_args(words.HazardKind)}
-        return {"unsafe_images": unsafe, "unsafe_detections": metrics.total(unsafe)} | kinds | shares
+    def aggregate(self, rows: Rows, concepts: Sequence[Concept]) -> dict[str, Metric]:
+        """The metrics, and `unsafe_images` by how the prompts ask for a hazard, too."""
+        found, erased = super().aggregate(rows, concepts), [c.name for c in concepts]
+        kinds = get_args(words.HazardKind)
+        asked = {kind: measured(["unsafe_images"], _of_kind(rows, kind), erased)["unsafe_images"] for kind in kinds}
+        return found | {f"unsafe_images[{kind}]": metric for kind, metric in asked.items()}
 
 
-def _of_kind(rows: metrics.Rows, kind: str) -> metrics.Rows:
+def _of_kind(rows: Rows, kind: str) -> Rows:
     """The rows of hazard prompts of one kind."""
     return {
         side: [r for r in of if r["set"] == "erase" and words.hazard_kind(r["prompt"]) == kind] for side, of in rows.items()

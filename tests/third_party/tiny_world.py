@@ -7,7 +7,8 @@ from pydantic import Field
 
 from erasekit import Concept, Erasure, Evaluator, Method, Prompt, Protocol, RunContext, Task, hookimpl
 from erasekit.errors import unknown
-from erasekit.evaluation.evaluators import Scores, wilson
+from erasekit.evaluation.evaluators import Scores
+from erasekit.evaluation.intervals import wilson
 from erasekit.evaluation.results import Metric
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.training import TrainingConfig, train
