@@ -35,3 +35,9 @@ def register_components(register: RegisterComponent) -> None:
 def register_tasks(register: Register) -> None:
     """The task for any concept."""
     register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; images, no scores")
+
+
+@hookimpl
+def register_launchers(register: Register) -> None:
+    """What starts the workers of a sweep."""
+    register("local", "erasekit.sweeps.local:Local", summary="this machine: a worker for each GPU, or some on the CPU")

@@ -117,8 +117,8 @@ def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
         remove(path)
     path.mkdir(exist_ok=True)
     sweep_below(path)
-    run = RunDirectory(path, _read_status(path))
-    if run.state == "new":
+    run = RunDirectory(path, read_status(path))
+    if not (path / "config.toml").is_file():
         with replacing(path / "config.toml") as temporary:
             temporary.write_text(to_toml(plan.config), encoding="utf-8")
         write_json(path / "env.json", environment())
@@ -128,7 +128,12 @@ def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
     return run
 
 
-def _read_status(path: Path) -> dict[str, Any]:
+def read_status(path: Path) -> dict[str, Any]:
+    """What a run directory says of itself; {} if nobody has begun.
+
+    Raises:
+        ErasekitError: its status.json is damaged.
+    """
     try:
         status = json.loads((path / "status.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,6 +143,18 @@ def _read_status(path: Path) -> dict[str, Any]:
     if not isinstance(status, dict):
         raise ErasekitError(f"'{path / 'status.json'}' is damaged. Start the run anew with --force.")
     return status
+
+
+def mark(path: Path, state: Literal["running", "failed"], error: str = "") -> None:
+    """Say of a run that nobody has open that it has failed, or that it may be gone on with; what is done stays."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        status = read_status(path)
+    except ErasekitError:
+        status = {}
+    done = {key: status[key] for key in ("finished", "timings_s") if key in status}
+    told: dict[str, Any] = {"error": error} if error else {}
+    write_json(path / "status.json", {"state": state, **done, "starts": 0, **told})
 
 
 def write_json(path: Path, value: Any) -> None:

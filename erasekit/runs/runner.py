@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import linked, replacing, replacing_folder
+from erasekit.atomic import linked, lock_of, replacing, replacing_folder
 from erasekit.backbones.memory import check_disk, peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify
@@ -164,6 +164,10 @@ def _announced(this: Run) -> Iterator[None]:
     try:
         with heard(emit):
             yield
+    except KeyboardInterrupt:  # somebody wants it to stop: that is no sign of a run that ends its process
+        directory.starts -= 1
+        directory.write_status("running")
+        raise
     except Exception as error:
         shown = named(error, plan)
         with suppress(OSError):  # the disk may be full; the error that matters is the first one
@@ -206,7 +210,9 @@ def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
     folder = cache / base_key(backbone, this.plan.protocol, this.prompts)
     pipe = backbone.pipeline(encoders=False, shared=True)
     kept = this.directory.path / "images" / "base"
-    return [linked(path, kept / path.name) for path in _sampled(this, backbone, pipe, folder, which="base")]
+    with lock_of(folder):  # who comes second finds them drawn
+        paths = _sampled(this, backbone, pipe, folder, which="base")
+    return [linked(path, kept / path.name) for path in paths]
 
 
 def _sampled(this: Run, backbone: Backbone, pipe: Any, folder: Path, *, which: str) -> list[Path]:

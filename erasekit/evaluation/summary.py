@@ -1,0 +1,111 @@
+"""One row of a table from many runs: means over concepts and seeds, with intervals, and differences from another row.
+
+The images of a concept have the same prompts and noise at every seed, so that seeds are no further sample of them: concepts
+are what is resampled, each with the mean of its seeds. Seeds of a method that has no use for one, as closed forms have none,
+give one erasure, and count as one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from erasekit.evaluation.results import Metric, RunResult
+
+RESAMPLES = 2000
+Runs = Mapping[str, Sequence[RunResult]]  # by concept (or concepts that were erased together), one for each seed
+
+
+def interval(concepts: Sequence[Sequence[Metric]]) -> list[float]:
+    """A 95 % interval of the mean over concepts, each with its runs at several seeds.
+
+    The wider one of a bootstrap over concepts and of the mean of the concepts' own intervals (MOVER, Zou and Donner 2008),
+    where a concept has the mean value and the mean interval of its runs: concepts that all agree are no proof that the next
+    one would.
+    """
+    values = [[m.value for m in runs if m.value is not None] for runs in concepts]
+    ends = [[m.ci95 for m in runs if m.ci95] for runs in concepts]
+    known = all(len(e) == len(v) for e, v in zip(ends, values, strict=True))
+    return _interval([float(np.mean(v)) for v in values], [np.mean(e, 0).tolist() for e in ends] if known else None)
+
+
+def _interval(values: Sequence[float], ends: Sequence[Sequence[float]] | None) -> list[float]:
+    """The interval of a mean of independent values, each with its own interval if `ends` are given."""
+    each = np.array(values)
+    draws = np.random.default_rng(0).choice(each, (RESAMPLES, len(each)))
+    low, high = np.percentile(draws.mean(1), (2.5, 97.5))
+    if ends is not None:
+        below, above = np.sqrt(np.square(np.array(ends) - each[:, None]).sum(0)) / len(each)
+        low, high = min(low, each.mean() - below), max(high, each.mean() + above)
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def distinct(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The runs of one concept without those that gave the same erasure: of a closed form all seeds are one run."""
+    return list({run.erasure_sha256: run for run in runs}.values())
+
+
+def summary(runs: Runs) -> dict[str, Any]:
+    """Of every metric that all runs have the mean over concepts, each with its seeds; the time to erase and the memory.
+
+    Seeds that gave the same erasure count once, in `runs` and `images` too.
+    """
+    every = [run for of_concept in runs.values() for run in of_concept]
+    concepts = [distinct(of_concept) for of_concept in runs.values()]
+    metrics = {}
+    for name in _common(every):
+        known = [[m for run in of_concept if (m := run.metrics[name]).value is not None] for of_concept in concepts]
+        known = [of_concept for of_concept in known if of_concept]
+        if known:
+            metrics[name] = _mean(known)
+    seconds, peak = [run.timings_s.get("erase", 0.0) for run in every], max(run.peak_memory_mb for run in every)
+    return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}
+
+
+def _common(runs: Sequence[RunResult]) -> list[str]:
+    return [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+
+
+def _mean(concepts: Sequence[Sequence[Metric]]) -> dict[str, Any]:
+    """A metric's mean over concepts, with its interval, the unedited model's, and what it rests on."""
+    bases = [m.base for runs in concepts for m in runs if m.base is not None]
+    complete = len(bases) == sum(map(len, concepts))
+    return {
+        "mean": round(float(np.mean([np.mean([m.value for m in runs]) for runs in concepts])), 4),
+        "ci95": interval(concepts),
+        "base": round(float(np.mean(bases)), 4) if complete else None,
+        "higher_is_better": concepts[0][0].higher_is_better,
+        "runs": sum(map(len, concepts)),
+        "images": sum(m.n for runs in concepts for m in runs),
+    }
+
+
+def differences(runs: Runs, reference: Runs) -> dict[str, Any]:
+    """Of every metric the mean difference from another row's, over the concepts and seeds that both have.
+
+    Both rows draw the same prompts with the same seeds, so that what is common to both falls out. The interval is a bootstrap
+    over concepts, each with the mean difference of its seeds; of one concept alone there is none.
+    """
+    pairs = {name: _paired(runs[name], reference[name]) for name in runs.keys() & reference.keys()}
+    pairs = {name: pairs[name] for name in runs if pairs.get(name)}
+    every = [run for of_concept in pairs.values() for pair in of_concept for run in pair]
+    found = {}
+    for metric in _common(every) if every else []:
+        each = [[_less(one.metrics[metric], other.metrics[metric]) for one, other in pairs[name]] for name in pairs]
+        means = [float(np.mean(known)) for of_concept in each if (known := [d for d in of_concept if d is not None])]
+        if means:
+            ends = _interval(means, None) if len(means) > 1 else None
+            found[metric] = {"mean": round(float(np.mean(means)), 4), "ci95": ends, "concepts": len(means)}
+    return found
+
+
+def _paired(runs: Sequence[RunResult], reference: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
+    """Runs of equal seeds and protocols."""
+    others = {(run.seed, run.protocol["hash"]): run for run in reference}
+    return [(run, others[key]) for run in runs if (key := (run.seed, run.protocol["hash"])) in others]
+
+
+def _less(one: Metric, other: Metric) -> float | None:
+    return None if one.value is None or other.value is None else one.value - other.value

@@ -1,0 +1,164 @@
+"""The tables of a sweep, one for each backbone and task: a line for each row, means over concepts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erasekit.evaluation.results import RunResult, Table, read_result
+from erasekit.evaluation.summary import differences, summary
+from erasekit.sweeps.cells import Cell
+
+ERASED = 0.2  # a concept of which no more is seen counts as erased
+EFFICACY = ("acc_e", "unsafe_images")  # how much of what is erased is seen
+SHARES = ("acc", "h_", "face_rate", "style_removed", "unsafe_images")
+FILES = ("all.safetensors", "guidance.json", "guidance.safetensors")  # what a user loads
+
+
+def tables_of(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """A table for each backbone and task of finished cells: its rows in order, each with `summary`, its files' size and runs.
+
+    Rows that were not measured by one protocol stand in tables of their own; `differences` are from a table's first row.
+    """
+    found: list[dict[str, Any]] = []
+    runs: dict[tuple[str, str], dict[str, dict[str, list[tuple[RunResult, Path]]]]] = {}
+    for cell in cells:
+        if (out / cell.path / "results.json").is_file():
+            result = read_result(out / cell.path / "results.json")
+            rows = runs.setdefault((result.backbone, result.task), {})
+            rows.setdefault(cell.row, {}).setdefault("+".join(result.concepts), []).append((result, out / cell.path))
+    for (backbone, task), rows in runs.items():
+        for together in _by_protocol(rows):
+            found.append({"backbone": backbone, "task": task, "rows": _rows(together)})
+    return found
+
+
+def _by_protocol(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows in groups whose concepts were measured alike."""
+    groups: list[tuple[dict[str, str], dict[str, Any]]] = []
+    for name, concepts in rows.items():
+        hashes = {concept: runs[0][0].protocol["hash"] for concept, runs in concepts.items()}
+        group = next((g for g in groups if all(g[0].get(c, h) == h for c, h in hashes.items())), None)
+        if group is None:
+            groups.append(group := ({}, {}))
+        group[0].update(hashes)
+        group[1][name] = concepts
+    return [members for _, members in groups]
+
+
+def _rows(rows: Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    first: dict[str, list[RunResult]] = {}
+    for name, concepts in rows.items():
+        runs = {concept: [result for result, _ in each] for concept, each in concepts.items()}
+        sizes = [_kilobytes(path / "erasure") for each in concepts.values() for _, path in each]
+        found[name] = summary(runs) | {"file_kb": round(float(np.median(sizes)), 1)}
+        if first:
+            found[name]["differences"] = differences(runs, first)
+        first = first or runs
+        found[name]["runs"] = [_record(concept, run) for concept, of_concept in runs.items() for run in of_concept]
+    return found
+
+
+def _record(concept: str, run: RunResult) -> dict[str, Any]:
+    values = {name: metric.value for name, metric in run.metrics.items()}
+    return {"concepts": concept, "seed": run.seed, "erasure_sha256": run.erasure_sha256, **values}
+
+
+def _kilobytes(folder: Path) -> float:
+    return sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file()) / 1000
+
+
+def by_row(rows: Mapping[str, Any]) -> Table:
+    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, seconds, file and memory."""
+    digits = _columns(rows)
+    cells = []
+    for name, row in rows.items():
+        values = [_with_interval(row["metrics"][m], d) if m in row["metrics"] else "" for m, d in digits.items()]
+        cost = [f"{row[key]:.0f}" if key in row else "" for key in ("erase_s", "file_kb", "peak_memory_mb")]
+        cells.append([name, *values, _erased(row), runs_of(row), *cost])
+    cells.append(["unedited", *_unedited(rows, digits), *[""] * 5])
+    return Table(["row", *map(_title, digits), f"erased (<= {ERASED})", "runs", "erase, s", "file, kB", "peak, MB"], cells)
+
+
+def by_difference(rows: Mapping[str, Any]) -> Table:
+    """Every row's differences from the first one; no rows, if there is nothing to compare."""
+    digits = _columns(rows)
+    cells = []
+    for name, row in rows.items():
+        if found := row.get("differences"):
+            cells.append([name, *(_with_interval(found[m], d, sign="+") if m in found else "" for m, d in digits.items())])
+    return Table([f"less {next(iter(rows))}", *map(_title, digits)], cells)
+
+
+def by_concept(row: Mapping[str, Any]) -> Table:
+    """Of one row every concept, in the mean of its seeds, and the mean of all."""
+    digits = _columns({"": row})
+    cells = [
+        [name, *(_number([run.get(m) for run in runs], d) for m, d in digits.items())]
+        for name, runs in _of_concepts(row).items()
+    ]
+    cells.append(["mean", *(_with_interval(row["metrics"][m], d) for m, d in digits.items())])
+    cells.append(["unedited", *_unedited({"": row}, digits)])
+    return Table(["erased", *map(_title, digits)], cells)
+
+
+def runs_of(row: Mapping[str, Any]) -> str:
+    """How many runs there were; where seeds gave the same erasure they are one, and how many seeds that was is said."""
+    runs = row["runs"]
+    different = {(one["concepts"], one.get("erasure_sha256", i)) for i, one in enumerate(runs)}
+    alike = "" if len(different) == len(runs) else f" ({len(runs) / len(different):g} seeds alike)"
+    return f"{len(different)}{alike}"
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table.columns, ["---"] * len(table.columns), *table.rows))
+
+
+def _columns(rows: Mapping[str, Any]) -> dict[str, int]:
+    """Every metric -> its digits: shares have three, others one; the distance to renders is left to the file."""
+    names = dict.fromkeys(m for row in rows.values() for m in row["metrics"] if not m.endswith("/renders]"))
+    return {name: 3 if name.startswith(SHARES) else 1 for name in names}
+
+
+def _title(metric: str) -> str:
+    """The metric without what it was measured with."""
+    return metric.partition("[")[0]
+
+
+def _with_interval(metric: Mapping[str, Any], digits: int, *, sign: str = "") -> str:
+    ends = metric.get("ci95")
+    told = f" ({ends[0]:{sign}.{digits}f} to {ends[1]:{sign}.{digits}f})" if ends else ""
+    return f"{metric['mean']:{sign}.{digits}f}{told}"
+
+
+def _number(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.{digits}f}" if known else ""
+
+
+def _unedited(rows: Mapping[str, Any], digits: Mapping[str, int]) -> list[str]:
+    """What the unedited model reaches, where a metric says so."""
+    first: list[Mapping[str, Any]] = [next((r["metrics"][m] for r in rows.values() if m in r["metrics"]), {}) for m in digits]
+    return [_number([m.get("base")], d) for m, d in zip(first, digits.values(), strict=True)]
+
+
+def _of_concepts(row: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for run in row["runs"]:
+        found.setdefault(run["concepts"], []).append(run)
+    return found
+
+
+def _erased(row: Mapping[str, Any]) -> str:
+    """How many concepts are erased, by the first metric that says how much of them is seen."""
+    metric = next((name for name in EFFICACY if name in row["metrics"]), "")
+    if not metric:
+        return ""
+    left = [[run[metric] for run in runs if run.get(metric) is not None] for runs in _of_concepts(row).values()]
+    # The mean of three times 0.2 is a little more than 0.2 in floating point.
+    return f"{sum(bool(v) and round(float(np.mean(v)), 9) <= ERASED for v in left)} of {len(left)}"
