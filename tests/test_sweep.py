@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,17 @@ import pytest
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.results import read_result
 from erasekit.registration import plugins
-from erasekit.sweeps.cells import cells_of, seen
-from erasekit.sweeps.suite import Suite, of_method, parse_row, read_suite, rows_of
-from erasekit.sweeps.sweep import How, sweep
+from erasekit.runs.resolve import resolve
+from erasekit.runs.rundir import open_run, path_of, read_status
+from erasekit.runs.runner import run
+from erasekit.sweeps.cells import cells_of, give_another_chance, run_config, seen, write_cells
+from erasekit.sweeps.suite import Suite, adjusted, of_method, parse_row, read_suite, rows_of
+from erasekit.sweeps.sweep import How, check_gpus, sweep
+from erasekit.sweeps.worker import work
 from tests.conftest import THIRD_PARTY
 
 ROOT = Path(__file__).parents[1]
 FILES = (THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "counted.py")
-SEEDS = (0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +32,28 @@ def registries():
     return plugins.load(FILES)
 
 
+def grid_of(folder, **changes):
+    where = {"path": str(folder), "device": "cpu"}
+    values = {"methods": ("counted",), "backbones": ("counted",), "seeds": (0, 1), "tasks": ("words",)}
+    return Suite(**{**values, "run": {"options": {"backbone": where}}, **changes})
+
+
 @pytest.fixture
 def suite(tiny_folder):
-    def made(**changes):
-        where = {"path": str(tiny_folder), "device": "cpu"}
-        values = {"methods": ("counted",), "backbones": ("counted",), "seeds": SEEDS, "tasks": ("words",)}
-        return Suite(**{**values, "run": {"options": {"backbone": where}}, **changes})
+    return lambda **changes: grid_of(tiny_folder, **changes)
 
-    return made
+
+def toml_of(suite):
+    """A suite as a file; what `suite` above gives needs no more."""
+    where, method = suite.run["options"]["backbone"], suite.on["counted"]["options"]["method"]
+    lists = {name: list(getattr(suite, name)) for name in ("methods", "backbones", "tasks", "seeds")}
+    lines = [f"{name} = {json.dumps(values)}" for name, values in lists.items()]
+    lines += ["[run.options.backbone]", *(f"{k} = {json.dumps(v)}" for k, v in where.items())]
+    return "\n".join([*lines, "[on.counted.options.method]", *(f"{k} = {json.dumps(v)}" for k, v in method.items())])
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 @pytest.fixture
@@ -46,7 +64,7 @@ def counts(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]))
 
     def read():
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = lines_of(file)
         file.unlink(missing_ok=True)
         erased = sorted((line["erased"], line["seed"]) for line in lines if "erased" in line)
         images = sum(line.get("images", 0) for line in lines)
@@ -65,28 +83,195 @@ IMAGES = 2 * 5 + 4 * 5  # the base's of two concepts once, and those of four era
 
 @pytest.fixture(scope="module")
 def alone(registries, tiny_folder, tmp_path_factory):
-    """The numbers of an undisturbed sweep with one worker."""
+    """The numbers of an undisturbed worker in one process."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("alone")
-        patch.setenv("COUNTS", str(folder / "counts"))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]))
-        where = {"path": str(tiny_folder), "device": "cpu"}
-        grid = Suite(methods=("counted",), backbones=("counted",), tasks=("words",), seeds=SEEDS, run={"options": {"backbone": where}})
-        return numbers(sweep(grid, registries, name="alone", out=folder, how=How(plugins=FILES)))
+        out = tmp_path_factory.mktemp("alone")
+        patch.setenv("COUNTS", str(out / "counts"))
+        cells = cells_of(grid_of(tiny_folder), registries, out)
+        assert work(write_cells(cells, out, "alone"), out, plugins=FILES) == 4
+        return {cell.path: read_result(out / cell.path / "results.json").metrics for cell in cells}
 
 
-def test_a_sweep_does_every_cell_once_and_another_one_nothing(suite, registries, counts, tmp_path, alone):
-    out, watched = tmp_path / "runs", []
-    how = How(workers=2, plugins=FILES)
-    swept = sweep(suite(), registries, name="two", out=out, how=how, watch=watched.append)
+@pytest.mark.slow
+def test_a_killed_driver_and_a_killed_worker_cost_nothing_that_was_finished(
+    suite, registries, counts, tmp_path, alone, monkeypatch
+):
+    out, file = tmp_path / "runs", tmp_path / "suite.toml"
+    slow = suite(on={"counted": {"options": {"method": {"pause": 0.05}}}})
+    expected = {cell.path for cell in cells_of(slow, registries, out)}
+    file.write_text(toml_of(slow))
+    command = [sys.executable, "-m", "erasekit", "sweep", file, "--out", out]
+    command += [word for plugin in FILES for word in ("--plugin", plugin)]
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        until = time.monotonic() + 240
+        while not list(out.glob("*/words/counted/*/results.json")) and time.monotonic() < until:
+            time.sleep(0.02)
+        driver.kill()
+    before, killed = len(lines_of(tmp_path / "counts.jsonl")), []
+
+    def kill_once(cells):
+        at_work = [how.stage for _, how in cells if how.state == "begun"]
+        pids = [line["loaded"] for line in lines_of(tmp_path / "counts.jsonl")[before:] if "loaded" in line]
+        if not killed and pids and any(stage.startswith("steps") for stage in at_work):
+            os.kill(pids[-1], signal.SIGKILL)
+            killed.append(pids[-1])
+
+    monkeypatch.setattr("erasekit.sweeps.sweep.POLL_S", 0.05)
+    swept = sweep(slow, registries, name="suite", out=out, how=How(plugins=FILES), watch=kill_once)
+    assert killed
     assert not swept.failed
-    assert numbers(swept) == alone
+    assert {cell.path for cell, _ in swept.cells} == expected
+    assert list(numbers(swept).values()) == list(alone.values())
     erased, images, loads = counts()
     assert (erased, images) == (BOTH, IMAGES)
-    assert loads <= 2  # a worker keeps its model
-    states = [how.state for cells in watched for _, how in cells]
-    assert {"waiting", "begun", "finished"} >= set(states) >= {"finished"}
-    again = sweep(suite(), registries, name="two", out=out, how=how)
-    assert numbers(again) == alone
-    assert counts() == ([], 0, 0)
-    assert again.folder == swept.folder
+    assert loads == 3
+    assert swept.folder == next((out / "sweeps").iterdir())  # the same cells, the same folder
+
+
+def test_many_workers_at_once_compute_a_cell_once(suite, registries, counts, tmp_path, alone):
+    """Twenty at one folder, as if a config was started twenty times; forked, so that torch is loaded once."""
+    out = tmp_path / "runs"
+    folder = write_cells(cells_of(suite(), registries, out), out, "many")
+
+    def one(number):
+        try:
+            work(folder, out, plugins=FILES, number=number, of=20)
+        finally:
+            os._exit(0)
+
+    workers = [os.fork() or one(number) for number in range(20)]
+    for worker in workers:
+        os.waitpid(worker, 0)
+    swept = sweep(suite(), registries, name="many", out=out, how=How(plugins=FILES))
+    assert numbers(swept) == alone
+    erased, images, _ = counts()
+    assert (erased, images) == (BOTH, IMAGES)
+
+
+def test_one_bad_cell_stops_no_other_and_is_tried_again_when_asked(suite, registries, counts, tmp_path):
+    out = tmp_path / "runs"
+    rows = [
+        {"name": "good", "method": "counted"},
+        {"name": "not a number", "method": "counted", "options": {"method": {"nan_at": 8}}},
+        {"name": "no such setting", "method": "counted", "options": {"method": {"stepps": 8}}},
+        {"name": "lost", "method": "counted", "options": {"method": {"steps": 3}}},
+    ]
+    grid = suite(methods=(), rows=rows, seeds=(0,), concepts={"words": ("cat",)})
+    cells = cells_of(grid, registries, out)
+    lost = resolve(run_config(cells[3]), registries)
+    for _ in range(3):  # three processes that opened the run and never ended it
+        with open_run(out, lost):
+            pass
+    folder = write_cells(cells, out, "bad")
+    assert work(folder, out, plugins=FILES) == 3
+    states = {cell.row: seen(cell, out) for cell in cells}
+    assert [how.state for how in states.values()] == ["finished", "failed", "failed", "failed"]
+    assert "stopped at step 8" in states["not a number"].error
+    assert "'method.stepps'" in states["no such setting"].error
+    assert "lost 3 times" in states["lost"].error
+    assert counts()[0] == [("cat", 0)]
+    assert work(folder, out, plugins=FILES) == 0
+    give_another_chance(cells, out)
+    assert work(folder, out, plugins=FILES) == 2
+    assert [seen(cell, out).state for cell in cells] == ["finished", "failed", "failed", "finished"]
+    assert counts()[:2] == ([("cat", 0)], 5)  # its base's images are the good cell's
+
+
+def test_what_nobody_foresaw_is_one_cells_and_leaves_its_traceback(suite, registries, counts, tmp_path):
+    out = tmp_path / "runs"
+    cells = cells_of(suite(seeds=(0,)), registries, out)
+    (out / cells[0].path).mkdir(parents=True)
+    (out / cells[0].path / "log.jsonl").mkdir()
+    assert work(write_cells(cells, out, "odd"), out, plugins=FILES) == 2
+    assert [seen(cell, out).state for cell in cells] == ["failed", "finished"]
+    assert "IsADirectoryError" in (out / cells[0].path / "traceback.txt").read_text()
+
+
+def test_a_worker_that_is_asked_to_stop_does_not_count_as_lost(suite, registries, counts, tmp_path, monkeypatch):
+    out = tmp_path / "runs"
+    config = run_config(cells_of(suite(seeds=(0,)), registries, out)[0])
+
+    def stop(event):
+        if type(event).__name__ == "StepEnd":
+            raise KeyboardInterrupt
+
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, out=out, registries=registries, listener=stop)
+    assert read_status(path_of(out, resolve(config, registries)))["starts"] == 0
+
+
+def test_the_suite_says_what_is_wrong_with_it(suite, registries, tmp_path):
+    wrong = {
+        "Unknown method 'conted'. Did you mean 'counted'?": {"methods": ("conted",)},
+        "Unknown backbone 'sd15-mine'": {"backbones": ("sd15-mine",)},
+        "Unknown mini task 'wods'": {"tasks": ("wods",)},
+        "'on.wrds' is no backbone, task or method": {"on": {"wrds": {"limit": 3}}},
+        "'concepts.wrds' is no task": {"concepts": {"wrds": ("cat",)}},
+        "Two rows are called 'counted'": {"rows": [{"method": "counted"}]},
+        "has no rows": {"methods": ()},
+        "Unknown concept 'ct'": {"concepts": {"words": ("ct",)}},
+    }
+    for says, changes in wrong.items():
+        with pytest.raises(UsageError, match=re.escape(says)):
+            cells_of(suite(**changes), registries, tmp_path)
+    file = tmp_path / "suite.toml"
+    for text, says in (("methods = 3", "Setting 'methods'"), ("methds = []", "methds"), ("=", "is not TOML")):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=says):
+            read_suite(file)
+
+
+def test_settings_go_from_the_suite_over_the_task_to_the_row(suite, registries, tmp_path):
+    grid = suite(
+        seeds=(0,),
+        ablations=("counted",),
+        rows=[{"name": "long", "method": "counted", "options": {"method": {"steps": 9}}}],
+        concepts={"words": ("cat", ("cat", "dog"))},
+        on={"words": {"limit": 1}, "counted": {"options": {"method": {"rank": 1, "steps": 4}}}},
+    )
+    rows = [row.title for row in rows_of(grid, registries)]
+    assert rows == ["counted", "counted in two steps", "counted nothing", "long"]
+    cells = cells_of(grid, registries, tmp_path)
+    assert [cell.row for cell in cells] == rows * 2
+    assert [cell.config["concepts"] for cell in cells] == [("cat",)] * 4 + [("cat", "dog")] * 4
+    plans = [resolve(run_config(cell), registries) for cell in cells]
+    assert [plan.method_config.steps for plan in plans] == [4, 2, 0, 9] * 2
+    assert {plan.method_config.rank for plan in plans} == {1}
+    assert {plan.config.limit for plan in plans} == {1}
+    over = adjusted(grid, limit=2, options={"method": {"steps": 5, "lr": 0.5}})
+    plans = [resolve(run_config(cell), registries) for cell in cells_of(over, registries, tmp_path)]
+    assert [plan.method_config.steps for plan in plans] == [5, 2, 0, 9] * 2
+    assert {(plan.config.limit, plan.method_config.lr) for plan in plans} == {(2, 0.5)}
+
+
+def test_ablations_are_rows_and_a_users_own_beside_them(registries):
+    grid = of_method("counted", registries, rows=["quick: method.steps=1 'method.lr=0.1'"], seeds=range(3))
+    assert [row.title for row in rows_of(grid, registries)] == ["counted", "counted in two steps", "counted nothing", "quick"]
+    assert grid.seeds == (0, 1, 2)
+    assert grid.rows[0].settings["options"] == {"method": {"steps": 1, "lr": 0.1}}
+    for text in ("quick", "quick:", ": method.steps=1", "quick: steps=1", "quick: 'method.steps=1"):
+        with pytest.raises(UsageError, match="Cannot read the"):
+            parse_row(text, "counted")
+    with pytest.raises(UsageError, match="declares no ablations"):
+        of_method("pull", registries)
+
+
+def test_a_worker_that_cannot_work_at_all_is_one_line(suite, registries, counts, tmp_path):
+    with pytest.raises(ErasekitError, match=r"Worker 0 cannot work: .*nowhere\.py.*worker-0\.log"):
+        sweep(suite(), registries, name="no", out=tmp_path / "runs", how=How(plugins=(tmp_path / "nowhere.py",)))
+
+
+def test_cells_on_other_machines_say_for_which_gpu_they_are(suite, registries, tmp_path):
+    grid = Suite(methods=("uce",), backbones=("sd15",), tasks=("free",), concepts={"free": ("a dog",)})
+    cells = cells_of(grid, registries, tmp_path)
+    with pytest.raises(UsageError, match="Say for which GPU"):
+        check_gpus(cells, registries)
+    check_gpus(cells_of(adjusted(grid, options={"backbone": {"vram": "80"}}), registries, tmp_path), registries)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "suites").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_suite_of_ours_can_be_begun(path, tmp_path):
+    cells = cells_of(read_suite(path), plugins.default(), tmp_path)
+    refused = [cell.refused for cell in cells if cell.refused]
+    assert not refused

@@ -91,7 +91,7 @@ def sweep(
     settings = settings_of(launcher.Config, how.settings, "launcher.")
     cells = cells_of(suite, registries, out)
     if launcher.elsewhere:
-        _check_gpus(cells, registries)
+        check_gpus(cells, registries)
     folder = write_cells(cells, out, name)
     if how.retry:
         give_another_chance(cells, out)
@@ -149,7 +149,7 @@ def _is_free(path: Path) -> bool:
         return False
 
 
-def _check_gpus(cells: Sequence[Cell], registries: Registries) -> None:
+def check_gpus(cells: Sequence[Cell], registries: Registries) -> None:
     """See that a run has one name on all machines: what fits a GPU decides the batch, and with it the name.
 
     Raises:
