@@ -17,6 +17,7 @@ from erasekit.evaluation.tasks import PROMPT_SETS, Protocol
 from erasekit.registration import hookspecs
 from erasekit.registration.plugins import default
 from erasekit.runs.config import Options, RunConfig
+from erasekit.sweeps.suite import Suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -45,7 +46,7 @@ def test_commands_and_flags(name):
                 assert parameter.help, flag
 
 
-@pytest.mark.parametrize("model", [RunConfig, Options, BackboneConfig, Protocol, RunResult, Metric], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [RunConfig, Options, Suite, BackboneConfig, Protocol, RunResult, Metric], ids=lambda m: m.__name__)
 def test_fields(model):
     for name, field in model.model_fields.items():
         assert said(name), name
