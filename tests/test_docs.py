@@ -46,7 +46,9 @@ def test_commands_and_flags(name):
                 assert parameter.help, flag
 
 
-@pytest.mark.parametrize("model", [RunConfig, Options, Suite, BackboneConfig, Protocol, RunResult, Metric], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [RunConfig, Options, Suite, BackboneConfig, Protocol, RunResult, Metric], ids=lambda m: m.__name__
+)
 def test_fields(model):
     for name, field in model.model_fields.items():
         assert said(name), name
