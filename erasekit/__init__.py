@@ -32,6 +32,7 @@ _PUBLIC = {
     "Erasure": "erasekit.erasures.erasure",
     "load": "erasekit.runs.loading",
     "load_into": "erasekit.erasures.loading",
+    "export": "erasekit.runs.exporting",
     "where": "erasekit.backbones.where",
 }
 

@@ -38,6 +38,7 @@ class Flux(PipelineBackbone):
 
     name: ClassVar[str] = "flux"
     path: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
+    licence: ClassVar[Mapping[str, str]] = {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
     capabilities: ClassVar[Capabilities] = Capabilities(family="dit", prediction="velocity", guidance="embedded")
     prefix: ClassVar[str] = "transformer"
     Config: ClassVar[type[BackboneConfig]] = FluxConfig
@@ -209,6 +210,7 @@ class FluxSchnell(Flux):
 
     name: ClassVar[str] = "flux-schnell"
     path: ClassVar[str] = "black-forest-labs/FLUX.1-schnell"
+    licence: ClassVar[Mapping[str, str]] = {"license": "apache-2.0"}
     positions: ClassVar[int] = 256
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 4, "guidance": 0.0, "size": Flux.size}
 

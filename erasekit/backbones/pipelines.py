@@ -28,6 +28,7 @@ class PipelineBackbone(PipelineParts):
         sampling: settings of a task's protocol that are other ones on this backbone.
         reads: which field of a Conditioning each text encoder fills.
         call: what a plain call of the pipeline has to be told, where the pipeline's own defaults are for another model.
+        licence: of the model at `path`, as the hub's front matter has it.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class PipelineBackbone(PipelineParts):
     scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
     call: ClassVar[Mapping[str, Any]] = {}
+    licence: ClassVar[Mapping[str, str]] = {}
 
     @property
     def embedded_guidance(self) -> bool:

@@ -39,6 +39,7 @@ class StableDiffusion(PipelineBackbone):
 
     name: ClassVar[str] = "sd15"
     path: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    licence: ClassVar[Mapping[str, str]] = {"license": "creativeml-openrail-m"}
     capabilities: ClassVar[Capabilities] = Capabilities(family="unet", prediction="epsilon", guidance="cfg")
     prefix: ClassVar[str] = "unet"
     Config: ClassVar[type[BackboneConfig]] = StableDiffusionConfig

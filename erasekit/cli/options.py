@@ -55,6 +55,15 @@ Files = Annotated[
         "--files", help="Type of the erasure's tensors: float32, float16, bfloat16.  [default: float32]", show_default=False
     ),
 ]
+Strength = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strength",
+        metavar="NUMBER",
+        help="How strongly the erasure acts, 0 to 1 and beyond; cat=0.5 for one concept; repeatable.  [default: 1]",
+        show_default=False,
+    ),
+]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file of settings.", show_default=False)]
 Set = Annotated[
     list[str] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +82,10 @@ def scale(deltas: Deltas, factor: float) -> Deltas:
     }
 
 
-def compress(delta: Delta, *, tolerance: float = 1e-7) -> LowRank:
+def compress(delta: Delta, *, tolerance: float = 1e-7, rank: int | None = None) -> LowRank:
     """The delta with the least rank: singular values below `tolerance` times the largest one are dropped.
+
+    With `rank` at most so many are kept: the nearest matrix of that rank (Eckart and Young 1936).
 
     The factors are balanced (both carry the root of the singular values), and the rank is at least one. Computed in
     float64 from thin QR factors, so a low-rank delta is never multiplied out.
@@ -95,10 +97,30 @@ def compress(delta: Delta, *, tolerance: float = 1e-7) -> LowRank:
         q_IR, r_down = torch.linalg.qr(delta.down.double().T)
         u, s_R, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
         u_OR, vh_RI = q_OR @ u, vh @ q_IR.T
-    rank = max(1, int((s_R > tolerance * s_R[0]).sum()))
+    rank = max(1, min(int((s_R > tolerance * s_R[0]).sum()), rank or len(s_R)))
     root_R = s_R[:rank].sqrt()
     dtype = delta.weight.dtype if isinstance(delta, Dense) else delta.up.dtype
     return LowRank((u_OR[:, :rank] * root_R).to(dtype), (root_R[:, None] * vh_RI[:rank]).to(dtype))
+
+
+def reduced(deltas: Deltas, rank: int) -> tuple[Deltas, float]:
+    """The deltas with at most so many ranks each, and what that costs: |reduced - Delta| / |Delta| over all layers."""
+    low: Deltas = {name: compress(delta, rank=rank) for name, delta in deltas.items()}
+    return low, distance(low, deltas)
+
+
+def distance(near: Mapping[str, Delta], exact: Mapping[str, Delta]) -> float:
+    """|near - exact| / |exact| over all layers, in float64; 0 where there is nothing."""
+    wrong = sum(norm(add(_double(near[name], 1.0), _double(delta, -1.0))) ** 2 for name, delta in exact.items())
+    size = sum(norm(delta) ** 2 for delta in exact.values())
+    return float((wrong / size) ** 0.5) if size else 0.0
+
+
+def _double(delta: Delta, factor: float) -> Delta:
+    """A delta times a factor, in float64 on the CPU."""
+    if isinstance(delta, Dense):
+        return Dense(delta.weight.double().cpu() * factor)
+    return LowRank(delta.up.double().cpu() * factor, delta.down.double().cpu())
 
 
 def norm(delta: Delta) -> float:

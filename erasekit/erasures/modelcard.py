@@ -23,11 +23,12 @@ REMOVABLE = (
     "No weight is changed: this erasure acts only while images are drawn by a pipeline that has loaded it. Whoever leaves it "
     "out has the base model, concept and all."
 )
+REVERSIBLE = "The file is an edit on top of the base: whoever takes it off has the base model again, concept and all."
 NOT_PROMISED = (
     "The numbers hold for the prompts, seeds, sampler and evaluators that are named with them, and for no others.",
     "An erased concept is hard to reach, not impossible: optimised prompts, learned embeddings, image prompts or a little "
     "fine-tuning can bring it back.",
-    "The file is an edit on top of the base: whoever takes it off has the base model again, concept and all.",
+    REVERSIBLE,
     "It is no proof that the training data have left the weights, in any legal sense.",
     "Evaluators err. A share of 0 means that they found nothing in so many images: look at the interval, and at them.",
 )
@@ -127,6 +128,7 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
         .render(
             record=record,
             hub=hub_id(record),
+            licence=licence(record),
             concepts=[c["name"] for c in record["concepts"]],
             files=[name for name in record["files"] if "/" not in name and name != "all.safetensors"],
             result=result,
@@ -138,6 +140,31 @@ def model_card(record: Mapping[str, Any], result: RunResult | None = None) -> st
             cell=_cell,
         )
     )
+
+
+def merged_card(record: Mapping[str, Any]) -> str:
+    """The README.md of a base model that has an erasure in its weights; `record` is the content of erasure.json."""
+    return (
+        templates()
+        .get_template("merged_card.md.j2")
+        .render(
+            record=record,
+            concepts=[c["name"] for c in record["concepts"]],
+            licence=licence(record),
+            call="".join(f", {key}={value!r}" for key, value in _call(record["backbone"]).items()),
+            limits=[line for line in NOT_PROMISED if line is not REVERSIBLE],
+            remains=remains_line(record),
+            cell=_cell,
+        )
+    )
+
+
+def licence(record: Mapping[str, Any]) -> dict[str, str]:
+    """The licence of an erasure's base as the hub's front matter has it; {} for a model that erasekit does not know."""
+    known = record["base"]["repo"] == hub_id(record) or _is_shipped(record)
+    with suppress(ErasekitError):
+        return dict(getattr(default().backbones.get(record["backbone"]), "licence", {})) if known else {}
+    return {}
 
 
 def remains_line(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from erasekit.erasures.deltas import Deltas, Dense, LowRank, compress, norm
+from erasekit.erasures.deltas import Deltas, Dense, LowRank, compress, distance
 from erasekit.errors import ErasekitError
 
 LORA_KEYS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
@@ -40,17 +40,10 @@ def write(path: Path, deltas: Deltas, prefix: str, dtype: torch.dtype = torch.fl
     Raises:
         ErasekitError: there are no deltas, or values that are not finite.
     """
+    low, rounding = rounded(deltas, dtype)
     tensors: dict[str, torch.Tensor] = {}
-    wrong = size = 0.0
-    for module, delta in deltas.items():
-        low = _balanced(_low_rank(delta)) if dtype != torch.float32 else _low_rank(delta)
-        # Cloned, since a method may use one matrix at several sites, and safetensors refuses shared memory.
-        down, up = (side.detach().to("cpu", dtype).contiguous().clone() for side in (low.down, low.up))
-        tensors |= {f"{prefix}.{module}.lora_A.weight": down, f"{prefix}.{module}.lora_B.weight": up}
-        if dtype != torch.float32:
-            exact = LowRank(low.up.double().cpu(), low.down.double().cpu())
-            error = LowRank(torch.cat([exact.up, -up.double()], 1), torch.cat([exact.down, down.double()]))
-            wrong, size = wrong + norm(error) ** 2, size + norm(exact) ** 2
+    for module, delta in low.items():
+        tensors |= {f"{prefix}.{module}.lora_A.weight": delta.down, f"{prefix}.{module}.lora_B.weight": delta.up}
     if not tensors or not all(t.isfinite().all() for t in tensors.values()):
         raise ErasekitError(
             f"The erasure '{path.stem}' {'holds values that are not finite' if tensors else 'changes nothing'}."
@@ -58,8 +51,23 @@ def write(path: Path, deltas: Deltas, prefix: str, dtype: torch.dtype = torch.fl
     path.parent.mkdir(exist_ok=True)
     # One entry only: safetensors writes several in random order, and the same erasure has to give the same bytes.
     save_file(tensors, path, metadata={"lora_adapter_metadata": _lora_config(tensors, prefix)})
-    rank = max(len(tensor) for key, tensor in tensors.items() if ".lora_A." in key)
-    return Written(hashlib.sha256(path.read_bytes()).hexdigest(), rank, (wrong / size) ** 0.5 if size else 0.0)
+    return Written(hashlib.sha256(path.read_bytes()).hexdigest(), max(delta.rank for delta in low.values()), rounding)
+
+
+def rounded(deltas: Deltas, dtype: torch.dtype) -> tuple[dict[str, LowRank], float]:
+    """The deltas as factors in a type, on the CPU, and what the type costs: |rounded - Delta| / |Delta|, 0 in float32.
+
+    Every tensor has memory of its own: a method may use one matrix at several sites, and safetensors refuses shared memory.
+    """
+    exact = {module: _low_rank(delta) for module, delta in deltas.items()}
+    if dtype != torch.float32:
+        exact = {module: _balanced(delta) for module, delta in exact.items()}
+    low = {module: LowRank(_own(delta.up, dtype), _own(delta.down, dtype)) for module, delta in exact.items()}
+    return low, 0.0 if dtype == torch.float32 else distance(low, exact)
+
+
+def _own(side: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return side.detach().to("cpu", dtype).contiguous().clone()
 
 
 def read(path: Path, prefix: str, dtype: torch.dtype = torch.float32) -> dict[str, LowRank]:

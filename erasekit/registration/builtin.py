@@ -41,3 +41,11 @@ def register_tasks(register: Register) -> None:
 def register_launchers(register: Register) -> None:
     """What starts the workers of a sweep."""
     register("local", "erasekit.sweeps.local:Local", summary="this machine: a worker for each GPU, or some on the CPU")
+
+
+@hookimpl
+def register_exporters(register: Register) -> None:
+    """What other programs load."""
+    register("diffusers", "erasekit.erasures.lora_folder:LoraFolder", summary="one LoRA in a folder, for diffusers")
+    register("kohya", "erasekit.erasures.kohya:Kohya", summary="one file for ComfyUI, Forge, A1111 and sd-scripts")
+    register("merged", "erasekit.erasures.merging:Merged", summary="the base with the erasure in its weights")

@@ -68,7 +68,7 @@ def register_evaluators(register: Register) -> None:
 
 @hookspec
 def register_exporters(register: Register) -> None:
-    """Register formats that an erasure can be written in."""
+    """Register forms that an erasure can be written in: subclasses of `erasekit.erasures.exporting.Exporter`."""
 
 
 @hookspec

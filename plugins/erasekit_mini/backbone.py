@@ -13,6 +13,7 @@ from erasekit.backbones.memory import Holding
 from erasekit.backbones.sd import StableDiffusion
 
 MODELS = Path(__file__).parent / "models"
+LICENCE = {"license": "apache-2.0"}
 
 
 class Sd15Mini(StableDiffusion):
@@ -21,6 +22,7 @@ class Sd15Mini(StableDiffusion):
     name: ClassVar[str] = "sd15-mini"
     domain: ClassVar[Literal["natural", "mini"]] = "mini"
     path: ClassVar[str] = str(MODELS / "sd15-mini")
+    licence: ClassVar[Mapping[str, str]] = LICENCE
 
 
 class FluxMini(Flux):
@@ -29,6 +31,7 @@ class FluxMini(Flux):
     name: ClassVar[str] = "flux-mini"
     domain: ClassVar[Literal["natural", "mini"]] = "mini"
     path: ClassVar[str] = str(MODELS / "flux-mini")
+    licence: ClassVar[Mapping[str, str]] = LICENCE
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default"}
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
     on_cpu: ClassVar[Holding] = Holding(rows=64)
