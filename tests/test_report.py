@@ -1,15 +1,25 @@
-import json
-from html.parser import HTMLParser
+"""The page of a run, as HTML: what stands in it, what does not, and how large it is."""
 
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import UsageError
+from erasekit.evaluation.curves import Curve, Interference, Point, Strength
 from erasekit.evaluation.results import Metric, RunResult, write_result, write_scores
 from erasekit.evaluation.tasks import Task
-from erasekit.runs.report import PAIRS_PER_SET, curves, data_uri, grid, scale, write_report
+from erasekit.runs.pages.images import BUDGET, embedded, grid
+from erasekit.runs.pages.layout import is_share, share
+from erasekit.runs.pages.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a | b'
 SHARE = Metric(value=0.25, base=0.75, ci95=(0.1, 0.4), n=20, higher_is_better=False, evaluator="judge@1")
@@ -26,16 +36,20 @@ class Blurred(Plain):
 
 
 class Reader(HTMLParser):
-    """All tags and their links."""
+    """All tags, what they link to, and what their images are said to be."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.tags, self.links = [], []
+        self.tags, self.links, self.alts, self.styles, self.handlers = [], [], [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for key, value in attributes if key in ("src", "href", "srcset", "data", "action")]
+        values = dict(attributes)
+        self.links += [values[key] for key in ("src", "href", "srcset", "data", "action") if key in values]
+        self.alts += [values["alt"]] if values.get("alt") else []
+        self.styles += [values["style"]] if "style" in values else []
+        self.handlers += [key for key in values if key.startswith("on")]
 
 
 def record() -> dict:
@@ -68,110 +82,200 @@ def result(**changes) -> RunResult:
     return RunResult(**values | changes)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A finished run directory with twenty pairs; one picture of them is broken."""
+def write_run(folder: Path, *, pairs: int = 20, side: int = 16, still: tuple[int, ...] = (2,)) -> Path:
+    """A finished run directory; of every four pairs three ask for a cat and one for a dog. One image is broken."""
     rows = []
-    for side, shade in (("base", 200), ("erased", 30)):
-        (tmp_path / "images" / side).mkdir(parents=True)
-        for i in range(20):
-            file = tmp_path / "images" / side / f"{i:05d}.png"
-            Image.effect_noise((16, 16), shade).convert("RGB").save(file)
-            row = {"index": i, "prompt": f"{HOSTILE} {i}", "seed": i, "set": "erase" if i < 15 else "clean", "label": "cat"}
-            scores = {"failed": False, "shown": side == "base", "score": 0.5}
-            rows.append(row | {"concept": "cat", "side": side, "file": file.name} | scores)
-    (tmp_path / "images" / "erased" / "00003.png").write_bytes(b"not an image")
-    write_scores(rows, tmp_path / "scores.parquet")
-    write_result(result(), tmp_path / "results.json")
+    for which, shade in (("base", 200), ("erased", 30)):
+        (folder / "images" / which).mkdir(parents=True)
+        for i in range(pairs):
+            file = folder / "images" / which / f"{i:05d}.png"
+            Image.effect_noise((side, side), shade).convert("RGB").save(file)
+            erased = i % 4 < 3
+            label, of = ("cat", "erase") if erased else ("dog", "clean")
+            shown = which == "base" or not erased or i in still
+            row = {"index": i, "prompt": f"{HOSTILE} {i}", "seed": i, "set": of, "label": label, "side": which}
+            row |= {"concept": "cat" if erased else "", "file": file.name, "failed": i == 3}
+            rows.append(row | {"shown": None if i == 3 else shown, "score": 0.5})
+    (folder / "images" / "erased" / "00003.png").write_bytes(b"not an image")
+    write_scores(rows, folder / "scores.parquet")
+    write_result(result(), folder / "results.json")
     steps = [{"event": "StepEnd", "step": i, "total": 50, "values": {"erase": 1 / (i + 1), HOSTILE: 1.0}} for i in range(50)]
     lines = [json.dumps(e) for e in ({"event": "RunStarted"}, *steps)]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"event": "StepE')
-    (tmp_path / "config.toml").write_text(f"name = '{HOSTILE}'")
-    (tmp_path / "certificate.json").write_text(json.dumps({"sites": [{"site": "a.b", "drift": 0.00012345}], "norm": 2.0}))
-    (tmp_path / "erasure").mkdir()
-    (tmp_path / "erasure" / "erasure.json").write_text(json.dumps(record()))
-    return tmp_path
+    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"event": "StepE')
+    (folder / "config.toml").write_text(f"name = '{HOSTILE}'")
+    site = {"site": "a.b", "to_neutral": 0.2, "other_drift": 0.00012345}
+    (folder / "certificate.json").write_text(json.dumps({"sites": [site, site | {"site": HOSTILE}]}))
+    (folder / "erasure").mkdir()
+    (folder / "erasure" / "erasure.json").write_text(json.dumps(record()))
+    return folder
 
 
-def test_the_report_is_one_file_that_asks_for_nothing_and_runs_nothing(run):
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path)
+
+
+def pair_rows(page: str) -> list[tuple[str, int]]:
+    """(outcome, index) of the pairs, in the order of the page."""
+    return [(key, int(index)) for key, index in re.findall(r'data-outcome="(\w+)" data-index="(\d+)"', page)]
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(run):
     page = write_report(run, Plain()).read_text()
     reader = Reader(page)
-    assert "script" not in reader.tags
-    assert not {"link", "iframe", "object"} & set(reader.tags)
+    assert not {"link", "iframe", "object", "base"} & set(reader.tags)
     assert reader.links
-    assert all(link.startswith("data:image/") for link in reader.links)
+    assert all(link.startswith(("data:image/webp;base64,", "#")) for link in reader.links)
     assert "@import" not in page
     assert "url(" not in page
+    assert "http:" not in page
+    assert "https:" not in page
 
 
-def test_the_report_shows_pairs_numbers_training_certificate_and_how_to_load(run):
+def test_the_browser_may_run_the_pages_own_script_and_style_and_no_other(run):
     page = write_report(run, Plain()).read_text()
-    pairs = PAIRS_PER_SET + 5
-    assert page.count("data:image/") == 2 * pairs - 1
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1].replace("&#39;", "'")
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    assert Reader(page).styles == []
+    assert Reader(page).handlers == []
+
+
+def test_the_page_shows_pairs_numbers_training_certificate_and_how_to_load(run):
+    page = write_report(run, Plain(), meanings={"erase": "what the erase loss means"}).read_text()
+    assert page.count("data:image/webp") == 39
     assert page.count("unreadable") == 1
     assert "Plain &lt;task&gt;" in page
     assert "0.250" in page
     assert "0.750" in page
     assert "0.100 to 0.400" in page
-    assert page.count("<polyline") == 2
-    assert "0.0001234" in page
+    assert "25\N{NO-BREAK SPACE}%" in page
+    assert page.count("<polyline") == 4
+    assert "what the erase loss means" in page
+    assert "1.2e-04" in page
     assert "failed 1" in page
     assert "load_lora_weights" in page
     assert "What erasure does not promise" in page
-    assert "shows cat (0.50)" in page
+    assert "base shows cat (0.50), erased no cat (0.50)" in page
+    assert "Asked for cat, " in page
+    assert "1 of 15 images still show it; the unedited model&#39;s 15 of 15." in page
+    assert "4 of 4 show what they should; the unedited model&#39;s 4." in page
+
+
+def test_failures_come_first_and_each_pair_says_what_became_of_it(run):
+    found = pair_rows(write_report(run, Plain()).read_text())
+    assert found[:2] == [("still", 2), ("unscored", 3)]
+    assert sorted(i for _, i in found) == list(range(20))
+    assert {key for key, _ in found} == {"still", "unscored", "gone", "kept"}
 
 
 def test_text_of_users_is_escaped_everywhere(run):
     page = write_report(run, Plain()).read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "&lt;script&gt;" in page
 
 
-def test_the_report_says_that_the_drift_of_predictions_was_not_measured(run):
+def test_the_page_says_that_the_drift_of_predictions_was_not_measured(run):
     path = run / "certificate.json"
     assert "was not measured" in write_report(run, Plain()).read_text()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_drift": [{"tau": 0.5, "clean": 0.1}]}))
-    assert "was not measured" not in write_report(run, Plain()).read_text()
+    drift = [{"tau": t, "clean": 0.1, "concept": 0.3} for t in (0.0, 0.5)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_drift": drift}))
+    page = write_report(run, Plain()).read_text()
+    assert "was not measured" not in page
+    assert "prompts of the concept: 0.3 at tau 0, 0.3 at 0.5" in page
     path.unlink()
     assert "was not measured" not in write_report(run, Plain()).read_text()
 
 
-def test_a_report_needs_only_results_scores_and_images(run):
+def test_a_page_needs_only_results_scores_and_images(run):
     for name in ("log.jsonl", "config.toml", "certificate.json", "erasure/erasure.json"):
         (run / name).unlink()
     page = write_report(run, Plain()).read_text()
-    assert "Certificate" not in page
+    assert 'id="certificate"' not in page
     assert "<polyline" not in page
     (run / "results.json").unlink()
     with pytest.raises(UsageError, match="results"):
         write_report(run, Plain())
 
 
+def test_strength_and_interference_are_drawn_where_they_were_measured(run):
+    assert 'id="strength"' not in write_report(run, Plain()).read_text()
+    points = tuple(Point(strength=s, value=1 - s / 2, ci95=(0.0, 1.0), n=20) for s in (0, 0.5, 1, 1.5))
+    curves = tuple(Curve(metric=name, higher_is_better=False, points=points) for name in ("acc_e", "mine"))
+    Strength(concepts=("cat",), curves=curves).write(run / "strength.json")
+    Interference(erased=("cat",), asked=("cat", "dog"), values=((0.0, 0.9),), base=(1.0, 1.0)).write(run / "interference.json")
+    page = write_report(run, Plain()).read_text()
+    assert "acc_e: prompts of the erased concept whose image still shows it: 1 at strength 0, 0.25 at 1.5." in page
+    assert '<td class="h0 own">0.000</td><td class="h9">0.900</td>' in page
+    (run / "strength.json").write_text("{")
+    with pytest.raises(UsageError, match=r"strength\.json"):
+        write_report(run, Plain())
+
+
 def test_images_are_blurred_in_their_pixels_unless_revealed(run):
     plain, blurred = write_report(run, Plain()).read_text(), write_report(run, Blurred()).read_text()
-    assert Reader(plain).links[0] not in blurred
-    assert "--reveal" in blurred
+    images = [link for link in Reader(plain).links if link.startswith("data:")]
+    assert len(images) == 39
+    assert not [link for link in images if link in blurred]
+    assert "erasekit report FOLDER --reveal" in blurred
+    assert "The images are blurred" not in plain
     assert Reader(write_report(run, Blurred(), reveal=True).read_text()).links == Reader(plain).links
 
 
-def test_pixels_of_a_blurred_image_vary_less(tmp_path):
-    import base64
-    import io
+def test_an_image_is_said_to_be_its_side_and_its_prompt_and_nothing_else(run):
+    alts = Reader(write_report(run, Blurred()).read_text()).alts
+    assert len(alts) == 39
+    assert all(re.fullmatch(rf"(base|erased): {re.escape(HOSTILE)} \d+", alt) for alt in alts)
 
+
+def pixels(uri: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("L"), dtype=float)
+
+
+def test_pixels_of_a_blurred_image_vary_less(tmp_path):
     file = tmp_path / "a.png"
     Image.effect_noise((64, 64), 100).convert("RGB").save(file)
-
-    def spread(uri: str) -> float:
-        image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-        return torch.tensor(list(image.convert("L").tobytes()), dtype=torch.float).std().item()
-
-    assert spread(data_uri(file, blur=True)) < spread(data_uri(file)) / 5
-    assert data_uri(tmp_path / "none.png") == ""
+    plain, hidden = embedded([file, file], blur=[False, True])
+    assert pixels(hidden).std() < pixels(plain).std() / 5
+    assert embedded([tmp_path / "none.png"], blur=[False]) == [""]
 
 
-def test_large_images_are_embedded_small(tmp_path):
-    Image.effect_noise((1024, 512), 100).convert("RGB").save(tmp_path / "a.png")
-    assert len(data_uri(tmp_path / "a.png")) < 60_000
+def photograph(path: Path, seed: int, side: int = 512) -> Path:
+    """Smooth shapes with noise on them: photographs compress better."""
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    noisy = np.asarray(shapes, dtype=float) + rng.normal(0, 12, (side, side, 3))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
+    return path
+
+
+def test_images_keep_to_their_budget(tmp_path):
+    """A tenth of a page; `nox -s page` writes a whole one of 500 images."""
+    files = [photograph(tmp_path / f"{seed}.png", seed) for seed in range(5)] * 10
+    uris = embedded(files, blur=[False] * len(files), budget=BUDGET // 10)
+    assert BUDGET / 20 < sum(map(len, uris)) <= BUDGET / 10
+    assert pixels(uris[0]).shape[0] >= 128
+
+
+def test_a_page_holds_500_images_at_most_and_says_how_many_there_are(tmp_path):
+    page = write_report(write_run(tmp_path, pairs=260, side=8), Plain()).read_text()
+    assert page.count("data:image/webp") == 499
+    assert len(pair_rows(page)) == 250
+    assert "250 of 260 pairs" in page
+
+
+def test_small_images_are_not_made_smaller(tmp_path):
+    Image.effect_noise((64, 64), 100).convert("RGB").save(tmp_path / "a.png")
+    (uri,) = embedded([tmp_path / "a.png"], blur=[False])
+    assert pixels(uri).shape == (64, 64)
+    Image.effect_noise((1024, 512), 100).convert("RGB").save(tmp_path / "b.png")
+    (uri,) = embedded([tmp_path / "b.png"], blur=[False], budget=30_000)
+    assert len(uri) <= 30_000
+    assert pixels(uri).shape[1] == 2 * pixels(uri).shape[0]
 
 
 def test_a_grid_holds_the_pairs_side_by_side(run):
@@ -188,18 +292,12 @@ def test_a_grid_holds_the_pairs_side_by_side(run):
     assert (run / "samples" / "clean.png").exists()
 
 
-def test_curves_leave_out_what_cannot_be_drawn():
-    assert curves([]) == []
-    assert curves([{"loss": 0.0}, {"loss": 0.0}]) == []
-    ((name, drawing),) = curves([{"loss": float(i)} for i in range(1000)])
-    assert name == "loss"
-    assert 200 < drawing.count(",") <= 300
-
-
-def test_only_shares_get_a_scale():
-    assert "<circle" in scale(SHARE)
-    assert scale(SHARE.model_copy(update={"value": 12.5, "ci95": (11.0, 13.0)})) == ""
-    assert scale(SHARE.model_copy(update={"ci95": None})) == ""
+def test_only_shares_are_drawn_between_0_and_1():
+    assert is_share(SHARE)
+    assert not is_share(SHARE.model_copy(update={"value": 12.5, "ci95": (11.0, 13.0)}))
+    assert not is_share(SHARE.model_copy(update={"ci95": None}))
+    assert not is_share(SHARE.model_copy(update={"base": 3.0}))
+    assert [share(v) for v in (None, 0.0, 0.9944, 1.0)] == ["-", *(f"{t}\N{NO-BREAK SPACE}%" for t in ("0", "99.4", "100"))]
 
 
 def test_the_model_card_names_numbers_protocol_and_limits():

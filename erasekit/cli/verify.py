@@ -15,14 +15,6 @@ from erasekit.events import StageStarted, heard
 from erasekit.runs.config import settings_of
 from erasekit.runs.resolve import DEFAULT_TASKS
 
-MEANING = {
-    "to_neutral": "|W'e_w - W e_u|, the concept read as the neutral word was (Thm 3.1)",
-    "equal": "|W'e_w - W'e_u|, the concept read as the neutral word is (Prop. 3.2)",
-    "neutral_drift": "|W'e_u - W e_u|, drift of the neutral word (Prop. 3.2)",
-    "other_drift": "|W'e_o - W e_o|, drift of the tokens of clean prompts",
-    "delta": "|Delta| / |W|",
-}
-
 
 def command(
     erasure: Annotated[Path, typer.Argument(help="The folder of an erasure.", show_default=False)],
@@ -61,6 +53,8 @@ def command(
 
 
 def _show(content: dict[str, Any], title: str) -> None:
+    from erasekit.erasures.certificate import MEANING
+
     rows = [
         [key, f"{content['max'][key]:.2e}", f"{content['mean'][key]:.2e}", text]
         for key, text in MEANING.items()

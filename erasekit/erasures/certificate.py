@@ -15,7 +15,16 @@ from erasekit.erasures.erasure import Erasure
 from erasekit.evaluation.tasks import Protocol, Task
 from erasekit.events import progress
 
-PER_SITE = ("to_neutral", "equal", "neutral_drift", "other_drift", "delta")
+MEANING = {
+    "to_neutral": "|W'e_w - W e_u|, the concept read as the neutral word was (Thm 3.1)",
+    "equal": "|W'e_w - W'e_u|, the concept read as the neutral word is (Prop. 3.2)",
+    "neutral_drift": "|W'e_u - W e_u|, drift of the neutral word (Prop. 3.2)",
+    "other_drift": "|W'e_o - W e_o|, drift of the tokens of clean prompts",
+    "delta": "|Delta| / |W|",
+    "drift_words": "other_drift at words, and at the begin token",
+    "drift_end": "other_drift at the end token",
+    "drift_pads": "other_drift at what fills a prompt up",
+}
 PER_POSITION = ("drift_words", "drift_end", "drift_pads")  # of sites that read tokens
 
 
@@ -59,7 +68,7 @@ def certificate(
     neutral = backbone.encode([c.neutralise(p) for c in concepts for p in c.prompts()])
     clean = backbone.encode(list(clean_prompts))
     sites = _sites(backbone, deltas, concept=concept, neutral=neutral, clean=clean)
-    keys = [key for key in (*PER_SITE, *PER_POSITION) if any(key in row for row in sites.values())]
+    keys = [key for key in MEANING if any(key in row for row in sites.values())]
     over_sites = {key: [row[key] for row in sites.values() if key in row] for key in keys}
     content: dict[str, Any] = {
         "max": {key: max(values) for key, values in over_sites.items()},

@@ -38,6 +38,7 @@ class Method:
         ablations: {row of a table: settings that differ from the default}.
         requires: capabilities a backbone must have (see `Capabilities.names`), e.g. {"velocity"}.
         slots: settings that name a registered component (or several) of the slot with the setting's name.
+        curves: what each value that it logs means, by the name before any slash, for those who look at its training curves.
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class Method:
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     requires: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[tuple[str, ...]] = ()
+    curves: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Any) -> None:
         """Keep the validated settings, an instance of `Config`."""

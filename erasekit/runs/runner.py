@@ -41,9 +41,9 @@ from erasekit.registration.plugins import Registries, default
 from erasekit.runs.compute import compute, context, expect, named
 from erasekit.runs.config import RunConfig
 from erasekit.runs.kept import Kept
+from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import preflight
-from erasekit.runs.report import write_report
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import RunDirectory, open_run, write_json
 from erasekit.safety import reject_unsafe
@@ -304,4 +304,4 @@ def report(this: Run, result: RunResult) -> None:
     folder = this.directory.path / "erasure"
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(model_card(read_manifest(folder), result), encoding="utf-8")
-    write_report(this.directory.path, this.plan.task)
+    write_report(this.directory.path, this.plan.task, meanings=this.plan.method.curves)

@@ -146,6 +146,12 @@ class Ant(Method):
         "official": AntConfig(trajectories=250).model_dump(),
         "official-multi": AntConfig(**MULTI).model_dump(),
     }
+    curves: ClassVar[Mapping[str, str]] = {
+        "late": "late in the trajectory: how far the prediction for the concept is from the base's, guided away from it",
+        "early": "early in the trajectory: how far the prediction for the concept has moved from the base's",
+        "late_unconditional": "late: how far the prediction for the empty prompt has moved from the base's",
+        "early_unconditional": "early: how far the prediction for the empty prompt has moved from the base's",
+    }
     config: AntConfig
 
     def footprint(self, plan: Planned) -> Footprint:

@@ -105,6 +105,12 @@ class EraseAnything(Method):
         "without contrastive term": {"contrast": 0.0},
         "without upper level": {"preserve": 0.0, "contrast": 0.0},
     }
+    curves: ClassVar[Mapping[str, str]] = {
+        "erase": "lower level: how far the prediction for the concept is from the base's, guided away from it",
+        "attention": "lower level: how much the image attends to the concept's words",
+        "preserve": "upper level: how far predictions for everything else have moved from the base's",
+        "contrast": "upper level: how much nearer the concept is to its own words than to unrelated ones",
+    }
     config: EraseAnythingConfig
 
     def footprint(self, plan: Planned) -> Footprint:

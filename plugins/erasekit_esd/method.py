@@ -90,6 +90,9 @@ class Esd(Method):
         "paper": EsdConfig(trajectories=200, lr=1e-5, steps=1000).model_dump(),
         "flux": EsdConfig(**FLUX).model_dump(),
     }
+    curves: ClassVar[Mapping[str, str]] = {
+        "erase": "how far the prediction for the concept is from the base's, guided away from it",
+    }
     config: EsdConfig
 
     def footprint(self, plan: Planned) -> Footprint:

@@ -162,6 +162,7 @@ class Mace(Method):
         "without masks": {"masks": "whole"},
     }
     slots = ("masks",)
+    curves: ClassVar[Mapping[str, str]] = {"attention": "how much images attend to the concept's words where the concept is"}
     config: MaceConfig
 
     def footprint(self, plan: Planned) -> Footprint:

@@ -95,6 +95,9 @@ class Rece(Method):
     Config = ReceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dit": RELATIVE, "sd15-mini": RELATIVE}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": ReceConfig(guides=("",), preserve=False).model_dump()}
+    curves: ClassVar[Mapping[str, str]] = {
+        "recovered": "of the concept, how much each round's closed-form embedding brought back"
+    }
     config: ReceConfig
 
     def texts(self, ctx: RunContext) -> list[str]:

@@ -76,6 +76,15 @@ class Trace(Method):
         "without integration loss": {"integration": "none"},
     }
     slots = ("refine", "window", "bank", "divergence", "robustify")
+    curves: ClassVar[Mapping[str, str]] = {
+        "erase": "how far the prediction for the concept is from the teacher's for its neutral words, late in the trajectory",
+        "preserve": "how far predictions for everything else have moved from the teacher's",
+        "integration": "how much more of two erased concepts is left when one prompt asks for both",
+        "probe": "the same as erase, seen by a classifier on the image that the prediction implies",
+        "clip": "the same as erase, seen by a CLIP on the image that the prediction implies",
+        "lpips": "the same as erase, as a distance between the images that the predictions imply",
+        "recovered": "of the concept, how much each round's closed-form embedding brought back",
+    }
     config: TraceConfig
 
     def footprint(self, plan: Planned) -> Footprint:

@@ -71,6 +71,10 @@ class Uce(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": UceConfig(guides=("",), preserve_scale=0.0).model_dump()}
     slots = ("robustify",)
+    curves: ClassVar[Mapping[str, str]] = {
+        "off": "how far the share of images that fits a guide is from an equal one, at most, in the best round so far",
+        "recovered": "of the concept, how much each round's closed-form embedding brought back",
+    }
     config: UceConfig
 
     def texts(self, ctx: RunContext) -> list[str]:

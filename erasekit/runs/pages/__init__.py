@@ -1,0 +1,1 @@
+"""Pages: of one run, and of several side by side."""
