@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
@@ -61,6 +63,16 @@ def build(session: nox.Session) -> None:
     with session.chdir(target):
         session.run("erasekit", "ls")
         session.run("erasekit", "doctor")
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """The pages in a real browser: needs chromium (or CHROMIUM, its path) and npm, which gets axe-core."""
+    session.install("-e", ".[dev]", "playwright")
+    target = session.create_tmp()
+    session.run("npm", "install", "--silent", "--prefix", target, "axe-core", external=True)
+    axe = os.path.join(target, "node_modules", "axe-core", "axe.min.js")
+    session.run("pytest", "-n0", "tests/page", *session.posargs, env={"AXE": axe})
 
 
 @nox.session
