@@ -22,7 +22,9 @@ from erasekit.runs.pages.layout import is_share, share
 from erasekit.runs.pages.report import write_report
 
 HOSTILE = '<script>alert("x")</script> & a | b'
-SHARE = Metric(value=0.25, base=0.75, ci95=(0.1, 0.4), n=20, higher_is_better=False, evaluator="judge@1")
+SHARE = Metric(
+    value=0.25, base=0.75, ci95=(0.1, 0.4), n=20, higher_is_better=False, evaluator="judge@1", meaning="what is still seen"
+)
 
 
 class Plain(Task):
@@ -209,7 +211,7 @@ def test_strength_and_interference_are_drawn_where_they_were_measured(run):
     Strength(concepts=("cat",), curves=curves).write(run / "strength.json")
     Interference(erased=("cat",), asked=("cat", "dog"), values=((0.0, 0.9),), base=(1.0, 1.0)).write(run / "interference.json")
     page = write_report(run, Plain()).read_text()
-    assert "acc_e: prompts of the erased concept whose image still shows it: 1 at strength 0, 0.25 at 1.5." in page
+    assert "acc_e: what is still seen: 1 at strength 0, 0.25 at 1.5." in page
     assert '<td class="h0 own">0.000</td><td class="h9">0.900</td>' in page
     (run / "strength.json").write_text("{")
     with pytest.raises(UsageError, match=r"strength\.json"):

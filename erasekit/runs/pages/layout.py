@@ -27,7 +27,7 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
             style=_part("page.css"),
             script=_part("page.js"),
             policy=_policy(),
-                number=number,
+            number=number,
             share=share,
             is_share=is_share,
             level=plots.level,
