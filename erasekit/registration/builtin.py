@@ -49,3 +49,18 @@ def register_exporters(register: Register) -> None:
     register("diffusers", "erasekit.erasures.lora_folder:LoraFolder", summary="one LoRA in a folder, for diffusers")
     register("kohya", "erasekit.erasures.kohya:Kohya", summary="one file for ComfyUI, Forge, A1111 and sd-scripts")
     register("merged", "erasekit.erasures.merging:Merged", summary="the base with the erasure in its weights")
+
+
+@hookimpl
+def register_evaluators(register: Register) -> None:
+    """What judges natural images; the packages that each needs are imported when it is made."""
+    natural = "erasekit.evaluation.natural"
+    register("imagenet", f"{natural}.imagenet:Imagenet", summary="everyday names and ImageNet classes, by ResNet-50")
+    register("imagenet-lite", f"{natural}.imagenet:ImagenetLite", summary="the same by EfficientNet-lite0, without a download")
+    register("clip10", f"{natural}.clip10:Clip10", summary="the likeliest of ten names, by CLIP")
+    register("faces", f"{natural}.faces:Faces", summary="whose face, by dlib and pictures that you give")
+    register("nudenet", f"{natural}.nudity:Nudenet", summary="nudity, by NudeNet 3.4.2")
+    register("open-nsfw", f"{natural}.nudity:OpenNsfw", summary="a second opinion on nudity, by Yahoo's open_nsfw")
+    register("styles", f"{natural}.styles:Styles", summary="whose style, by CLIP")
+    register("styles-probe", f"{natural}.styles:StylesProbe", summary="whose style, by paintings that you give")
+    register("clip-score", f"{natural}.clip_score:ClipScore", summary="how well an image fits its prompt, by CLIP")
