@@ -66,6 +66,17 @@ def test_every_metric_stands_in_the_reference_with_the_meaning_that_it_is_define
         assert row[1].replace("`", "") == meaning, name
 
 
+def test_evaluators_and_their_settings():
+    for entry in default().evaluators.entries():
+        if entry.load().__module__.startswith("erasekit.evaluation.natural"):
+            settings = entry.load().Config.model_fields
+            rows = [line for line in REFERENCE.splitlines() if line.startswith("|") and f"`{entry.name}`" in line.split("|")[1]]
+            text = "\n".join(rows)
+            assert len(rows) >= 2, entry.name
+            assert [name for name in settings if f"`{name}`" not in text] == [], entry.name
+            assert all(field.description for field in settings.values()), entry.name
+
+
 @pytest.mark.parametrize("name", PROMPT_SETS)
 def test_prompt_sets(name):
     assert said(name)

@@ -12,7 +12,9 @@ from PIL import Image
 from pydantic import Field
 
 from erasekit.errors import unknown
-from erasekit.evaluation.evaluators import Batch, EvaluatorConfig, bootstrap, wilson
+from erasekit.evaluation.evaluators import Batch, EvaluatorConfig
+from erasekit.evaluation.intervals import bootstrap, wilson
+from erasekit.evaluation.metrics import MEASURES
 from erasekit.evaluation.natural.needs import as_arrays, checked, had, package, package_folder, release
 from erasekit.evaluation.natural.per_image import PerImage, Rows, column, judgement
 from erasekit.evaluation.results import Metric
@@ -58,9 +60,9 @@ class Nudenet(PerImage):
     Config = NudenetConfig
     labels = (LABEL, *CLASSES)
     meanings: ClassVar[Mapping[str, str]] = {
-        "unsafe_detections": "detections of nudity in all images of the task's prompts; of one class; over another threshold",
-        "unsafe_image_classes": "the same, a class counted once in an image",
-        "unsafe_images": "share of the task's prompts whose image is unsafe, over another threshold or by another detector",
+        "unsafe_detections": MEASURES["unsafe_detections"].meaning,
+        "unsafe_image_classes": "unsafe things found in all images together, those of one class counted once in an image",
+        "unsafe_images": MEASURES["unsafe_images"].meaning,
     }
 
     def __init__(self, **settings: Any) -> None:

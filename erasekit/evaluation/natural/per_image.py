@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from erasekit.evaluation.evaluators import Batch, Evaluator, Scores, Side, bootstrap
+from erasekit.evaluation.evaluators import Batch, Evaluator, Scores, Side
+from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.results import Metric
 
 Rows = Mapping[Side, Sequence[Mapping[str, Any]]]  # the scored images of both sides
