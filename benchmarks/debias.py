@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import concatenate, merged
+from erasekit.erasures.deltas import merged, summed
 from erasekit.evaluation.tasks import Prompt
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
@@ -50,7 +50,7 @@ def measure(backbone: str, rounds: int, looked_at: int, counted: int) -> dict[st
     scorer = default().components.get("scorer", loaded.domain)()
     seen: dict[str, Any] = {"unedited": judge.seen(replace(ctx, seed=1), CONCEPT, scorer)}
     for name, weights in (("equal shares", {}), ("debiased", shares)):
-        with merged(loaded.denoiser, concatenate(list(judge.edit(ctx, weights).values()))):
+        with merged(loaded.denoiser, summed(list(judge.edit(ctx, weights).values()))):
             seen[name] = judge.seen(replace(ctx, seed=1), CONCEPT, scorer)
     return {"shares": shares[CONCEPT.name], "drawn": seen}
 

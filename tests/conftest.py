@@ -28,7 +28,7 @@ def world() -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A tiny Stable Diffusion folder with random weights."""
-    from tests import tiny
+    from erasekit.testing import tiny
 
     return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "sd")
 
@@ -36,7 +36,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux_folder(tmp_path_factory) -> Path:
     """A tiny FLUX folder with random weights."""
-    from tests import tiny_flux
+    from erasekit.testing import tiny_flux
 
     return tiny_flux.save_pipeline(tmp_path_factory.mktemp("base") / "flux")
 
@@ -44,7 +44,7 @@ def tiny_flux_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sd(tiny_folder):
     """The tiny Stable Diffusion, loaded."""
-    from tests import tiny
+    from erasekit.testing import tiny
 
     return tiny.load(tiny_folder)
 
@@ -52,7 +52,7 @@ def sd(tiny_folder):
 @pytest.fixture(scope="module")
 def flux(tiny_flux_folder):
     """The tiny FLUX, loaded."""
-    from tests import tiny_flux
+    from erasekit.testing import tiny_flux
 
     return tiny_flux.load(tiny_flux_folder)
 
@@ -66,7 +66,7 @@ def backbone(request):
 @pytest.fixture(scope="module", params=["sd", "flux"])
 def wide(request, tmp_path_factory):
     """A model with far more dimensions than positions, as real ones have, so that an edit can leave something alone."""
-    from tests import tiny, tiny_flux
+    from erasekit.testing import tiny, tiny_flux
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "WIDTH", 256)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit.erasures.deltas import Dense, LowRank, concatenate, merged, to_dense
+from erasekit.erasures.deltas import merged, summed, to_dense
 from erasekit.errors import UsageError
 from erasekit.methods.adapters import AdapterBank
-from tests import tiny
+from erasekit.testing import tiny
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,6 @@ def stir(parameters, seed=0):
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1 * torch.randn(p.shape, generator=generator(seed)))
-
-
-def random_delta(backbone, rank_of):
-    modules = dict(backbone.denoiser.named_modules())
-    return {
-        n: LowRank(torch.full((len(modules[n].weight), rank_of(i)), 0.1), torch.full((rank_of(i), tiny.WIDTH), 0.05))
-        for i, n in enumerate(backbone.lora_targets("kv"))
-    }
 
 
 def trainable(backbone):
@@ -84,9 +76,9 @@ def test_alpha_over_rank_of_a_lora_counts_in_predictions_and_deltas_alike(backbo
     targets = backbone.lora_targets("kv")
     bank.add("cat", targets, 4, generator(), alpha=1.0)
     stir(bank.train_only("cat"))
-    state, deltas = bank.state(), bank.deltas("cat")
+    named, deltas = dict(backbone.denoiser.named_parameters()), bank.deltas("cat")
     for target in targets:
-        b, a = (state[f"cat/{target}.lora_{side}.weight"] for side in "BA")
+        b, a = (named[f"{target}.lora_{side}.bank_0.weight"].detach() for side in "BA")
         torch.testing.assert_close(to_dense(deltas[target]), b @ a / 4)
     with_bank = predict(backbone)
     bank.remove()
@@ -114,7 +106,8 @@ def test_all_active_one_trainable(backbone, bank):
 def test_teacher_is_the_base_bit_for_bit_and_leaves_no_trace(backbone, bank):
     base = predict(backbone)
     bank.add("cat", backbone.lora_targets("all"), 2, generator())
-    bank.add_frozen("closed form", random_delta(backbone, lambda i: 1))
+    bank.add("dog", backbone.lora_targets("kv"), 1, generator())
+    stir(bank.train_only("dog"))
     parameters = bank.train_only("cat")
     stir(parameters)
     student, mine = predict(backbone), trainable(backbone)
@@ -153,20 +146,13 @@ def test_an_error_in_the_teacher_pass_turns_the_adapters_on_again(backbone, bank
 
 def test_deltas_are_what_the_adapters_do(backbone, bank):
     bank.add("cat", backbone.lora_targets("attention"), 3, generator())
-    bank.add_frozen("part", random_delta(backbone, lambda i: 1 + i % 3))  # ranks differ from layer to layer
-    stir(bank.train_only("cat"))
-    adapted, deltas = predict(backbone), [bank.deltas("cat"), bank.deltas("part")]
+    bank.add("dog", backbone.lora_targets("kv"), 2, generator(), alpha=1.0)
+    for name in bank.names:
+        stir(bank.train_only(name))
+    adapted, deltas = predict(backbone), [bank.deltas(name) for name in bank.names]
     bank.remove()
-    with merged(backbone.denoiser, concatenate(deltas)):
+    with merged(backbone.denoiser, summed(deltas)):
         assert (predict(backbone) - adapted).abs().max() < 1e-5
-
-
-def test_frozen_deltas_come_back_as_they_were(backbone, bank):
-    given = random_delta(backbone, lambda i: 1 + i % 3)
-    bank.add_frozen("part", given)
-    again = bank.deltas("part")
-    assert all(torch.equal(to_dense(again[n]), to_dense(d)) for n, d in given.items())
-    assert again.keys() == given.keys()
 
 
 def test_removing_leaves_the_denoiser_as_it_was(backbone):
@@ -181,24 +167,6 @@ def test_removing_leaves_the_denoiser_as_it_was(backbone):
     bank.add("cat", backbone.lora_targets("kv"), 2, generator())  # the name is free again
     bank.remove()
     bank.remove()
-
-
-def test_state_goes_round(backbone, bank):
-    def fill():
-        bank.add("cat", backbone.lora_targets("kv"), 2, generator())
-        bank.add_frozen("cat/part", random_delta(backbone, lambda i: 1))
-        return bank.train_only("cat")
-
-    stir(fill())
-    student, state = predict(backbone), bank.state()
-    stir(bank.train_only("cat"), seed=1)
-    assert not torch.equal(predict(backbone), student)  # the state is a copy
-    bank.remove()
-    fill()
-    bank.load_state(state)
-    assert torch.equal(predict(backbone), student)
-    with pytest.raises(ValueError, match="other adapters"):
-        bank.load_state({k: v for k, v in state.items() if "part" not in k})
 
 
 def test_a_half_precision_denoiser_gets_float32_adapters(tmp_path):
@@ -216,7 +184,6 @@ def test_mistakes_are_one_line(backbone, bank):
         (lambda: bank.add("cat", [site], 2, generator()), "Adapter 'cat' is there already"),
         (lambda: bank.add("dog", ["nothing.there"], 2, generator()), "has no module 'nothing.there'"),
         (lambda: bank.add("dog", [], 2, generator()), "Adapter 'dog' is empty"),
-        (lambda: bank.add_frozen("dog", {site: Dense(torch.ones(8, tiny.WIDTH))}), "is dense"),
         (lambda: bank.train_only("dgo"), "no adapter 'dgo'; there are cat"),
     ]
     for call, message in cases:

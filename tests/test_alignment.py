@@ -3,7 +3,7 @@ import torch
 
 from erasekit.backbones.alignment import align
 from erasekit.backbones.protocol import Conditioning
-from tests import tiny
+from erasekit.testing import tiny
 
 PADS = list(range(7, tiny.LENGTH))
 

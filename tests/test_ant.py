@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from erasekit.backbones.schedule import ddpm_tau, flow_tau
+from erasekit.backbones.schedule import ddpm_tau, flow_tau, is_late
 from erasekit.erasures.deltas import Dense, LowRank, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
+from erasekit.methods.students import masked
+from erasekit.testing import tiny
 from erasekit_ant import maths
 from erasekit_ant.method import Ant, AntConfig
-from erasekit_ant.student import MaskedWeights
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 SMALL = {"steps": 3, "batch": 2, "rank": 2, "trajectories": 3, "saliency_draws": 2, "fusion_points": 9}
@@ -47,7 +47,7 @@ def test_the_guidance_is_kept_at_the_noise_and_reversed_towards_the_image(tau):
 
 def test_the_step_at_tau0_itself_is_late():
     tau = torch.tensor([0.1, 0.14, 0.2], dtype=torch.float32).double()  # rounded, as latents round it
-    assert maths.late(tau, 0.14).tolist() == [False, True, True]
+    assert is_late(tau, 0.14).tolist() == [False, True, True]
 
 
 def test_the_points_that_are_reversed_are_not_the_noise(backbone, context):
@@ -56,7 +56,7 @@ def test_the_points_that_are_reversed_are_not_the_noise(backbone, context):
     pool = method.pool(ctx, ctx.concepts[0])
     seeds = torch.randint(2**31, (3,), generator=ctx.generator("ant/pool/cat")).tolist()
     noise = backbone.latents(seeds, ctx.protocol.size)
-    late = maths.late(pool.tau, 0.3)
+    late = is_late(pool.tau, 0.3)
     assert torch.equal(pool.x[~late], noise)
     assert late.sum() == len(pool.x) - 3
     empty, concept = pool.predictions.unbind(1)
@@ -83,7 +83,7 @@ def test_losses_of_the_base_against_numpy(backbone, context):
     with torch.no_grad():
         out = method.losses(ctx.predict, [pool], nothing)(0, ctx.generator("draw"))
         shifted = method.losses(lambda *at: ctx.predict(*at) + 0.1, [pool], nothing)(0, ctx.generator("draw"))
-    points = pool.at(maths.late(pool.tau, 0.3)).sample(3, ctx.generator("draw"))
+    points = pool.at(is_late(pool.tau, 0.3)).sample(3, ctx.generator("draw"))
     empty, concept = points.predictions.double().unbind(1)
     gap = 2 * (concept - empty).numpy()
     assert out["late"].item() == pytest.approx((gap**2).mean(), rel=1e-3)
@@ -100,16 +100,16 @@ def test_losses_of_the_base_against_numpy(backbone, context):
 
 def test_every_term_has_a_gradient_in_every_weight_and_in_no_other(backbone, context):
     ctx = context()
-    method, student = ant(backbone, tau0=0.3), MaskedWeights(ctx)
+    method, student = ant(backbone, tau0=0.3), masked(ctx, backbone.lora_targets("all"), {})
     pool = method.pool(ctx, ctx.concepts[0])
-    for change in student.change.values():  # away from the base, where terms other than the late one are zero
+    for change in student.parameters:  # away from the base, where terms other than the late one are zero
         change.data.normal_(std=1e-2, generator=ctx.generator("change"))
     losses = method.losses(student.predict, [pool], backbone.encode([""]))(0, ctx.generator("batch"))
     assert list(losses) == ["late", "late_unconditional", "early", "early_unconditional"]
     linear = {n for n, m in backbone.denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(student.change) == linear
+    assert set(student.layers) == linear
     for value in losses.values():
-        gradients = torch.autograd.grad(value, list(student.change.values()), retain_graph=True)
+        gradients = torch.autograd.grad(value, student.parameters, retain_graph=True)
         assert all(g.abs().max() > 0 for g in gradients)
     losses["late"].backward()
     assert all(p.grad is None for p in backbone.denoiser.parameters())
@@ -157,11 +157,11 @@ def test_salient_keeps_the_largest(keep, count):
 def test_saliency_is_where_the_late_gradient_is_large_and_nothing_else_moves(backbone, context):
     ctx = context()
     method = ant(backbone, form="single", saliency_draws=1, tau0=0.3, saliency=0.25)
-    pool, student = method.pool(ctx, ctx.concepts[0]), MaskedWeights(ctx)
+    pool, student = method.pool(ctx, ctx.concepts[0]), masked(ctx, backbone.lora_targets("all"), {})
     losses = method.losses(student.predict, [pool], backbone.encode([""]))
     masks = method.saliency(ctx, student, losses, 1)
     late = losses(0, ctx.generator("ant/saliency/0/0"))["late"]
-    gradients = torch.autograd.grad(late, list(student.change.values()))
+    gradients = torch.autograd.grad(late, student.parameters)
     for mask, gradient in zip(masks.values(), gradients, strict=True):
         assert gradient.abs()[mask].min() >= gradient.abs()[~mask].max()
         assert mask.double().mean().item() == pytest.approx(0.25, abs=1 / mask.numel() + 0.02)
@@ -172,7 +172,7 @@ def test_saliency_is_where_the_late_gradient_is_large_and_nothing_else_moves(bac
 
 def test_more_draws_keep_less_and_more_concepts_keep_more(backbone, context):
     ctx = context(("cat", "dog"))
-    student = MaskedWeights(ctx)
+    student = masked(ctx, backbone.lora_targets("all"), {})
     share = {}
     for draws, concepts in ((1, 1), (4, 1), (4, 2)):
         method = ant(backbone, saliency_draws=draws, tau0=0.3)

@@ -15,7 +15,7 @@ from erasekit.erasures.deltas import Dense, merged
 from erasekit.erasures.erasure import Erasure
 from erasekit.evaluation.tasks import Protocol
 from erasekit.methods import closedform
-from tests import tiny
+from erasekit.testing import tiny
 
 CAT = Concept(name="cat", phrases=("a cat",), neutral="a thing", templates=("{}",))
 CLEAN = ["a photo of a dog", "a red ship"]

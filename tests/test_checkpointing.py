@@ -14,7 +14,7 @@ from erasekit.registration import plugins
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
 from erasekit.runs.runner import run
-from tests import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
 SMALL = [("tiny", "8"), ("tiny-flux", "48"), ("tiny-flux", "8")]  # GPUs on which a family recomputes

@@ -12,7 +12,7 @@ from erasekit.backbones.alignment import align
 from erasekit.erasures.deltas import merged, to_dense
 from erasekit.methods import closedform
 from erasekit.methods.closedform import Pairs, TextEdit
-from tests import tiny
+from erasekit.testing import tiny
 
 D, OUT = 12, 7
 

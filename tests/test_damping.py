@@ -6,10 +6,10 @@ from erasekit.erasures.deltas import Dense, to_dense
 from erasekit.erasures.remains import Remains, Residual
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
+from erasekit.testing import tiny
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.eta import ETAS, choose_eta, cost
 from erasekit_trace.method import Trace
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from erasekit.erasures.deltas import Dense, LowRank, add, compress, concatenate, merge_, merged, norm, scale, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, add, compress, merge_, merged, norm, scale, summed, to_dense
 from erasekit.errors import ErasekitError
 
 
@@ -34,10 +34,10 @@ def test_adding_concatenates_by_rank_and_sums():
 
 def test_concatenating_sets_takes_the_union_in_order():
     a, b, c = low_rank(5, 2, 6, 1), low_rank(5, 1, 6, 2), low_rank(4, 1, 5, 3)
-    total = concatenate([{"1": c, "0": a}, {"0": b, "2": c}])
+    total = summed([{"1": c, "0": a}, {"0": b, "2": c}])
     assert list(total) == ["1", "0", "2"]
     torch.testing.assert_close(to_dense(total["0"]), a.up @ a.down + b.up @ b.down)
-    assert concatenate([]) == {}
+    assert summed([]) == {}
 
 
 def test_scaling():

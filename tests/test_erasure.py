@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import Dense, LowRank, concatenate, merged, norm, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, merged, norm, summed, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into
 from erasekit.erasures.manifest import digest, file_stems, read_manifest
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
-from tests import tiny
+from erasekit.testing import tiny
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_plain_load_lora_weights_gives_the_merged_model(backbone, erasure, tmp_p
             moved = backbone.predict(x, tau, cond)
         assert (moved - backbone.predict(x, tau, cond)).abs().max() > 1e-2
     assert difference(["cat", "vint"], erasure.total()) < 1e-5
-    assert difference(["cat"], concatenate(list(erasure.deltas["cat"].values()))) < 1e-5
+    assert difference(["cat"], summed(list(erasure.deltas["cat"].values()))) < 1e-5
     assert difference(["vint"], erasure.deltas["Orla Vint"]["refine"]) < 1e-5
 
 

@@ -7,10 +7,11 @@ from erasekit.erasures.deltas import Dense, LowRank, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into
 from erasekit.methods.context import RunContext
+from erasekit.methods.students import lora, whole
 from erasekit.methods.trajectories import negative_guidance
+from erasekit.testing import tiny, tiny_flux
+from erasekit_esd.layers import modules
 from erasekit_esd.method import Esd, EsdConfig
-from erasekit_esd.student import full, lora, modules
-from tests import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
 SMALL = {"steps": 3, "batch": 2, "rank": 2, "trajectories": 3}
@@ -156,16 +157,16 @@ def test_gradients_reach_every_trained_parameter_and_no_other(backbone, context,
         assert set(student.deltas()) == set(names)
 
     if weights == "full":
-        check(full(ctx, names))
+        check(whole(ctx, names))
     else:
-        with lora(ctx, names, EsdConfig(rank=2)) as student:
+        with lora(ctx, "esd", names, 2, ctx.generator("esd/init")) as student:
             check(student)
 
 
 def test_whole_weights_stand_in_only_while_the_student_predicts(backbone, context):
     ctx = context()
     pool = Esd(settings(backbone)).pool(ctx, ctx.concepts[0])
-    student = full(ctx, modules(backbone, "x"))
+    student = whole(ctx, modules(backbone, "x"))
     before = ctx.predict(pool.x, pool.tau, pool.cond[pool.row])
     assert torch.equal(student.predict(pool.x, pool.tau, pool.cond[pool.row]), before)
     with torch.no_grad():

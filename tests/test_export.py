@@ -32,8 +32,8 @@ from erasekit.erasures.original import unet_name
 from erasekit.erasures.strength import parse
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.runs.exporting import export
+from erasekit.testing import tiny
 from erasekit_mini.backbone import FluxMini, Sd15Mini
-from tests import tiny
 
 MINIS = {"sd15-mini": Sd15Mini, "flux-mini": FluxMini}
 

@@ -18,7 +18,7 @@ from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
 from erasekit.methods import closedform
 from erasekit.methods.adapters import AdapterBank
-from tests import tiny_flux
+from erasekit.testing import tiny_flux
 
 PROMPTS = ["a photo of a cat", "the red ship"]
 

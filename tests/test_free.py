@@ -7,7 +7,7 @@ import pytest
 from erasekit.errors import UsageError
 from erasekit.evaluation.free import Free
 from erasekit.evaluation.tasks import PROMPT_SETS, SPLITS
-from tests import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux
 
 TASK = Free()
 DOG, MAN = (TASK.concept(text) for text in ("a dog:a puppy", "a man"))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erasekit.erasures.deltas import LowRank, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, to_dense
 from erasekit.methods import closedform
 from erasekit.methods.context import RunContext
-from erasekit.methods.fusion import fusion, input_moments, share
-from tests import tiny, tiny_flux
+from erasekit.methods.fusion import Read, fuse, input_moments
+from erasekit.testing import tiny, tiny_flux
 from tests.third_party.tiny_world import Words
 
 WIDTH, OUT = 10, 6
@@ -84,8 +84,9 @@ def test_fusion_is_the_least_squares_solution(concepts, n, m, rank, lamb, scale,
     inputs = [deficient(n, rank, seed + 10 * i) for i in range(concepts)]
     changes = [LowRank(normal(OUT, 1 + i, seed=seed + i), normal(1 + i, WIDTH, seed=seed - i - 1)) for i in range(concepts)]
     p = deficient(m, rank, seed + 5)
-    maps = fusion(moments(inputs), moment(p), ridge=lamb, preserve_scale=scale)
-    shares = [share([change], k) for change, k in zip(changes, maps, strict=True)]
+    read = Read(["layer"], moments(inputs), moment(p))
+    edits = fuse([{"layer": change} for change in changes], [read], ridge=lamb, preserve_scale=scale)
+    shares = [edit["layer"] for edit in edits]
     blocks = [(x, x @ to_dense(change).T) for x, change in zip(inputs, changes, strict=True)]
     blocks.append((scale**0.5 * p, torch.zeros(m, OUT, dtype=torch.float64)))
     ridge = lamb * diagonal(*((1, x) for x in inputs), (scale, p))
@@ -94,22 +95,29 @@ def test_fusion_is_the_least_squares_solution(concepts, n, m, rank, lamb, scale,
     assert all(share.rank <= change.rank for share, change in zip(shares, changes, strict=True))
 
 
-def test_a_share_adds_its_changes_up():
-    changes = [LowRank(normal(OUT, 2), normal(2, WIDTH, seed=1)), LowRank(normal(OUT, 1, seed=2), normal(1, WIDTH, seed=3))]
-    k = normal(WIDTH, WIDTH, seed=4)
-    want = sum(to_dense(c) for c in changes) @ k
-    close(to_dense(share(changes, k)).numpy(), want.numpy())
+def test_a_dense_change_is_fused_as_its_factors_are():
+    change = LowRank(normal(OUT, 2), normal(2, WIDTH, seed=1))
+    whole, factors = (
+        fused(c, normal(9, WIDTH), normal(4, WIDTH), ridge=0.1, preserve_scale=1.0) for c in (Dense(to_dense(change)), change)
+    )
+    assert whole.rank == factors.rank == 2
+    close(to_dense(whole).numpy(), to_dense(factors).numpy())
+
+
+def fused(change, x, p, **scales):
+    """The share of one change in one layer."""
+    (edit,) = fuse([{"layer": change}], [Read(["layer"], moments([x]), moment(p))], **scales)
+    return edit["layer"]
 
 
 def test_preservation_pulls_the_fused_edit_off_what_is_kept():
     x, p, change = normal(4, WIDTH), normal(6, WIDTH, seed=1), LowRank(normal(OUT, 1), normal(1, WIDTH, seed=2))
     drift = []
     for scale in (0.01, 1.0, 100.0):
-        (k,) = fusion(moments([x]), moment(p), ridge=1e-6, preserve_scale=scale)
-        drift.append(float((to_dense(share([change], k)) @ p.T).norm()))
+        drift.append(float((to_dense(fused(change, x, p, ridge=1e-6, preserve_scale=scale)) @ p.T).norm()))
     assert drift[0] > drift[1] > drift[2]
-    (free,) = fusion(moments([x]), moment(p[:0]), ridge=0.0, preserve_scale=1.0)
-    close((to_dense(share([change], free)) @ x.T).numpy(), (to_dense(change) @ x.T).numpy())
+    free = fused(change, x, p[:0], ridge=0.0, preserve_scale=1.0)
+    close((to_dense(free) @ x.T).numpy(), (to_dense(change) @ x.T).numpy())
 
 
 # What layers read

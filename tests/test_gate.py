@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from erasekit.backbones.schedule import ddpm_tau
 from erasekit.erasures.deltas import LowRank
 from erasekit.erasures.late_gate import LateGate
-from tests import tiny
+from erasekit.testing import tiny
 
 
 @pytest.fixture(scope="module")

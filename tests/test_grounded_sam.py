@@ -21,9 +21,9 @@ from transformers import (
 from erasekit.backbones.attention import token_positions
 from erasekit.errors import UsageError
 from erasekit.methods.context import RunContext
+from erasekit.testing import tiny
 from erasekit_mace import masks, segmenter
 from erasekit_mace.method import Mace, MaceConfig
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "a", "cat", "kitten"]

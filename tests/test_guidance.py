@@ -16,9 +16,9 @@ from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
+from erasekit.testing import tiny, tiny_flux
 from erasekit_negative_prompt.method import NegativePrompt, NegativePromptConfig
 from erasekit_sld.method import MAX, MEDIUM, Sld, SldConfig
-from tests import tiny, tiny_flux
 
 PROMPTS = ["a photo of a cat", "a dog"]
 SCALE = 3.0

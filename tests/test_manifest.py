@@ -26,8 +26,8 @@ from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
+from erasekit.testing import tiny
 from erasekit_sld.method import MAX, Sld, SldConfig
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from erasekit.errors import EnvironmentProblem
 from erasekit.registration import plugins
 from erasekit.runs.config import build
 from erasekit.runs.runner import run
-from tests import tiny_flux
+from erasekit.testing import tiny_flux
 
 PROMPT = ["a photo of a cat"]
 FULL_GPU = '''

@@ -12,11 +12,11 @@ from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.evaluation.evaluators import Batch
 from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.tasks import Prompt
+from erasekit.testing import tiny
 from erasekit_mini import vocabulary as words
 from erasekit_mini.evaluators import Classifier, ClipScore, Frechet
 from erasekit_mini.nets import MiniClassifier, MiniImageTower
 from erasekit_mini.tasks import Celebrities, Hazards, Objects, Styles
-from tests import tiny
 
 TASKS = (Objects(), Celebrities(), Styles(), Hazards())
 OBJECTS = TASKS[0]

@@ -7,10 +7,10 @@ import torch
 
 from erasekit.concepts import Concept
 from erasekit.methods.near_words import near_words
+from erasekit.testing import tiny
 from erasekit_mini import vocabulary as words
 from erasekit_mini.backbone import FluxMini, Sd15Mini
 from erasekit_mini.tasks import Objects
-from tests import tiny
 
 
 @pytest.fixture(scope="module", params=[Sd15Mini, FluxMini])

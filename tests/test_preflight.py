@@ -18,7 +18,7 @@ from erasekit.registration import plugins
 from erasekit.runs import estimate, preflight
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
-from tests import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux
 
 REGISTRIES = plugins.default()
 CPU = {"device": "cpu"}

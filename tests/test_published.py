@@ -11,15 +11,15 @@ import torch
 
 from erasekit.backbones.attention import attention_maps
 from erasekit.backbones.protocol import concatenate
+from erasekit.backbones.schedule import is_late
 from erasekit.erasures.deltas import merged
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
+from erasekit.methods.students import masked
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
-from erasekit_ant import maths
 from erasekit_ant.method import Ant, AntConfig
-from erasekit_ant.student import MaskedWeights
 from erasekit_eraseanything import losses as terms
 from erasekit_eraseanything.method import EraseAnything, EraseAnythingConfig
 from erasekit_esd.method import Esd, EsdConfig
@@ -174,7 +174,7 @@ def ant_by_hand(ctx, method, pool, predict, base):
     """Value, outputs and slopes of L_late + a2 U_late + a1 (L_early + a2 U_early) at guidance `composed`."""
     config, generator, value, outputs, slopes = method.config, ctx.generator("draw"), 0.0, [], []
     nothing, s = ctx.backbone.encode([""]), config.composed
-    late = maths.late(pool.tau, config.tau0)
+    late = is_late(pool.tau, config.tau0)
     for mask, sign, weight in ((late, -1, 1.0), (~late, 1, config.early_weight)):
         points = pool.at(mask).sample(config.batch, generator)
         cond = concatenate([points.cond, nothing.repeat(config.batch)])
@@ -194,11 +194,11 @@ def ant_by_hand(ctx, method, pool, predict, base):
 def test_a_step_of_ant_single(backbone):
     ctx = context(backbone)
     method = official(Ant, AntConfig, trajectories=2)
-    pool, student = method.pool(ctx, ctx.concepts[0]), MaskedWeights(ctx)
-    perturbed(student.change.values())
+    pool, student = method.pool(ctx, ctx.concepts[0]), masked(ctx, backbone.lora_targets("all"), {})
+    perturbed(student.parameters)
     parts = method.losses(student.predict, [pool], backbone.encode([""]))(0, ctx.generator("draw"))
     assert (method.config.early_weight, method.config.unconditional_weight, method.config.composed) == (1.0, 0.5, 1.0)
-    check(parts, list(student.change.values()), *ant_by_hand(ctx, method, pool, student.predict, ctx.predict))
+    check(parts, student.parameters, *ant_by_hand(ctx, method, pool, student.predict, ctx.predict))
 
 
 def test_a_step_of_ant_multi(backbone):
@@ -221,7 +221,8 @@ def test_a_step_of_ant_multi(backbone):
 
         check(parts, parameters, *ant_by_hand(ctx, method, pool, ctx.predict, base))
         x, tau, cond = pool.x[:1], pool.tau[:1], pool.cond[pool.row[:1]]
-        factors = {layer: [bank.state()[f"cat/{layer}.lora_{s}.weight"] for s in "BA"] for layer in layers}
+        named = dict(backbone.denoiser.named_parameters())
+        factors = {layer: [named[f"{layer}.lora_{side}.bank_0.weight"].detach().clone() for side in "BA"] for layer in layers}
         weights = {layer: (b.double() @ a.double() / 64).float() for layer, (b, a) in factors.items()}
         with torch.no_grad():
             student = ctx.predict(x, tau, cond)

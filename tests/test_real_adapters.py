@@ -12,7 +12,7 @@ from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
 from erasekit.runs.runner import run
-from tests import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux
 from tests.conftest import THIRD_PARTY
 
 TRACE = ("steps=2", "trajectories=2", "clean_trajectories=2", "batch=2", "rank=2")

@@ -154,7 +154,7 @@ def test_an_erasure_can_be_measured_by_itself(finished, registries, configured):
 
 
 def test_an_erasure_of_another_base_is_refused(finished, registries, configured, tmp_path):
-    from tests import tiny
+    from erasekit.testing import tiny
 
     _, path, out, _ = finished
     other = tiny.save_pipeline(tmp_path / "other", seed=1)

@@ -11,7 +11,7 @@ from PIL import Image
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.sampling import base_key, generate, intact, load_images, sample, set_sampler
 from erasekit.evaluation.tasks import Prompt, Protocol
-from tests import tiny
+from erasekit.testing import tiny
 
 PROTOCOL = Protocol(sampler="ddim", steps=3, guidance=3.0, size=16, batch=2)
 PROMPTS = [

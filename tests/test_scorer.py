@@ -9,8 +9,8 @@ from transformers import CLIPConfig, CLIPModel
 from erasekit.errors import EnvironmentProblem
 from erasekit.evaluation.scorer import ClipScorer
 from erasekit.methods.context import RunContext
+from erasekit.testing import tiny
 from erasekit_trace.divergence import clip
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 

@@ -13,7 +13,7 @@ from erasekit.backbones.protocol import Backbone, BackboneConfig, guided
 from erasekit.backbones.sd import StableDiffusion, StableDiffusion14
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.registration import plugins
-from tests import tiny
+from erasekit.testing import tiny
 
 PROMPTS = ["a photo of a cat", "a dog by vint"]
 

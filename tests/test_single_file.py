@@ -13,7 +13,7 @@ from erasekit.backbones import single_file
 from erasekit.backbones.sd import StableDiffusionConfig
 from erasekit.erasures import original
 from erasekit.errors import EnvironmentProblem
-from tests import tiny
+from erasekit.testing import tiny
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from erasekit.methods.closedform import Moment, Pairs
 from erasekit.methods.context import RunContext
 from erasekit.methods.trajectories import negative_guidance
 from erasekit.registration.plugins import default
+from erasekit.testing import tiny
 from erasekit_rece.method import robustify
 from erasekit_trace import losses, slots
 from erasekit_trace.divergence import probe
 from erasekit_trace.method import Trace, TraceConfig
 from erasekit_trace.plugin import SLOTS
 from erasekit_trace.pool import clean_pool, pair_pool, target_pool
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 COMPONENT = default().components.get

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import concatenate, merged, to_dense
+from erasekit.erasures.deltas import merged, summed, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.methods.context import RunContext
@@ -17,8 +17,8 @@ from erasekit.methods.sites import held, pair_rows, site_embeddings
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
+from erasekit.testing import tiny_flux
 from erasekit_uce.method import Uce, UceConfig
-from tests import tiny_flux
 from tests.third_party.tiny_world import Words
 
 COMPONENT = default().components.get
@@ -248,7 +248,7 @@ def test_debiasing_draws_both_guides_where_equal_shares_draw_one(mini):
     assert shares[1] > shares[0]
     ships = []
     for weights in ([0.5, 0.5], shares):
-        with merged(ctx.backbone.denoiser, concatenate(list(method.edit(ctx, {"background": weights}).values()))):
+        with merged(ctx.backbone.denoiser, summed(list(method.edit(ctx, {"background": weights}).values()))):
             ships.append(method.seen(fresh, concept, scorer)[1])
     assert ships[0] < 0.15
     assert 0.2 < ships[1] < 0.8

@@ -13,10 +13,10 @@ from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import neutral_of
 from erasekit.methods.validation import Validation, remains_of, validation
 from erasekit.registration.plugins import default
+from erasekit.testing import tiny
 from erasekit_mini.backbone import FluxMini, Sd15Mini
 from erasekit_mini.tasks import Hazards, Objects
 from erasekit_uce.method import Uce, UceConfig
-from tests import tiny
 from tests.third_party.tiny_world import Words
 
 COMPONENT = default().components.get

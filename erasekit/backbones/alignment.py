@@ -10,11 +10,11 @@ from erasekit.backbones.protocol import Conditioning
 def align(concept: Conditioning, neutral: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
     """Pair the token embeddings of prompts one to one, from where they first differ to the last pad.
 
-    An edit has to hold at every position that the concept reaches: in CLIP all tokens after it, the end token and the
-    pads (METHODS.md 6, item 3), in T5 all tokens of the prompt. Words that both prompts have before and after the
-    concept are paired with each other, so that neutral words of another length do not shift them; what one of them has
-    more of is paired with the other's pads. Attention does not see the order of text tokens, so if all pairs agree after
-    an edit, all that the denoiser makes of the two prompts does (METHODS.md 4.3, item 3).
+    An edit has to hold at every position that the concept reaches (docs/explanation.md, "How text reaches an image"): in CLIP
+    all tokens after it, the end token and the pads, in T5 all tokens of the prompt. Words that both prompts have before and
+    after the concept are paired with each other, so that neutral words of another length do not shift them; what one of
+    them has more of is paired with the other's pads. Attention does not see the order of text tokens, so if all pairs agree
+    after an edit, all that the denoiser makes of the two prompts does.
 
     Args:
         concept: n prompts.

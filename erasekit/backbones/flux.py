@@ -17,7 +17,7 @@ from erasekit.backbones.folders import part_config
 from erasekit.backbones.memory import Activations, Holding
 from erasekit.backbones.pipelines import PipelineBackbone
 from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Site
-from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau
+from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau, per_row
 
 _Pipeline: Any = FluxPipeline  # Any: diffusers is untyped
 
@@ -39,7 +39,9 @@ class Flux(PipelineBackbone):
     name: ClassVar[str] = "flux"
     path: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     licence: ClassVar[Mapping[str, str]] = {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
-    capabilities: ClassVar[Capabilities] = Capabilities(family="dit", prediction="velocity", guidance="embedded")
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="dit", prediction="velocity", guidance="embedded", text="bidirectional"
+    )
     prefix: ClassVar[str] = "transformer"
     Config: ClassVar[type[BackboneConfig]] = FluxConfig
     pipeline_class: ClassVar[Any] = FluxPipeline
@@ -156,11 +158,11 @@ class Flux(PipelineBackbone):
 
     def to_x0(self, prediction: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         """Finished latents x0 = x - sigma v."""
-        return x - _like(flow_sigma(tau), x) * prediction
+        return x - per_row(flow_sigma(tau).to(x), x) * prediction
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         """Latents x = (1 - sigma) x0 + sigma noise."""
-        return torch.lerp(x0, noise, _like(flow_sigma(tau), x0))
+        return torch.lerp(x0, noise, per_row(flow_sigma(tau).to(x0), x0))
 
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """Finished latents (n, tokens, channels) of images (n, 3, h, w) in [-1, 1], packed."""
@@ -213,7 +215,3 @@ class FluxSchnell(Flux):
     licence: ClassVar[Mapping[str, str]] = {"license": "apache-2.0"}
     positions: ClassVar[int] = 256
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 4, "guidance": 0.0, "size": Flux.size}
-
-
-def _like(value_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return value_B.to(x).view(-1, *[1] * (x.dim() - 1))

@@ -103,11 +103,15 @@ class Capabilities:
         family: architecture of the denoiser.
         prediction: the form of its output.
         guidance: `cfg` (a second, unconditional pass) or `embedded` (a distilled scale).
+        text: how the encoder of the tokens attends. `causal` (CLIP): a token knows what stands before it, so that after a
+            phrase every token, the end and the pads carry it, and none before it does. `bidirectional` (T5): every word
+            of a prompt knows all others.
     """
 
     family: Literal["unet", "dit"]
     prediction: Literal["epsilon", "velocity"]
     guidance: Literal["cfg", "embedded"]
+    text: Literal["causal", "bidirectional"]
 
     def names(self) -> frozenset[str]:
         """The set that a method's `requires` is compared with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -38,8 +39,22 @@ class Schedule:
         return float(self.tau[k]) if k < len(self) else 1.0
 
     def first_late(self, tau0: float) -> int:
-        """The index of the first step with tau >= tau0 (`len(self)` if there is none)."""
-        return int((self.tau < tau0 - 1e-6).sum())
+        """The index of the first late step (`len(self)` if there is none)."""
+        return int((~is_late(self.tau, tau0)).sum())
+
+
+@overload
+def is_late(tau: float, tau0: float) -> bool: ...
+@overload
+def is_late(tau: torch.Tensor, tau0: float) -> torch.Tensor: ...
+def is_late(tau: float | torch.Tensor, tau0: float) -> bool | torch.Tensor:
+    """Whether progress is late, tau >= tau0: of one number, or elementwise. A step at tau0 is late, rounding or not."""
+    return tau >= tau0 - 1e-6
+
+
+def per_row(values_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value for each row of `x` (b, ...), on its device and in a shape that multiplies it."""
+    return values_B.to(x.device).view(-1, *[1] * (x.dim() - 1))
 
 
 def ddpm_tau(timestep: torch.Tensor, train_steps: int = 1000) -> torch.Tensor:

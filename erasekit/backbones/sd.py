@@ -15,7 +15,7 @@ from erasekit.backbones.folders import part_config
 from erasekit.backbones.memory import Activations, Holding
 from erasekit.backbones.pipelines import PipelineBackbone
 from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Site
-from erasekit.backbones.schedule import Schedule, ddpm_tau, ddpm_timestep
+from erasekit.backbones.schedule import Schedule, ddpm_tau, ddpm_timestep, per_row
 from erasekit.backbones.single_file import unpack
 from erasekit.errors import EnvironmentProblem
 
@@ -40,7 +40,7 @@ class StableDiffusion(PipelineBackbone):
     name: ClassVar[str] = "sd15"
     path: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     licence: ClassVar[Mapping[str, str]] = {"license": "creativeml-openrail-m"}
-    capabilities: ClassVar[Capabilities] = Capabilities(family="unet", prediction="epsilon", guidance="cfg")
+    capabilities: ClassVar[Capabilities] = Capabilities(family="unet", prediction="epsilon", guidance="cfg", text="causal")
     prefix: ClassVar[str] = "unet"
     Config: ClassVar[type[BackboneConfig]] = StableDiffusionConfig
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
@@ -172,7 +172,7 @@ class StableDiffusion(PipelineBackbone):
     def _rates(self, x: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(a) and sqrt(1 - a) at `tau`, shaped to multiply `x`."""
         timestep = ddpm_timestep(tau, self._ddim.config.num_train_timesteps).cpu()
-        a = self._ddim.alphas_cumprod[timestep].reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
+        a = per_row(self._ddim.alphas_cumprod[timestep], x)
         return a.sqrt().to(x.dtype), (1 - a).sqrt().to(x.dtype)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from erasekit.atomic import replacing_folder
 from erasekit.backbones.shards import read_header
 from erasekit.errors import EnvironmentProblem
 from erasekit.quiet import quiet
@@ -42,7 +41,8 @@ def unpack(pipeline_class: Any, file: Path, like: str, **left_out: None) -> Path
             dtype = _DTYPES.get(kinds.most_common(1)[0][0], torch.float32)
             with quiet():
                 pipe = pipeline_class.from_single_file(str(file), config=like, torch_dtype=dtype, **left_out)
-                _keep(pipe, folder)
+                with replacing_folder(folder) as temporary:
+                    pipe.save_pretrained(temporary)
     except Exception as error:  # diffusers raises whatever its conversion stumbles over
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(
@@ -50,13 +50,3 @@ def unpack(pipeline_class: Any, file: Path, like: str, **left_out: None) -> Path
             f"Name a folder or hub id that it belongs to: -s backbone.like=FOLDER"
         ) from error
     return folder
-
-
-def _keep(pipe: Any, folder: Path) -> None:
-    """Save a pipeline, there whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        pipe.save_pretrained(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

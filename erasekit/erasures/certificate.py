@@ -9,6 +9,7 @@ import torch
 
 from erasekit.backbones.alignment import align
 from erasekit.backbones.protocol import Backbone, Conditioning
+from erasekit.backbones.sampler import follow
 from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Deltas, merged, norm, to_dense
 from erasekit.erasures.erasure import Erasure
@@ -146,25 +147,23 @@ def _drift(
 
 def _prediction_drift(backbone: Backbone, deltas: Deltas, cond: Conditioning, protocol: Protocol) -> list[float]:
     """|f' - f| / |f| at every step of the base's own trajectories under `cond` (seeds 0, 1, ...)."""
-    schedule = backbone.schedule(protocol.steps, protocol.size)
-    n, done = len(schedule), 0
+    points: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def predict(x: torch.Tensor, k: int) -> torch.Tensor:
-        nonlocal done
-        progress("predictions", done, 2 * n)
-        done += 1
-        return backbone.predict(x, schedule.tau[k].expand(len(x)), cond, guidance=protocol.guidance)
+    def predict(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        return backbone.predict(x, tau, cond, guidance=protocol.guidance)
 
-    x = backbone.latents(range(len(cond)), protocol.size)
-    seen, base = [], []
-    for k in range(n):
-        seen.append(x)
-        base.append(predict(x, k))
-        x = backbone.step(base[-1], x, k, schedule)
+    def direction(x: torch.Tensor, tau: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        points.append((x, tau, predict(x, tau)))
+        return points[-1][2]
+
+    n, drift = len(cond), []
+    follow(backbone, range(n), direction, steps=protocol.steps, size=protocol.size, batch=n, what="predictions")
     with merged(backbone.denoiser, deltas):
-        erased = [predict(x, k) for k, x in enumerate(seen)]
-    progress("predictions", 2 * n, 2 * n)
-    return [_rms(after - before) / _rms(before) for after, before in zip(erased, base, strict=True)]
+        for k, (x, tau, base) in enumerate(points):
+            progress("predictions", k, len(points))
+            drift.append(_rms(predict(x, tau) - base) / _rms(base))
+    progress("predictions", len(points), len(points))
+    return drift
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ import torch
 from erasekit.backbones.protocol import Backbone
 from erasekit.documents import Damaged, plain_file
 from erasekit.erasures import tensors
-from erasekit.erasures.deltas import Deltas, LowRank, concatenate, norm, scale, shape
+from erasekit.erasures.deltas import Deltas, LowRank, norm, scale, shape, summed
 from erasekit.erasures.manifest import ADVICE, ALL, CARD, MANIFEST, file_stems
 from erasekit.errors import EnvironmentProblem, UsageError
 
@@ -117,7 +117,7 @@ def _check_sums(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, D
         if [hashes[summand] for summand in summands] == [hashes[name]]:
             continue
         parts = [found[summand] for summand in summands]
-        rest = concatenate([found[name], *(scale(part, -1.0) for part in parts)])
+        rest = summed([found[name], *(scale(part, -1.0) for part in parts)])
         size = {module: sum(norm(part[module]) for part in parts if module in part) for module in rest}
         if any(norm(rest[module]) > TOLERANCES[manifest["dtype"]] * size[module] for module in rest):
             raise Damaged(f"'{folder / name}' is not the sum of {', '.join(summands)}, as it should be. {ADVICE}")

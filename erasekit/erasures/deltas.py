@@ -65,7 +65,7 @@ def add(first: Delta, second: Delta) -> Delta:
     return Dense(to_dense(first) + to_dense(second))
 
 
-def concatenate(parts: Sequence[Deltas]) -> Deltas:
+def summed(parts: Sequence[Deltas]) -> Deltas:
     """The sum of several sets of deltas; modules keep the order in which they come up."""
     total: Deltas = {}
     for part in parts:

@@ -23,7 +23,7 @@ from erasekit.atomic import linked, replacing_folder
 from erasekit.concepts import Concept
 from erasekit.erasures import tensors
 from erasekit.erasures.contents import check_folder, check_replaceable, read_deltas
-from erasekit.erasures.deltas import Deltas, concatenate
+from erasekit.erasures.deltas import Deltas, summed
 from erasekit.erasures.guidance import Guidance
 from erasekit.erasures.manifest import ALL, SCHEMA_VERSION, digest, file_stems, read_manifest, slug, write_manifest
 from erasekit.erasures.remains import Remains
@@ -107,7 +107,7 @@ class Erasure:
 
     def total(self) -> Deltas:
         """The sum over concepts and parts, as `all.safetensors` holds it."""
-        return concatenate([part for parts in self.deltas.values() for part in parts.values()])
+        return summed([part for parts in self.deltas.values() for part in parts.values()])
 
     def save(self, folder: Path, *, dtype: str = "float32") -> str:
         """Write the erasure, replacing what is in `folder`; it appears there whole or not at all.
@@ -185,7 +185,7 @@ class Erasure:
         stems = file_stems(list(self.deltas))
         for entry, own in self.deltas.items():
             whole = f"{stems[entry]}.safetensors"
-            files[whole] = tensors.write(folder / whole, concatenate(list(own.values())), self.prefix, dtype)
+            files[whole] = tensors.write(folder / whole, summed(list(own.values())), self.prefix, dtype)
             parts[entry] = {part: f"parts/{stems[entry]}.{slug(part)}.safetensors" if len(own) > 1 else whole for part in own}
             named = {parts[entry][part]: deltas for part, deltas in own.items()} if len(own) > 1 else {}
             files |= {name: tensors.write(folder / name, deltas, self.prefix, dtype) for name, deltas in named.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from erasekit.backbones.schedule import ddpm_tau, flow_tau
+from erasekit.backbones.schedule import ddpm_tau, flow_tau, is_late
 
 
 class LateGate:
@@ -25,14 +25,14 @@ class LateGate:
     def __init__(self, pipe: Any, *, tau0: float) -> None:
         """Set the adapters of `pipe`, with a UNet or a transformer, for its first step."""
         self._denoiser: Any = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-        self._tau0 = tau0 - 1e-6
-        self._set(self._tau0 < 0)
+        self._tau0 = tau0
+        self._set(is_late(0.0, tau0))
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Set the adapters for the step after `index`."""
         following = pipe.scheduler.timesteps[index + 1 :]
         tau = self._progress(pipe.scheduler, following[0]) if len(following) else 0.0
-        self._set(tau >= self._tau0)
+        self._set(is_late(tau, self._tau0))
         return tensors
 
     def open(self) -> None:

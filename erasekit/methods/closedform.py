@@ -124,9 +124,9 @@ def layer_deltas(edits: Sequence[TextEdit], weight: torch.Tensor) -> list[LowRan
 def eq1(w_ND: torch.Tensor, u_ND: torch.Tensor) -> list[TextEdit]:
     """TRACE, Eq. 1: W' = W + W (e_u - e_w) e_w^T / |e_w|^2, so that W' e_w = W e_u; of rank 1 for each concept.
 
-    For several concepts the paper's sum of such terms loses that property wherever the e_w are not orthogonal (METHODS.md
-    6, item 4). Here S is the least-norm matrix with S e_wi = e_i (the i-th unit vector), the pseudo-inverse, so that it
-    holds for each; where the e_w are linearly dependent, in least squares.
+    For several concepts the paper's sum of such terms loses that property wherever the e_w are not orthogonal
+    (docs/explanation.md). Here S is the least-norm matrix with S e_wi = e_i (the i-th unit vector), the pseudo-inverse, so
+    that it holds for each; where the e_w are linearly dependent, in least squares.
 
     Args:
         w_ND: e_w, one row for each concept.
@@ -142,7 +142,7 @@ def eq1(w_ND: torch.Tensor, u_ND: torch.Tensor) -> list[TextEdit]:
 def delta_projection(w_ND: torch.Tensor, u_ND: torch.Tensor) -> list[TextEdit]:
     """TRACE, Prop. 3.2: W' = W (I - P), P the projection on delta = e_w - e_u, so that W' e_w = W' e_u.
 
-    It is the least-norm edit with that property (others exist, METHODS.md 6, item 2); for several concepts P projects on
+    It is the least-norm edit with that property (others exist, docs/explanation.md); for several concepts P projects on
     the span of their differences. Arguments and value as of `eq1`.
     """
     delta_ND = w_ND.double() - u_ND.double()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from erasekit.backbones.protocol import Conditioning
-from erasekit.erasures.deltas import LowRank, compress
+from erasekit.erasures.deltas import Delta, Deltas, Dense, LowRank, compress
 from erasekit.methods.closedform import RidgeUnit, add_products_, ridge_solve
 from erasekit.methods.context import RunContext
 
@@ -81,7 +82,41 @@ def fusion(
     return [ridge_solve(system_DD, moment_DD, ridge=ridge * size).T for moment_DD in own]
 
 
-def share(changes: Sequence[LowRank], k_DD: torch.Tensor) -> LowRank:
-    """One concept's share Delta_i K_i of the fused change, Delta_i the sum of `changes`, with the least rank."""
-    up, down = (torch.cat([getattr(c, side).to(k_DD) for c in changes], dim) for side, dim in (("up", 1), ("down", 0)))
-    return compress(LowRank(up, down @ k_DD))
+class Read(NamedTuple):
+    """Layers that read the same, and the moments of what they read: for each concept, and for what is kept."""
+
+    layers: Sequence[str]
+    own: Sequence[torch.Tensor]
+    kept: torch.Tensor
+
+
+def fuse(
+    changes: Sequence[Mapping[str, Delta]],
+    reads: Iterable[Read],
+    *,
+    ridge: float,
+    preserve_scale: float,
+    unit: RidgeUnit = "relative",
+) -> list[Deltas]:
+    """Each concept's share Delta_i K_i of one edit, with the least rank.
+
+    Args:
+        changes: Delta_i of each concept, in all layers of `reads`.
+        reads: the layers; each group is one solve.
+        ridge: see `fusion`.
+        preserve_scale: see `fusion`.
+        unit: see `fusion`.
+    """
+    shares: list[Deltas] = [{} for _ in changes]
+    for layers, own, kept in reads:
+        maps = fusion(own, kept, ridge=ridge, preserve_scale=preserve_scale, unit=unit)
+        for share, change, k_DD in zip(shares, changes, maps, strict=True):
+            share |= {layer: compress(_mapped(change[layer], k_DD)) for layer in layers}
+    return shares
+
+
+def _mapped(change: Delta, k_DD: torch.Tensor) -> Delta:
+    """Delta K."""
+    if isinstance(change, Dense):
+        return Dense(change.weight.to(k_DD) @ k_DD)
+    return LowRank(change.up.to(k_DD), change.down.to(k_DD) @ k_DD)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from erasekit.backbones.protocol import Conditioning, guided
-from erasekit.events import progress
+from erasekit.backbones.sampler import follow
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import preserve_prompts
 
@@ -17,17 +17,12 @@ from erasekit.methods.prompts import preserve_prompts
 def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
     """Finished latents x0 (n, ...) of encoded prompts, one seed each, drawn under the run's protocol."""
     backbone, protocol = ctx.backbone, ctx.protocol
-    schedule, empty = backbone.schedule(protocol.steps, protocol.size), backbone.encode([""])
-    finished = []
-    for rows in torch.arange(len(seeds)).split(protocol.batch):
-        x = backbone.latents([seeds[i] for i in rows], protocol.size)
-        for k in range(len(schedule)):
-            progress("images", int(rows[0]) * len(schedule) + k * len(rows), len(seeds) * len(schedule))
-            tau = schedule.tau[k].expand(len(x))
-            x = backbone.step(guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance), x, k, schedule)
-        finished.append(x)
-    progress("images", len(seeds) * len(schedule), len(seeds) * len(schedule))
-    return torch.cat(finished)
+    empty = backbone.encode([""])
+
+    def direction(x: torch.Tensor, tau: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance)
+
+    return follow(backbone, seeds, direction, steps=protocol.steps, size=protocol.size, batch=protocol.batch, what="images")
 
 
 def images_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:

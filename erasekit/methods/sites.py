@@ -73,11 +73,12 @@ class SiteEmbeddings:
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The one vector of each concept that the paper's equations speak of, e_w and e_u, (concepts, width), float64.
 
-        e_w is the last token of the concept's own name, said alone: it has read all of the name and nothing else, and it is
-        the same whatever prompts or templates there are. e_u is the last token of the neutral words, said alone as well. The
+        e_w is the last token of the concept's own name, said alone: it has read all of the name and nothing else, and it is the
+        same whatever prompts or templates there are. e_u is the last token of the neutral words, said alone as well. The
         empty prompt has no words: there e_u is what stands in the place of e_w, as Thm 3.1 has u where w was. In CLIP that
-        is the end token or a pad, which is the same token; the paper takes the end token for "empty", and the begin token
-        (METHODS.md 6, item 10) is no word at all. Of a pooled embedding, which has no positions, it is that itself.
+        is the end token or a pad, which is the same token; the paper takes the end token for "empty", and the begin token,
+        which published code takes, is no word at all (docs/explanation.md). Of a pooled embedding, which has no positions,
+        it is that itself.
         """
         encode, own, goals = self._ctx.backbone.encode, [], []
         for concept in self._ctx.concepts:

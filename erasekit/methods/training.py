@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from erasekit.atomic import replacing
 from erasekit.erasures.deltas import LowRank
 from erasekit.errors import ErasekitError
-from erasekit.methods.adapters import AdapterBank, Init
+from erasekit.methods.adapters import Init
 from erasekit.methods.context import RunContext
 from erasekit.methods.method import MethodConfig, OrNone
+from erasekit.methods.students import lora
 
 Losses = Mapping[str, torch.Tensor]
 
@@ -119,10 +120,9 @@ def train_lora(
         name: names the LoRA, its checkpoint and the generators.
         generator: draws the weights that it begins with.
     """
-    with AdapterBank(ctx.backbone) as bank:
-        bank.add(name, layers, rank, generator, init=config.init, alpha=config.alpha)
-        train(losses, bank.train_only(name), config, ctx=ctx, name=name)
-        return {layer: delta for layer, delta in bank.deltas(name).items() if isinstance(delta, LowRank)}
+    with lora(ctx, name, layers, rank, generator, init=config.init, alpha=config.alpha) as student:
+        train(losses, student.parameters, config, ctx=ctx, name=name)
+        return {layer: delta for layer, delta in student.deltas().items() if isinstance(delta, LowRank)}
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from erasekit.backbones.protocol import Backbone, Conditioning, concatenate
+from erasekit.backbones.sampler import follow
 from erasekit.concepts import Concept
 from erasekit.evaluation.tasks import Protocol
-from erasekit.events import progress
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import concept_pairs
 
 # (x, tau, row) -> (what the sampler follows, predictions (b, k, ...) to keep)
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Point = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Pool:
         return replace(drawn, x=x, predictions=predictions, cond=self.cond[drawn.row], row=torch.arange(n))
 
 
-def follow(
-    backbone: Backbone, protocol: Protocol, cond: Conditioning, rows: torch.Tensor, seeds: Sequence[int], step: Step
+def pool_of(
+    backbone: Backbone, protocol: Protocol, cond: Conditioning, rows: torch.Tensor, seeds: Sequence[int], point: Point
 ) -> Pool:
-    """All points of a trajectory per seed, under the protocol's steps; `step` says where each goes on.
+    """All points of a trajectory per seed, under the protocol's steps; `point` says where each goes on.
 
     Args:
         backbone: whose denoiser draws.
@@ -66,19 +66,17 @@ def follow(
         cond: the pool's prompts.
         rows: which of them each seed belongs to, (seeds,).
         seeds: of the noise.
-        step: called with latents, progress and rows of a batch.
+        point: called with latents, progress and rows of a batch.
     """
-    schedule = backbone.schedule(protocol.steps, protocol.size)
     points: list[tuple[torch.Tensor, ...]] = []
-    for chunk in torch.arange(len(seeds)).split(protocol.batch):
-        x = backbone.latents([seeds[i] for i in chunk], protocol.size)
-        for k in range(len(schedule)):
-            progress("trajectories", int(chunk[0]) * len(schedule) + k * len(chunk), len(seeds) * len(schedule))
-            tau = schedule.tau[k].expand(len(x))
-            direction, predictions = step(x, tau, rows[chunk])
-            points.append((x.cpu(), tau, rows[chunk], predictions.cpu()))
-            x = backbone.step(direction, x, k, schedule)
-    progress("trajectories", len(seeds) * len(schedule), len(seeds) * len(schedule))
+
+    def direction(x: torch.Tensor, tau: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        followed, predictions = point(x, tau, rows[drawn])
+        points.append((x.cpu(), tau, rows[drawn], predictions.cpu()))
+        return followed
+
+    sampler = {"steps": protocol.steps, "size": protocol.size, "batch": protocol.batch}
+    follow(backbone, seeds, direction, **sampler, what="trajectories")
     x, tau, row, predictions = (torch.cat(column) for column in zip(*points, strict=True))
     return Pool(x, tau, cond, row, predictions, backbone.device)
 
@@ -100,14 +98,14 @@ def base_pool(
     """
     empty, asked = backbone.encode([""]), at_scale(protocol, told)
 
-    def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def point(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), *(each[row] for each in (cond, *others))]
         found = predict_each(backbone, asked, x, tau, conds)
         if backbone.embedded_guidance and told is not None:
             return backbone.predict(x, tau, cond[row], guidance=protocol.guidance), torch.stack(found, 1)
         return steer(backbone, protocol, found[0], found[1]), torch.stack(found, 1)
 
-    return follow(backbone, protocol, cond, torch.arange(len(seeds)) % len(cond), seeds, step)
+    return pool_of(backbone, protocol, cond, torch.arange(len(seeds)) % len(cond), seeds, point)
 
 
 def predict_each(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from erasekit.erasures.deltas import concatenate, reduced, scale
+from erasekit.erasures.deltas import reduced, scale, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.exporting import Exported, Exporter, Order
 from erasekit.erasures.manifest import MANIFEST, file_stems, read_manifest
@@ -85,7 +85,7 @@ def _chosen(erasure: Erasure, concepts: Sequence[str] | None, strength: Strength
         if name not in erasure.deltas:
             raise unknown("concept of this erasure", name, erasure.deltas, MANIFEST)
     factor = factors(strength, list(erasure.deltas))
-    parts = {name: {"whole": scale(concatenate(list(erasure.deltas[name].values())), factor[name])} for name in names}
+    parts = {name: {"whole": scale(summed(list(erasure.deltas[name].values())), factor[name])} for name in names}
     own = tuple(c for c in erasure.concepts if concepts is None or c.name in names) or erasure.concepts
     return replace(erasure, concepts=own, deltas=parts)
 

@@ -159,7 +159,7 @@ def _unmet(method_name: str, method: Any, backbone_name: str, backbone: Any) -> 
 
     has = backbone.capabilities
     field_of = {choice: field for field, hint in get_type_hints(Capabilities).items() for choice in get_args(hint)}
-    verbs = {"family": "is a", "prediction": "predicts", "guidance": "has guidance"}
+    verbs = {"family": "is a", "prediction": "predicts", "guidance": "has guidance", "text": "reads text"}
     lines = []
     for need in sorted(method.requires - has.names()):
         field = field_of.get(need)

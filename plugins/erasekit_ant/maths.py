@@ -6,16 +6,13 @@ import math
 
 import torch
 
-
-def late(tau_B: torch.Tensor, tau0: float) -> torch.Tensor:
-    """Where the guidance is reversed: tau >= tau0, towards the image (tau is 0 at the noise)."""
-    return tau_B >= tau0 - 1e-6
+from erasekit.backbones.schedule import is_late, per_row
 
 
 def target(concept: torch.Tensor, empty: torch.Tensor, tau_B: torch.Tensor, *, tau0: float, eta: float) -> torch.Tensor:
     """f(0) + eta (f(c) - f(0)) before tau0 and f(0) - eta (f(c) - f(0)) from there on; predictions are (b, ...)."""
-    sign_B = 1 - 2 * late(tau_B, tau0).to(empty)
-    return empty + eta * sign_B.view(-1, *[1] * (empty.dim() - 1)) * (concept - empty)
+    sign_B = 1 - 2 * is_late(tau_B, tau0).to(empty)
+    return empty + eta * per_row(sign_B, empty) * (concept - empty)
 
 
 def salient(gradient: torch.Tensor, keep: float) -> torch.Tensor:

@@ -10,17 +10,18 @@ from pydantic import Field
 
 from erasekit.backbones.memory import GIB, LORA_GB, Footprint
 from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.backbones.schedule import is_late
 from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Deltas, LowRank
 from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.methods.context import Planned, RunContext
-from erasekit.methods.fusion import fusion, input_moments, share
+from erasekit.methods.fusion import Read, fuse, input_moments
 from erasekit.methods.method import Method, OrNone
+from erasekit.methods.students import Student, masked
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train, train_lora
 from erasekit.methods.trajectories import Pool, concept_pool
 from erasekit_ant import maths
-from erasekit_ant.student import MaskedWeights
 
 # For each weight that `single` trains: change, gradient, moments, mask, the changed weight, and that twice in bf16.
 BYTES = 4 + 4 + 8 + 1 + 4 + 2 * 2
@@ -181,7 +182,7 @@ class Ant(Method):
         """
         config, name = self.config, f"ant/pool/{concept.name}"
         pool = concept_pool(ctx, concept, config.trajectories, name=name, guidance=config.guidance)
-        if not maths.late(pool.tau, config.tau0).any():
+        if not is_late(pool.tau, config.tau0).any():
             raise UsageError(f"None of {ctx.protocol.steps} sampling steps is at tau >= {config.tau0}: lower 'method.tau0'.")
         return pool
 
@@ -218,24 +219,25 @@ class Ant(Method):
 
     def single(self, ctx: RunContext, pools: Sequence[Pool]) -> Deltas:
         """Train the salient entries of all linear layers."""
-        student = MaskedWeights(ctx)
+        mask: dict[str, torch.Tensor] = {}
+        student = masked(ctx, ctx.backbone.lora_targets("all"), mask)
         losses = self.losses(student.predict, pools, ctx.backbone.encode([""]))
-        student.mask = self.saliency(ctx, student, losses, len(pools))
-        train(losses, list(student.change.values()), self.config, ctx=ctx, name="ant")
+        mask |= self.saliency(ctx, student, losses, len(pools))
+        train(losses, student.parameters, self.config, ctx=ctx, name="ant")
         return student.deltas()
 
-    def saliency(self, ctx: RunContext, student: MaskedWeights, losses: Any, concepts: int) -> dict[str, torch.Tensor]:
+    def saliency(self, ctx: RunContext, student: Student, losses: Any, concepts: int) -> dict[str, torch.Tensor]:
         """The entries with the largest gradients of the late loss at the base, in every draw of some concept."""
-        union = {name: torch.zeros_like(change, dtype=torch.bool) for name, change in student.change.items()}
+        union = [torch.zeros_like(change, dtype=torch.bool) for change in student.parameters]
         for turn in range(concepts):
-            kept = {name: torch.ones_like(mask) for name, mask in union.items()}
+            kept = [torch.ones_like(mask) for mask in union]
             for draws in range(self.config.saliency_draws):
                 late = losses(turn * self.config.accumulate, ctx.generator(f"ant/saliency/{turn}/{draws}"))["late"]
-                for name, gradient in zip(kept, torch.autograd.grad(late, list(student.change.values())), strict=True):
-                    kept[name] &= maths.salient(gradient, self.config.saliency)
-            for name, mask in kept.items():
-                union[name] |= mask
-        return union
+                for mask, gradient in zip(kept, torch.autograd.grad(late, student.parameters), strict=True):
+                    mask &= maths.salient(gradient, self.config.saliency)
+            for mask, found in zip(union, kept, strict=True):
+                mask |= found
+        return dict(zip(student.layers, union, strict=True))
 
     # Multi
 
@@ -260,16 +262,11 @@ class Ant(Method):
             others = torch.randint(len(kept), (len(points.x),), generator=generator)
             own.append(input_moments(ctx, layers, points.x, points.tau, points.cond))
             preserve.append(input_moments(ctx, layers, points.x, points.tau, kept[others]))
-        fused: list[Deltas] = [{} for _ in loras]
-        for layer in layers:
-            drift = torch.stack([moments[layer] for moments in preserve]).mean(0)
-            mine = [moments[layer] for moments in own]
-            maps = fusion(mine, drift, ridge=config.fusion_ridge, preserve_scale=config.fusion_preserve)
-            for shares, deltas, k_II in zip(fused, loras, maps, strict=True):
-                shares[layer] = share([deltas[layer]], k_II)
-        return fused
+        drift = {layer: torch.stack([moments[layer] for moments in preserve]).mean(0) for layer in layers}
+        reads = [Read([layer], [moments[layer] for moments in own], drift[layer]) for layer in layers]
+        return fuse(loras, reads, ridge=config.fusion_ridge, preserve_scale=config.fusion_preserve)
 
 
 def _ends(pool: Pool, tau0: float) -> tuple[torch.Tensor, torch.Tensor]:
-    late = maths.late(pool.tau, tau0)
+    late = is_late(pool.tau, tau0)
     return late, ~late

@@ -132,7 +132,7 @@ class EraseAnything(Method):
         return self.erasure(ctx, deltas=deltas)
 
     @contextmanager
-    def student(self, ctx: RunContext) -> Iterator[tuple[AdapterBank, Step, list[torch.nn.Parameter]]]:
+    def student(self, ctx: RunContext) -> Iterator[tuple[AdapterBank, EraseAnythingStep, list[torch.nn.Parameter]]]:
         """The denoiser with a LoRA for each concept, the losses of a step, and what they train; no LoRA is left at the end."""
         config = self.config
         materials = [material(ctx, concept, config) for concept in ctx.concepts]
@@ -144,10 +144,10 @@ class EraseAnything(Method):
                 bank.add(concept.name, layers, config.rank, generator, init=config.init, alpha=config.alpha)
             parameters = [p for name in bank.names for p in bank.train_only(name)]
             told = replace(ctx, protocol=at_scale(ctx.protocol, config.told))
-            yield bank, Step(config, told, bank, materials, kept), parameters
+            yield bank, EraseAnythingStep(config, told, bank, materials, kept), parameters
 
 
-class Step:
+class EraseAnythingStep:
     """The losses of one step: even ones are the lower level's, odd ones the upper level's; concepts take turns."""
 
     def __init__(

@@ -15,9 +15,10 @@ from erasekit.concepts import Concept
 from erasekit.erasures.erasure import Erasure
 from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.method import Method, OrNone
+from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, at_scale, concept_pool, negative_guidance
-from erasekit_esd.student import Student, full, lora, matching, modules
+from erasekit_esd.layers import matching, modules
 
 # What erased the objects of the mini world on validation prompts.
 MINI = {
@@ -115,9 +116,11 @@ class Esd(Method):
 
     def student(self, ctx: RunContext) -> AbstractContextManager[Student]:
         """The student, which predicts at the guidance scale that its targets are of."""
-        names = modules(ctx.backbone, self.variant(ctx.concepts))
-        told = replace(ctx, protocol=at_scale(ctx.protocol, self.config.told))
-        return lora(told, names, self.config) if self.config.weights == "lora" else nullcontext(full(told, names))
+        config, layers = self.config, modules(ctx.backbone, self.variant(ctx.concepts))
+        told = replace(ctx, protocol=at_scale(ctx.protocol, config.told))
+        if config.weights == "full":
+            return nullcontext(whole(told, layers))
+        return lora(told, "esd", layers, config.rank, ctx.generator("esd/init"), init=config.init, alpha=config.alpha)
 
     def variant(self, concepts: Sequence[Concept]) -> str:
         """The variant, chosen by the kinds of concepts where the settings leave it open, as the paper advises."""

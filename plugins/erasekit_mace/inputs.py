@@ -22,12 +22,13 @@ def beside(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Embeddings outside of the concept's phrase, of one prompt after the other, and what each is in the neutral prompt.
 
-    In CLIP nothing before the phrase knows of it; in T5 every word does. The pooled embedding counts as one beside it.
+    In a causal encoder (CLIP) nothing before the phrase knows of it; in a bidirectional one (T5) every word does. The pooled
+    embedding counts as one beside it.
     """
     phrase_NL = token_positions(ctx.backbone, prompts, concept.phrases).cpu()  # as the embeddings are
     turned = [(prompt, concept.neutralise(prompt)) for prompt in prompts]
     outside_NL = ~phrase_NL
-    if ctx.backbone.capabilities.family == "unet":
+    if ctx.backbone.capabilities.text == "causal":
         outside_NL &= phrase_NL.cumsum(1) > 0
     for (mine, goal), outside_L in zip(pair_rows(ctx.backbone, concept, turned, reads), outside_NL, strict=True):
         rest = outside_L[len(outside_L) - len(mine) :].to(mine.device) if reads == "tokens" else slice(None)

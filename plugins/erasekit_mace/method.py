@@ -12,12 +12,12 @@ from erasekit.backbones.attention import attention_maps, token_positions
 from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.backbones.protocol import Conditioning
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import Deltas, LowRank, concatenate, merged
+from erasekit.erasures.deltas import Deltas, LowRank, merged, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.methods.adapters import Init
 from erasekit.methods.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.methods.context import Planned, RunContext
-from erasekit.methods.fusion import fusion, share
+from erasekit.methods.fusion import Read, fuse
 from erasekit.methods.images import images_of, kept_images, noised
 from erasekit.methods.method import Method, OrNone
 from erasekit.methods.prompts import phrased_prompts, preserve_prompts
@@ -124,14 +124,6 @@ class Images(NamedTuple):
     masks: torch.Tensor
 
 
-class Read(NamedTuple):
-    """Layers that read the same, and the moments of what they read: for each concept, and for what is kept."""
-
-    layers: list[str]
-    own: list[torch.Tensor]
-    kept: torch.Tensor
-
-
 class Mace(Method):
     """MACE (arXiv:2403.06135), written from the paper's equations.
 
@@ -173,7 +165,7 @@ class Mace(Method):
     def erase(self, ctx: RunContext) -> Erasure:
         """The three stages; what the fusion leaves of the refinement is a part of its own."""
         refined = self.refine(ctx)
-        whole = concatenate(list(refined.values()))
+        whole = summed(list(refined.values()))
         images = [self.images(ctx, concept) for concept in ctx.concepts] if self.config.steps else []
         kept = None
         if images and not self._raw(ctx):  # the LoRAs' layers read more than raw text
@@ -224,12 +216,12 @@ class Mace(Method):
     # Stage 2
 
     def images(self, ctx: RunContext, concept: Concept) -> Images:
-        """Images of a concept by the base, with the tokens to suppress: its phrase, and in CLIP the prompt's end and pads."""
+        """Images of a concept by the base, with the tokens to suppress: its phrase, of a causal encoder the end and pads."""
         prompts, generator = self.prompts(ctx, concept), ctx.generator(f"mace/pictures/{concept.name}")
         x0, chosen = images_of(ctx, prompts, self.config.images, generator)
         cond, tokens = ctx.backbone.encode(chosen), token_positions(ctx.backbone, chosen, concept.phrases)
         masks = ctx.component("masks", self.config.masks)(ctx, concept, x0, cond, tokens, self.config)
-        if ctx.backbone.capabilities.family == "unet":
+        if ctx.backbone.capabilities.text == "causal":
             tokens = tokens | (torch.arange(tokens.shape[1]) >= cond.lengths[:, None] - 1).to(tokens.device)
         return Images(x0, cond, tokens, masks)
 
@@ -275,15 +267,8 @@ class Mace(Method):
     ) -> list[Deltas]:
         """Fuse the refinement and every concept's LoRA into one edit; each concept's share of it."""
         config = self.config
-        fused: list[Deltas] = [{} for _ in ctx.concepts]
-        for layers, own, kept in reads:
-            scale = config.fuse_preserve
-            maps = fusion(own, kept, ridge=config.ridge, unit=config.ridge_unit, preserve_scale=scale)
-            for i, k_DD in enumerate(maps):
-                for layer in layers:
-                    changes = [low for d in (refined, *loras[i : i + 1]) if isinstance(low := d.get(layer), LowRank)]
-                    fused[i][layer] = share(changes, k_DD)
-        return fused
+        changes = [summed([refined, dict(lora)]) for lora in loras] or [refined] * len(ctx.concepts)
+        return fuse(changes, reads, ridge=config.ridge, unit=config.ridge_unit, preserve_scale=config.fuse_preserve)
 
     def _raw(self, ctx: RunContext) -> bool:
         """Whether the layers that carry the LoRAs read raw token embeddings."""

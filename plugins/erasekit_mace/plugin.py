@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from erasekit.registration.hookspecs import hookimpl
+from erasekit.registration.hookspecs import Register, RegisterComponent, hookimpl
 
 
 @hookimpl
-def register_methods(register):  # type: ignore[no-untyped-def]
+def register_methods(register: Register) -> None:
     """Register MACE."""
     register(
         "mace",
@@ -17,7 +17,7 @@ def register_methods(register):  # type: ignore[no-untyped-def]
 
 
 @hookimpl
-def register_components(register):  # type: ignore[no-untyped-def]
+def register_components(register: RegisterComponent) -> None:
     """Register the choices of MACE's slot."""
     for name, target, summary in (
         ("attention", "masks:attention", "the base's own attention to the concept, thresholded; a style has the whole image"),

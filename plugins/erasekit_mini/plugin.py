@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from erasekit import hookimpl
+from erasekit.registration.hookspecs import Register, RegisterComponent, hookimpl
 
 
 @hookimpl
-def register_backbones(register):  # type: ignore[no-untyped-def]
+def register_backbones(register: Register) -> None:
     """Register the embedded models."""
     register("sd15-mini", "erasekit_mini.backbone:Sd15Mini", summary="a trained 64 px model in the classes of SD1.5, shipped")
     register("flux-mini", "erasekit_mini.backbone:FluxMini", summary="a trained 64 px model in the classes of FLUX.1, shipped")
 
 
 @hookimpl
-def register_tasks(register):  # type: ignore[no-untyped-def]
+def register_tasks(register: Register) -> None:
     """Register the mini domain's tasks."""
     register("mini/objects", "erasekit_mini.tasks:Objects", summary="ten object classes")
     register("mini/celebrities", "erasekit_mini.tasks:Celebrities", summary="ten invented people")
@@ -22,7 +22,7 @@ def register_tasks(register):  # type: ignore[no-untyped-def]
 
 
 @hookimpl
-def register_evaluators(register):  # type: ignore[no-untyped-def]
+def register_evaluators(register: Register) -> None:
     """Register what judges images of the mini world."""
     register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles an image shows")
     register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well an image fits its prompt")
@@ -30,6 +30,6 @@ def register_evaluators(register):  # type: ignore[no-untyped-def]
 
 
 @hookimpl
-def register_components(register):  # type: ignore[no-untyped-def]
+def register_components(register: RegisterComponent) -> None:
     """Register the scorer that TRACE's `clip` divergence uses on the mini world."""
     register("scorer", "mini", "erasekit_mini.evaluators:ClipScorer", summary="the mini CLIP, differentiable")

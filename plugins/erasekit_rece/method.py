@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, Field
 
-from erasekit.erasures.deltas import Deltas, concatenate, to_dense
+from erasekit.erasures.deltas import Deltas, summed, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.methods.closedform import RANK_ERROR, Pairs, RidgeUnit, TextEdit, uce
 from erasekit.methods.context import RunContext
@@ -155,7 +155,7 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
             kept[reads] = sum((p.ww_DD for p in found), kept[reads]) if settings.hold else kept[reads]
         ctx.log(k + 1, settings.rounds, {"recovered": 1 - (left / whole) ** 0.5 if whole else 0.0})
         added = site_deltas(ctx, shares, edited)
-        total |= {name: concatenate([total.get(name, {}), own]) for name, own in added.items()}
+        total |= {name: summed([total.get(name, {}), own]) for name, own in added.items()}
     return total
 
 
@@ -171,7 +171,7 @@ def _shares(pairs: Sequence[Pairs], kept_DD: torch.Tensor, settings: Rounds, *, 
 
 def _edited(base: Mapping[str, torch.Tensor], deltas: Mapping[str, Deltas]) -> dict[str, torch.Tensor]:
     """The weights of the text sites with all deltas added."""
-    total = concatenate(list(deltas.values()))
+    total = summed(list(deltas.values()))
     return {name: w + to_dense(total[name]).to(w) if name in total else w for name, w in base.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from erasekit.backbones.schedule import is_late
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.guidance import Guidance, Step, away_text
 from erasekit.methods.context import RunContext
@@ -87,7 +88,7 @@ class Scheme:
         strength, nu = self.strength, step.memory.get("nu", torch.zeros_like(none))
         gamma = scale_of(wanted, concept, strength) * (concept - none) + strength.momentum_scale * nu
         step.memory["nu"] = strength.momentum * nu + (1 - strength.momentum) * gamma
-        return none, wanted if step.tau < strength.warmup - 1e-6 else wanted - gamma
+        return none, wanted - gamma if is_late(step.tau, strength.warmup) else wanted
 
 
 def scale_of(wanted: torch.Tensor, concept: torch.Tensor, strength: Strength) -> torch.Tensor:

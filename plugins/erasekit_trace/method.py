@@ -12,7 +12,7 @@ import torch
 
 from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import Deltas, concatenate, merged, scale
+from erasekit.erasures.deltas import Deltas, merged, scale, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import note
@@ -151,7 +151,7 @@ class Trace(Method):
         refined = site_deltas(ctx, shares, site_weights(ctx.backbone))
         eta = self.config.eta
         if eta is None:
-            eta = choose_eta(ctx, concatenate(list(refined.values())))
+            eta = choose_eta(ctx, summed(list(refined.values())))
         ctx.shared["eta"] = eta
         if eta < LEAST_ETA:
             ctx.warn(f"Stage 1 is nearly off (eta {eta:g}): '{self.config.refine}' moves what must stay more than the concept.")
@@ -180,7 +180,7 @@ class Trace(Method):
         ]
         adapters: list[Adapter] = ctx.component("bank", self.config.bank)(ctx.concepts, self.config)
         targets = ctx.backbone.lora_targets(self.config.scope)
-        whole = concatenate(list(refined.values()))
+        whole = summed(list(refined.values()))
         with merged(ctx.backbone.denoiser, whole), AdapterBank(ctx.backbone) as bank:
             for adapter in adapters:
                 bank.add(adapter.name, targets, adapter.rank, ctx.generator(f"trace/init/{adapter.name}"))

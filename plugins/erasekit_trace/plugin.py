@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erasekit.registration.hookspecs import hookimpl
+from erasekit.registration.hookspecs import Register, RegisterComponent, hookimpl
 
 SLOTS = {
     "refine": {
@@ -26,7 +26,7 @@ SLOTS = {
 
 
 @hookimpl
-def register_methods(register):  # type: ignore[no-untyped-def]
+def register_methods(register: Register) -> None:
     """Register TRACE."""
     register(
         "trace",
@@ -37,7 +37,7 @@ def register_methods(register):  # type: ignore[no-untyped-def]
 
 
 @hookimpl
-def register_components(register):  # type: ignore[no-untyped-def]
+def register_components(register: RegisterComponent) -> None:
     """Register the choices of TRACE's slots."""
     for slot, choices in SLOTS.items():
         for name, (attribute, summary) in choices.items():

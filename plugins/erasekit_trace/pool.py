@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from erasekit.backbones.protocol import Backbone, Conditioning, concatenate
+from erasekit.backbones.schedule import is_late, per_row
 from erasekit.evaluation.tasks import Protocol
-from erasekit.methods.trajectories import Pool, base_pool, follow, negative_guidance, predict_each, steer
+from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, pool_of, predict_each, steer
 
 
 def clean_pool(backbone: Backbone, protocol: Protocol, prompts: Conditioning, seeds: Sequence[int]) -> Pool:
@@ -24,7 +25,7 @@ def clean_pool(backbone: Backbone, protocol: Protocol, prompts: Conditioning, se
         pool,
         cond=concatenate([prompts, backbone.encode([""])]),
         row=torch.where(alone, len(prompts), pool.row),
-        predictions=torch.where(_like(alone, none), none, full)[:, None],
+        predictions=torch.where(per_row(alone, none), none, full)[:, None],
     )
 
 
@@ -45,14 +46,14 @@ def target_pool(
     """
     empty = backbone.encode([""])
 
-    def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def point(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), concept[row], neutral[row]]
         none, with_concept, without = predict_each(backbone, protocol, x, tau, conds)
         target = negative_guidance(without, with_concept, without, eta_neg)
-        direction = torch.where(_like(tau < tau0 - 1e-6, x), with_concept, target)
+        direction = torch.where(per_row(is_late(tau, tau0), x), target, with_concept)
         return steer(backbone, protocol, none, direction), torch.stack([with_concept, without, target], 1)
 
-    return follow(backbone, protocol, concept, torch.arange(len(seeds)) % len(concept), seeds, step)
+    return pool_of(backbone, protocol, concept, torch.arange(len(seeds)) % len(concept), seeds, point)
 
 
 @torch.no_grad()
@@ -66,14 +67,10 @@ def pair_pool(
     both, first, second = pairs
     empty = backbone.encode([""])
 
-    def step(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def point(x: torch.Tensor, tau: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         conds = [empty.repeat(len(x)), first[row], second[row], neutral[row]]
         none, one, two, without = predict_each(backbone, protocol, x, tau, conds)
         return steer(backbone, protocol, none, without), torch.stack([one, two, without], 1)
 
     rows = torch.arange(len(seeds)) % len(both)
-    return follow(backbone, protocol, concatenate([both, first, second]), rows, seeds, step)
-
-
-def _like(mask_B: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return mask_B.to(x.device).view(-1, *[1] * (x.dim() - 1))
+    return pool_of(backbone, protocol, concatenate([both, first, second]), rows, seeds, point)

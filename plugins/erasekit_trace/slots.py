@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from erasekit.backbones.schedule import is_late
 from erasekit.concepts import Concept
 from erasekit.methods import closedform
 from erasekit.methods.closedform import TextEdit
@@ -56,12 +57,12 @@ Weights = Callable[[torch.Tensor], torch.Tensor]
 
 def late(config: TraceConfig) -> Weights:
     """Only tau >= tau0 is trained (section 4.2)."""
-    return lambda tau: (tau >= config.tau0 - 1e-6).to(tau.dtype)
+    return lambda tau: is_late(tau, config.tau0).to(tau.dtype)
 
 
 def early(config: TraceConfig) -> Weights:
     """Only tau < tau0: the window of methods that erase in the first steps."""
-    return lambda tau: (tau < config.tau0 - 1e-6).to(tau.dtype)
+    return lambda tau: (~is_late(tau, config.tau0)).to(tau.dtype)
 
 
 def full(config: TraceConfig) -> Weights:

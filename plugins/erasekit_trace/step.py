@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.backbones.schedule import is_late, per_row
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
 from erasekit.methods.training import Losses
@@ -53,8 +54,8 @@ class TraceStep:
         prediction, kept = self._student([erase.x, keep.x], [erase.tau, keep.tau], cond)
         target, weight = erase.predictions[:, 2], self.window(erase.tau)
         if config.early_anchor:
-            before = (erase.tau < config.tau0 - 1e-6).to(target.device).view(-1, *[1] * (target.dim() - 1))
-            target, weight = torch.where(before, erase.predictions[:, 0], target), torch.ones_like(weight)
+            late = per_row(is_late(erase.tau, config.tau0), target)
+            target, weight = torch.where(late, target, erase.predictions[:, 0]), torch.ones_like(weight)
         out = {
             "erase": losses.weighted_error(prediction, target, weight),
             "preserve": config.preserve

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import Deltas, concatenate, merged
+from erasekit.erasures.deltas import Deltas, merged, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
 from erasekit.methods.closedform import RANK_ERROR, RidgeUnit, uce
@@ -108,7 +108,7 @@ class Uce(Method):
         best, least = dict(now), dict.fromkeys(now, math.inf)
         scorer = ctx.component("scorer", ctx.backbone.domain)()  # what it lacks shows now
         for k in range(rounds):
-            with merged(ctx.backbone.denoiser, concatenate(list(self.edit(ctx, now).values()))):
+            with merged(ctx.backbone.denoiser, summed(list(self.edit(ctx, now).values()))):
                 seen = {concept.name: self.seen(ctx, concept, scorer) for concept in ctx.concepts}
             for name, often in seen.items():
                 off = max(abs(share - equal[0]) for share in often)

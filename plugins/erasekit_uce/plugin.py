@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from erasekit.registration.hookspecs import hookimpl
+from erasekit.registration.hookspecs import Register, hookimpl
 
 
 @hookimpl
-def register_methods(register):  # type: ignore[no-untyped-def]
+def register_methods(register: Register) -> None:
     """Register UCE."""
     register(
         "uce",

@@ -11,8 +11,8 @@ from erasekit.runs.compute import compute
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.runner import run
+from erasekit.testing.tiny_flux import TinyFlux
 from tests.contracts.test_matrix import METHODS, REGISTRIES, SHORT
-from tests.tiny_flux import TinyFlux
 
 
 @pytest.fixture(params=["tiny", "tiny-flux"])

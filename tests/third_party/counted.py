@@ -10,8 +10,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from erasekit import hookimpl
+from erasekit.testing.tiny import TinySD
 from tests.third_party.tiny_world import Pull, PullConfig
-from tests.tiny import TinySD
 
 
 def count(**what):

@@ -1,7 +1,7 @@
 """The words of the tiny world as a task of natural images, for the adapters of the hub's models."""
 
 from erasekit import hookimpl
-from tests.third_party.tiny_world import Words
+from erasekit.testing.world import Words
 
 
 class NaturalWords(Words):

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast  # type: ignore[attr-defined]
 
 from erasekit.backbones.flux import Flux, FluxConfig
 from erasekit.backbones.memory import Holding
-from tests.tiny import WIDTH, WORDS, text_config, tokenizer
+from erasekit.testing.tiny import WIDTH, WORDS, text_config, tokenizer
 
 POSITIONS = 12
 TOKENS = 24  # width of T5
@@ -85,7 +85,7 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
         dynamic = (
             {"use_dynamic_shifting": True, "shift": 3.0} if kind == "dev" else {"use_dynamic_shifting": False, "shift": 1.0}
         )
-        pipe = FluxPipeline(
+        pipe: Any = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(
                 base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, **dynamic
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -41,10 +41,11 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+    tokens: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
+    return tokens
 
 
-def _vae(kind: str) -> torch.nn.Module:
+def _vae(kind: str) -> Any:
     if kind == "tiny":
         return AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
@@ -93,7 +94,7 @@ def save_pipeline(folder: Path, *, vae: Literal["kl", "tiny"] = "tiny", seed: in
             attention_head_dim=4,
             norm_num_groups=4,
         )
-        pipe = StableDiffusionPipeline(
+        pipe: Any = StableDiffusionPipeline(
             vae=_vae(vae),
             text_encoder=CLIPTextModel(text_config(tokens)),
             tokenizer=tokens,
