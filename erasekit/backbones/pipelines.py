@@ -16,6 +16,7 @@ from erasekit.backbones.words import fragments
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.events import progress
 from erasekit.quiet import quiet
+from erasekit.safety import reject_unsafe
 
 
 class PipelineBackbone(PipelineParts):
@@ -51,9 +52,11 @@ class PipelineBackbone(PipelineParts):
         One prompt at a time: what a prompt encodes to must not depend on the batch that it comes in.
 
         Raises:
+            UsageError: a prompt is one that erasekit refuses.
             ErasekitError: a new prompt comes after the encoders have made room for the denoiser.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        reject_unsafe(missing)  # whoever made them: a user, a task, a method, a plugin
         for i, prompt in enumerate(missing):
             self._refuse_late(prompt)
             progress("encoding", i, len(missing))

@@ -18,6 +18,7 @@ from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.tasks import Prompt, Protocol
 from erasekit.events import progress
+from erasekit.safety import reject_unsafe
 
 SAMPLERS = ("default", "ddim", "dpm")
 PIL_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a file that is not a whole image
@@ -94,8 +95,10 @@ def sample(
         The files, in the order of the prompts.
 
     Raises:
+        UsageError: a prompt is one that erasekit refuses.
         ErasekitError: the model draws something that is not a finite number.
     """
+    reject_unsafe(p.text for p in prompts)
     if len(conditioning) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many encoded prompts, given {len(conditioning)}.")
     set_sampler(pipe, protocol.sampler)
@@ -118,7 +121,12 @@ def sample(
 def generate(
     backbone: Backbone, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol
 ) -> list[Image.Image]:
-    """Draw prompts with the plain pipeline call, one seed per prompt."""
+    """Draw prompts with the plain pipeline call, one seed per prompt.
+
+    Raises:
+        UsageError: a prompt is one that erasekit refuses.
+    """
+    reject_unsafe(prompts)
     set_sampler(pipe, protocol.sampler)
     empty = backbone.encode([""])
     images: list[Image.Image] = []
