@@ -15,7 +15,9 @@ from erasekit.errors import EnvironmentProblem
 GIB = 2**30
 STATUS = Path("/proc/self/status")
 VRAM_GB = (8, 12, 16, 24, 32, 48, 80, 141)
-CONTEXT_GB = 1.3  # of driver, libraries and the workspaces of convolutions, which fake tensors do not have (measured on an H200)
+CONTEXT_GB = (
+    1.3  # of driver, libraries and the workspaces of convolutions, which fake tensors do not have (measured on an H200)
+)
 USABLE = 0.93  # of a GPU: the allocator cannot use the last of it
 LORA_GB = 0.05  # a concept's LoRA with its gradient and its moments
 

@@ -1,0 +1,1 @@
+"""SPEED, erasure in the null space of what must stay (arXiv:2503.07392)."""
