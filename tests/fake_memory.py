@@ -75,6 +75,14 @@ def unet_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
     return model(x, torch.zeros(rows), encoder_hidden_states=text, return_dict=False)[0]
 
 
+def xl_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
+    """A prediction of SDXL's UNet."""
+    half = {"dtype": torch.bfloat16}
+    x, text = torch.zeros(rows, 4, size // 8, size // 8, **half), torch.zeros(rows, 77, 2048, **half)
+    added = {"text_embeds": torch.zeros(rows, 1280, **half), "time_ids": torch.zeros(rows, 6, **half)}
+    return model(x, torch.zeros(rows), encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+
+
 def flux_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
     """A prediction of FLUX's transformer."""
     tokens, half = (size // 16) ** 2, {"dtype": torch.bfloat16}

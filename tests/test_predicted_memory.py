@@ -9,9 +9,11 @@ from diffusers import AutoencoderKL
 from erasekit.backbones.attention import attention_maps
 from erasekit.backbones.flux import Flux
 from erasekit.backbones.sd import StableDiffusion
-from tests.fake_memory import Peak, fake, flux_call, gib, unet_call
+from erasekit.backbones.sdxl import StableDiffusionXL
+from tests.fake_memory import Peak, fake, flux_call, gib, unet_call, xl_call
 
 SD = (StableDiffusion, unet_call, ("attn2.to_k", "attn2.to_v"))
+XL = (StableDiffusionXL, xl_call, ("attn2.to_k", "attn2.to_v"))
 FLUX = (Flux, flux_call, ("attn.add_k_proj", "attn.add_v_proj"))
 
 
@@ -34,6 +36,8 @@ def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
         (SD, 512, "forward", {"grad": False, "rows": 2}),
         (SD, 512, "kept", {"rows": 2}),
         (SD, 512, "checkpointed", {"rows": 2, "checkpointing": True}),
+        (XL, 1024, "forward", {"grad": False}),
+        (XL, 1024, "checkpointed", {"checkpointing": True}),
         (FLUX, 512, "forward", {"grad": False}),
         (FLUX, 512, "kept", {}),
         (FLUX, 512, "checkpointed", {"checkpointing": True}),
@@ -61,7 +65,7 @@ def test_decoding_takes_what_is_predicted():
         assert gib(peak) <= backbone.activations(512).decode < 1.06 * gib(peak)
 
 
-@pytest.mark.parametrize(("backbone", "scope"), [(StableDiffusion, "kv"), (Flux, "add_kv")])
+@pytest.mark.parametrize(("backbone", "scope"), [(StableDiffusion, "kv"), (StableDiffusionXL, "kv"), (Flux, "add_kv")])
 def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(backbone, scope):
     model_class, config = backbone.architecture
     with torch.device("meta"):

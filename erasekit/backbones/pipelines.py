@@ -127,7 +127,7 @@ class PipelineBackbone(PipelineParts):
         found: dict[str, Any] = {} if like is None else dict(vars(like.to(self.device, self.dtype)))
         for name, ids in tokens.items():
             encoder = self._part(name)
-            with _handing(encoder, (vectors or {}).get(name)):
+            with handing(encoder, (vectors or {}).get(name)):
                 out = encoder(ids.to(encoder.device))
             field = self.reads[name]
             found[field] = (out.pooler_output if field == "pooled" else out.last_hidden_state).to(self.device, self.dtype)
@@ -237,7 +237,7 @@ class PipelineBackbone(PipelineParts):
 
 
 @contextmanager
-def _handing(encoder: Any, vectors: torch.Tensor | None) -> Iterator[None]:
+def handing(encoder: Any, vectors: torch.Tensor | None) -> Iterator[None]:
     """Let a text encoder read vectors in place of the rows of its table of tokens (T5 has one table in two modules)."""
     if vectors is None:
         yield

@@ -216,16 +216,29 @@ class UnetHook(SteeringHook):
                 "This erasure steers classifier-free guidance, which is off. Sample with a guidance scale above 1."
             )
         n = len(x) // 2
-        concept = self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype).tokens
-        given = {"none": encoder_hidden_states[:n], "wanted": encoder_hidden_states[n:], "concept": concept}
+        own = self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype)
+        given = {"none": encoder_hidden_states[:n], "wanted": encoder_hidden_states[n:], "concept": own.tokens}
+        added = kwargs.pop("added_cond_kwargs", None) or {}  # SDXL's
+        if added:
+            summaries = added["text_embeds"]
+            summary = {"none": summaries[:n], "wanted": summaries[n:], "concept": _summary(own, summaries.shape[-1])}
 
         def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
             embeddings, latents = torch.cat([given[name] for name in names]), torch.cat([x[:n]] * len(names))
+            if added:
+                sizes = torch.cat([added["time_ids"][:n]] * len(names))
+                kwargs["added_cond_kwargs"] = {"text_embeds": torch.cat([summary[name] for name in names]), "time_ids": sizes}
             found = self.fn_ref.original_forward(latents, timestep, encoder_hidden_states=embeddings, **kwargs)
             return tuple(found[0].chunk(len(names)))
 
         tau = float(ddpm_tau(torch.as_tensor(timestep), self._pipe.scheduler.config.num_train_timesteps))
         return (torch.cat(self.steer(tau, predict)),)
+
+
+def _summary(cond: Conditioning, width: int) -> torch.Tensor:
+    """The summary of a prompt without the zeros that SDXL's backbone puts behind it."""
+    assert cond.pooled is not None
+    return cond.pooled[:, :width]
 
 
 class FluxHook(SteeringHook):

@@ -7,7 +7,7 @@ from erasekit.registration.hookspecs import Register, RegisterComponent, hookimp
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Stable Diffusion 1.x and FLUX.1."""
+    """Stable Diffusion 1.x and XL, and FLUX.1."""
     sd = "erasekit.backbones.sd"
     register("sd15", f"{sd}:StableDiffusion", aliases=("sd1.5",), summary="Stable Diffusion 1.5, 860 M UNet, 512 x 512")
     register(
@@ -15,6 +15,12 @@ def register_backbones(register: Register) -> None:
         f"{sd}:StableDiffusion14",
         aliases=("sd1.4",),
         summary="Stable Diffusion 1.4, 512 x 512, the base of most papers",
+    )
+    register(
+        "sdxl",
+        "erasekit.backbones.sdxl:StableDiffusionXL",
+        aliases=("sd-xl",),
+        summary="Stable Diffusion XL base, 2.6 B UNet, 1024 x 1024",
     )
     flux = "erasekit.backbones.flux"
     register(

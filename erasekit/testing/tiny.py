@@ -45,7 +45,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return tokens
 
 
-def _vae(kind: str) -> Any:
+def make_vae(kind: str) -> Any:
+    """An autoencoder of `kl` or `tiny` form for images of 16 pixels."""
     if kind == "tiny":
         return AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
@@ -95,7 +96,7 @@ def save_pipeline(folder: Path, *, vae: Literal["kl", "tiny"] = "tiny", seed: in
             norm_num_groups=4,
         )
         pipe: Any = StableDiffusionPipeline(
-            vae=_vae(vae),
+            vae=make_vae(vae),
             text_encoder=CLIPTextModel(text_config(tokens)),
             tokenizer=tokens,
             unet=unet,
