@@ -14,8 +14,8 @@ from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
 from erasekit.runs.runner import run
+from erasekit.testing import tiny_xl
 from erasekit_uce.method import Uce, UceConfig
-from tests import tiny_xl
 from tests.conftest import THIRD_PARTY
 from tests.third_party.tiny_world import Words
 

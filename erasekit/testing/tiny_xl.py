@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from erasekit.backbones.protocol import BackboneConfig
 from erasekit.backbones.sdxl import StableDiffusionXL
-from tests import tiny
+from erasekit.testing import tiny
 
 
 class TinyXL(StableDiffusionXL):
