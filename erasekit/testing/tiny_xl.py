@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -43,7 +43,7 @@ def save_pipeline(folder: Path) -> Path:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24 + 6 * 8,
         )
-        pipe = StableDiffusionXLPipeline(
+        pipe: Any = StableDiffusionXLPipeline(
             vae=tiny.make_vae("kl"),
             text_encoder=CLIPTextModel(config),
             text_encoder_2=CLIPTextModelWithProjection(config),
