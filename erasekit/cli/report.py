@@ -5,38 +5,54 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from erasekit.cli import options
 from erasekit.cli.tables import show
-from erasekit.errors import ErasekitError
+from erasekit.errors import ErasekitError, UsageError
 from erasekit.registration.plugins import Registries
+
+if TYPE_CHECKING:  # they import torch
+    from erasekit.evaluation.results import RunResult
+    from erasekit.evaluation.tasks import Task
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", show_default=False)],
+    page: Annotated[bool, typer.Option("--page", help="Write one page that compares the runs, in place of theirs.")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where --page writes it.")] = Path("comparison.html"),
     reveal: Annotated[bool, typer.Option("--reveal", help="Do not blur images.")] = False,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
     """Show the numbers of runs side by side, and write the report of each again."""
     from erasekit.evaluation.results import compare, read_result, table
+    from erasekit.runs.pages.comparison import compared, write_comparison
     from erasekit.runs.pages.report import write_report
 
     results = [read_result(folder / "results.json") for folder in runs]
     registries = options.registries(plugin)
-    for folder, result in zip(runs, results, strict=True):
+    if page and len(runs) < 2:
+        raise UsageError("--page compares runs: give two or more. A run has a page of its own, report.html.")
+    known = list(zip(runs, (_task(registries, result) for result in results), strict=True))
+    if page:
+        typer.echo(f"Page: {write_comparison(compared(known), out, reveal=reveal)}", err=True)
+    for (folder, task), result in zip(known, results, strict=True) if not page else ():
         if (folder / "scores.parquet").is_file():
-            task = registries.tasks.get(result.task, result.domain)
-            known = task() if isinstance(task, type) else task
-            path = write_report(folder, known, reveal=reveal, meanings=_meanings(registries, result.method))
+            path = write_report(folder, task, reveal=reveal, meanings=_meanings(registries, result.method))
             typer.echo(f"Report: {path}", err=True)
     if as_json:
         typer.echo(json.dumps([r.model_dump(mode="json") for r in results], indent=1))
     else:
         show(*(table(results[0]) if len(results) == 1 else compare(results)))
+
+
+def _task(registries: Registries, result: RunResult) -> Task:
+    found: Any = registries.tasks.get(result.task, result.domain)
+    task: Task = found() if isinstance(found, type) else found
+    return task
 
 
 def _meanings(registries: Registries, method: str) -> Mapping[str, str]:

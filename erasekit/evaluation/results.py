@@ -158,7 +158,7 @@ def _mean_metric(metrics: Sequence[Metric]) -> Metric:
 
 def number(value: float | None) -> str:
     """A number as tables show it."""
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:z.3f}"
 
 
 def table(result: RunResult) -> Table:

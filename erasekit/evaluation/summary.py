@@ -64,6 +64,23 @@ def summary(runs: Runs) -> dict[str, Any]:
     return {"metrics": metrics, "erase_s": round(float(np.median(seconds)), 2), "peak_memory_mb": peak}
 
 
+def by_protocol(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows in groups whose concepts were measured alike.
+
+    Args:
+        rows: {row: {concept: [(result, anything), ...]}}.
+    """
+    groups: list[tuple[dict[str, str], dict[str, Any]]] = []
+    for name, concepts in rows.items():
+        hashes = {concept: runs[0][0].protocol["hash"] for concept, runs in concepts.items()}
+        group = next((g for g in groups if all(g[0].get(c, h) == h for c, h in hashes.items())), None)
+        if group is None:
+            groups.append(group := ({}, {}))
+        group[0].update(hashes)
+        group[1][name] = concepts
+    return [members for _, members in groups]
+
+
 def _common(runs: Sequence[RunResult]) -> list[str]:
     return [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from erasekit.evaluation.results import RunResult, Table, read_result
-from erasekit.evaluation.summary import differences, summary
+from erasekit.evaluation.summary import by_protocol, differences, summary
 from erasekit.sweeps.cells import Cell
 
 ERASED = 0.2  # a concept of which no more is seen counts as erased
@@ -31,22 +31,9 @@ def tables_of(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
             rows = runs.setdefault((result.backbone, result.task), {})
             rows.setdefault(cell.row, {}).setdefault("+".join(result.concepts), []).append((result, out / cell.path))
     for (backbone, task), rows in runs.items():
-        for together in _by_protocol(rows):
+        for together in by_protocol(rows):
             found.append({"backbone": backbone, "task": task, "rows": _rows(together)})
     return found
-
-
-def _by_protocol(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows in groups whose concepts were measured alike."""
-    groups: list[tuple[dict[str, str], dict[str, Any]]] = []
-    for name, concepts in rows.items():
-        hashes = {concept: runs[0][0].protocol["hash"] for concept, runs in concepts.items()}
-        group = next((g for g in groups if all(g[0].get(c, h) == h for c, h in hashes.items())), None)
-        if group is None:
-            groups.append(group := ({}, {}))
-        group[0].update(hashes)
-        group[1][name] = concepts
-    return [members for _, members in groups]
 
 
 def _rows(rows: Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]) -> dict[str, Any]:

@@ -47,51 +47,62 @@
     range.setAttribute("aria-valuetext", `${at} % base, ${100 - at} % erased`);
   }
 
-  function gallery() {
-    const form = one("#filters"), list = one("#pairs");
-    if (!form) return;
-    const items = all("li", list);
-    for (const item of items) {
-      const two = one(".two", item);
-      if (all("img", two).length === 2) divider(two, `Base or erased: ${item.dataset.prompt}`);
-      const button = document.createElement("button");
-      Object.assign(button, { type: "button", className: "open", title: "Enlarge" });
-      button.setAttribute("aria-label", `Enlarge: ${item.dataset.prompt}`);
-      button.append(one("#enlarge").content.cloneNode(true));
-      button.addEventListener("click", () => viewer.show(item, items.filter((other) => !other.hidden)));
-      two.append(button);
-    }
+  // Pairs (list items with a divider each) or rows of a comparison: what is shown of them, and in which order.
+  function gallery(section) {
+    const form = one("form", section), list = one(".items", section), items = [...list.children];
+    const pairs = list.classList.contains("pairs");
+    if (pairs) items.forEach((item) => furnish(item, items)); else items.forEach((row) => press(row, items));
     function apply() {
       const { set, outcome, text, order, view } = Object.fromEntries(new FormData(form));
       const words = (text || "").toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;
       for (const item of items) {
         const said = item.dataset.prompt.toLowerCase();
-        item.hidden = (set && item.dataset.set !== set) || (outcome && item.dataset.outcome !== outcome)
-          || !words.every((word) => said.includes(word));
+        item.hidden = Boolean((set && item.dataset.set !== set) || (outcome && item.dataset.outcome !== outcome)
+          || !words.every((word) => said.includes(word)));
         shown += !item.hidden;
       }
+      one("output", form).textContent = `${shown} of ${items.length} ${pairs ? "pairs" : "prompts"}`;
+      if (!pairs) return;
       list.classList.toggle("wiped", view === "divider");
-      one("#all-at").disabled = view !== "divider";
+      one(".all-at", form).disabled = view !== "divider";
       const by = order === "prompt" ? "index" : "rank";
       if (list.dataset.by !== by) {
         list.dataset.by = by;
         list.append(...items.sort((a, b) => a.dataset[by] - b.dataset[by]));
       }
-      one("output", form).textContent = `${shown} of ${items.length} pairs`;
     }
     form.addEventListener("input", (event) => {
-      if (event.target.id !== "all-at") return apply();
+      if (!event.target.classList.contains("all-at")) return apply();
       for (const item of items) if (one(".wipe", item)) place(one(".two", item), event.target.value);
     });
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.hidden = false;
     apply();
+  }
+  function furnish(item, items) {
+    const two = one(".two", item), { prompt, facts } = item.dataset;
+    if (all("img", two).length === 2) divider(two, `Base or erased: ${prompt}`);
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "open", title: "Enlarge" });
+    button.setAttribute("aria-label", `Enlarge: ${prompt}`);
+    button.append(one("#enlarge").content.cloneNode(true));
+    item.large = [{ prompt, facts, name: "erased", base: one(".base img", two), erased: one(".erased img", two) }];
+    button.addEventListener("click", () => viewer.show(item.large[0], items));
+    two.append(button);
+  }
+  function press(row, rows) {
+    const base = one(".base img", row), { prompt } = row.dataset;
+    row.large = all(".shot", row).map((button) => {
+      const { facts, erased } = button.dataset;
+      const entry = { prompt, facts, name: erased, base, erased: one("img", button) };
+      button.addEventListener("click", () => viewer.show(entry, rows));
+      return entry;
+    });
   }
 
   // One image large: base and erased under the same divider, and on to the next.
   const viewer = {
-    items: [], at: 0,
+    entries: [], at: 0,
     start() {
       this.dialog = one("#viewer");
       if (!this.dialog) return;
@@ -105,28 +116,28 @@
         if (way && !event.ctrlKey && !event.metaKey) this.go(way);
       });
     },
-    show(item, items) {
-      this.items = items;
-      this.at = items.indexOf(item);
+    show(entry, items) {
+      this.entries = items.filter((item) => !item.hidden).flatMap((item) => item.large);
+      this.at = this.entries.indexOf(entry);
       this.draw();
       this.dialog.showModal();
       one(".wipe", this.two).focus();
     },
     go(way) {
-      this.at = (this.at + way + this.items.length) % this.items.length;
+      this.at = (this.at + way + this.entries.length) % this.entries.length;
       this.draw();
     },
     draw() {
-      const item = this.items[this.at];
-      one("#viewer-title").textContent = item.dataset.prompt;
-      one("#viewer-facts").textContent = item.dataset.facts;
-      one("#viewer-where").textContent = `${this.at + 1} of ${this.items.length}`;
+      const entry = this.entries[this.at];
+      one("#viewer-title").textContent = entry.prompt;
+      one("#viewer-facts").textContent = entry.facts;
+      one("#viewer-where").textContent = `${this.at + 1} of ${this.entries.length}`;
+      one(".erased > span", this.two).textContent = entry.name;
       for (const side of ["base", "erased"]) {
-        const from = one(`.side.${side} img`, item), to = one(`.side.${side} img`, this.two);
+        const from = entry[side], to = one(`.${side} img`, this.two);
         to.hidden = !from;
-        to.alt = from ? from.alt : "";
+        to.alt = `${side === "base" ? "base" : entry.name}: ${entry.prompt}`;
         if (from) to.src = from.src; else to.removeAttribute("src");
-        one(`.side.${side} > span`, this.two).textContent = item.dataset[side] || side;
       }
     },
   };
@@ -151,7 +162,7 @@
   document.addEventListener("DOMContentLoaded", () => {
     themes();
     viewer.start();
-    gallery();
+    all(".gallery").forEach(gallery);
     film();
   });
 })();

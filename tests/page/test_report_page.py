@@ -38,7 +38,7 @@ def brightness(page, box) -> float:
 
 
 def visible(page) -> list[str]:
-    return page.eval_on_selector_all("#pairs > li:not([hidden])", "items => items.map(item => item.dataset.outcome)")
+    return page.eval_on_selector_all(".pairs > li:not([hidden])", "items => items.map(item => item.dataset.outcome)")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -48,14 +48,14 @@ def test_axe_finds_nothing(show, axe, path, theme, width):
     page.evaluate("() => document.querySelectorAll('details').forEach(details => { details.open = true })")
     page.evaluate(axe)
     assert page.evaluate("async () => (await axe.run()).violations.map(v => [v.id, v.impact, v.nodes[0].html])") == []
-    page.click("#pairs > li:nth-child(1) .open")
+    page.click(".pairs > li:nth-child(1) .open")
     assert page.evaluate("async () => (await axe.run('#viewer')).violations.map(v => [v.id, v.nodes[0].html])") == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_divider_shows_more_of_the_one_or_the_other(show, path):
     page = show(path)
-    two = page.locator("#pairs > li:nth-child(1) .two")
+    two = page.locator(".pairs > li:nth-child(1) .two")
     two.scroll_into_view_if_needed()
     box = two.bounding_box()
     middle = {"x": box["x"] + 40, "y": box["y"] + 60, "width": box["width"] - 80, "height": 30}
@@ -78,11 +78,11 @@ def test_the_divider_shows_more_of_the_one_or_the_other(show, path):
 
 def test_all_dividers_move_at_once_and_side_by_side_has_none(show, path):
     page = show(path)
-    page.locator("#all-at").focus()
+    page.locator(".all-at").focus()
     page.keyboard.press("Home")
     assert set(page.eval_on_selector_all(".wipe", "all => all.map(one => one.value)")) == {"0", "50"}  # the viewer's is its own
     page.check("input[value=beside]", force=True)
-    two = page.locator("#pairs > li:nth-child(1) .two")
+    two = page.locator(".pairs > li:nth-child(1) .two")
     two.scroll_into_view_if_needed()
     box = two.bounding_box()
     left, right = (
@@ -90,16 +90,16 @@ def test_all_dividers_move_at_once_and_side_by_side_has_none(show, path):
     )
     assert brightness(page, left) > 250
     assert brightness(page, right) < 5
-    assert page.locator("#all-at").is_disabled()
+    assert page.locator(".all-at").is_disabled()
 
 
 def test_filters_by_outcome_set_and_words(show, path):
     page = show(path)
     assert visible(page)[:3] == ["still", "still", "unscored"]
-    assert page.locator("#filters output").inner_text() == "20 of 20 pairs"
+    assert page.locator(".controls output").inner_text() == "20 of 20 pairs"
     page.check("input[name=outcome][value=still]", force=True)
     assert visible(page) == ["still", "still"]
-    assert page.locator("#filters output").inner_text() == "2 of 20 pairs"
+    assert page.locator(".controls output").inner_text() == "2 of 20 pairs"
     page.check("input[name=outcome][value='']", force=True)
     page.select_option("select[name=set]", "clean")
     assert set(visible(page)) == {"kept", "unscored"}
@@ -108,7 +108,7 @@ def test_filters_by_outcome_set_and_words(show, path):
     assert visible(page) == ["kept" if 17 % 4 == 3 else "gone"]
     page.fill("input[name=text]", "")
     page.select_option("select[name=order]", "prompt")
-    order = page.eval_on_selector_all("#pairs > li", "items => items.map(item => Number(item.dataset.index))")
+    order = page.eval_on_selector_all(".pairs > li", "items => items.map(item => Number(item.dataset.index))")
     assert order == list(range(20))
     page.select_option("select[name=order]", "rank")
     assert visible(page)[:2] == ["still", "still"]
@@ -126,7 +126,7 @@ def test_filters_are_reached_and_changed_by_keys_alone(show, path):
 def test_an_image_is_enlarged_and_the_keys_go_on(show, path):
     page = show(path)
     page.check("input[name=outcome][value=still]", force=True)
-    page.locator("#pairs > li:nth-child(1) .open").focus()
+    page.locator(".pairs > li:nth-child(1) .open").focus()
     page.keyboard.press("Enter")
     viewer = page.locator("#viewer")
     assert viewer.is_visible()
@@ -172,9 +172,9 @@ def test_images_drawn_while_training_are_shown_step_by_step(show, path):
 
 def test_without_scripts_the_pairs_stand_side_by_side(show, path):
     page = show(path, scripts=False)
-    assert page.locator("#pairs > li").count() == 20
-    assert not page.locator("#filters").is_visible()
-    base, erased = (page.locator(f"#pairs > li:nth-child(1) .side.{side}").bounding_box() for side in ("base", "erased"))
+    assert page.locator(".pairs > li").count() == 20
+    assert not page.locator(".controls").is_visible()
+    base, erased = (page.locator(f".pairs > li:nth-child(1) .side.{side}").bounding_box() for side in ("base", "erased"))
     assert base["x"] + base["width"] <= erased["x"]
     assert base["y"] == erased["y"]
     assert page.locator("#film figure").nth(0).is_visible()
@@ -203,4 +203,4 @@ def test_a_whole_page_of_500_images_is_under_5_mb_and_opens(show, tmp_path):
     assert path.read_text().count("data:image/webp") == 500
     assert 2_000_000 < path.stat().st_size < 5_000_000
     page = show(path)
-    assert page.locator("#filters output").inner_text() == "250 of 250 pairs"
+    assert page.locator(".controls output").inner_text() == "250 of 250 pairs"

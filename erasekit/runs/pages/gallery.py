@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from erasekit.evaluation.tasks import PROMPT_SETS
 
 MOST_IMAGES = 500
+T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
@@ -77,9 +78,14 @@ def set_title(which: str) -> str:
 
 def chosen(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """At most `most` pairs, failures first; prompt sets take turns, so that none crowds another out."""
-    ranked = {name: sorted(own, key=lambda pair: OUTCOMES.index(pair.outcome)) for name, own in by_set(pairs).items()}
-    turns = (pair for turn in itertools.zip_longest(*ranked.values()) for pair in turn if pair is not None)
-    return sorted(itertools.islice(turns, most), key=lambda pair: OUTCOMES.index(pair.outcome))
+    ranked = [sorted(own, key=lambda pair: OUTCOMES.index(pair.outcome)) for own in by_set(pairs).values()]
+    return sorted(itertools.islice(in_turns(ranked), most), key=lambda pair: OUTCOMES.index(pair.outcome))
+
+
+def in_turns(lists: Sequence[Sequence[T]]) -> Iterator[T]:
+    """The first of each list, then the second of each, and so on."""
+    for turn in itertools.zip_longest(*lists):
+        yield from (item for item in turn if item is not None)
 
 
 def verdict(row: Mapping[str, Any]) -> str:

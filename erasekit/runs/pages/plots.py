@@ -84,14 +84,14 @@ class Series:
     Attributes:
         name: for the legend and for screen readers; one without a name is in neither.
         marks: its points.
-        style: `line`, `faint` (a thin line behind others), `dots`, `ticks` (short upright strokes), `both`, or `step` (a
-            line that goes in steps, first down and then on).
+        style: `line`, `faint` (a thin line behind others), `dots`, `ticks` (short upright strokes), `both`, `step` (a
+            line that goes in steps, first down and then on), or `labels` (nothing but the marks' texts).
         tone: which of the page's colours it has: `erased`, `base`, or a number from 0.
     """
 
     name: str
     marks: Sequence[Mark]
-    style: Literal["line", "faint", "dots", "ticks", "both", "step"] = "line"
+    style: Literal["line", "faint", "dots", "ticks", "both", "step", "labels"] = "line"
     tone: str = "erased"
 
 
