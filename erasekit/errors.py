@@ -26,6 +26,10 @@ class EnvironmentProblem(ErasekitError):
 
 def unknown(what: str, given: str, known: Iterable[str], see: str) -> UsageError:
     """The error for a name that nobody registered, with the nearest known name."""
+    return UsageError(f"Unknown {what} '{given}'.{nearest(given, known)} See '{see}'.")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A question for the nearest known name, to be put behind an error; "" if none is near."""
     near = difflib.get_close_matches(given, list(known), n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return UsageError(f"Unknown {what} '{given}'.{hint} See '{see}'.")
+    return f" Did you mean '{near[0]}'?" if near else ""

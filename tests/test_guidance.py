@@ -249,3 +249,8 @@ def test_a_scheme_of_a_plugin_file_is_found(erasekit, tmp_path, world, tiny_fold
     folder = next(tmp_path.glob("runs/tiny/words/blank/*/report.html")).parent
     done = erasekit("generate", "a cat", *tiny_base, "--erasure", folder / "erasure", "--out", "steered")
     assert done.returncode == 0, done.stderr
+    done = erasekit("generate", "a cat", *tiny_base[:-2], "--erasure", folder / "erasure", "--out", "without")
+    assert done.returncode == 2
+    assert (
+        "steers sampling by the scheme 'blank', which no installed plugin has. Install the plugin that made it" in done.stderr
+    )

@@ -42,7 +42,8 @@ def test_built_in_and_first_party_plugins_are_found_and_whole():
 
 def test_a_plugin_file_registers_with_its_own_lazy_target(write):
     path = write("""
-        class Mine: ...
+        class Mine:
+            name = "mine"
         @hookimpl
         def register_methods(register):
             register("mine", "my_plugin:Mine", aliases=("m",), summary="s", paper="p")
@@ -77,7 +78,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing_behind(write):
     path = write("""
         @hookimpl
         def register_methods(register):
-            register("first", int)
+            register("first", type("First", (), {"name": "first"}))
             raise SystemExit("not today")
     """)
     registries = plugins.load([path])

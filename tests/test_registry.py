@@ -55,6 +55,41 @@ def test_a_target_that_cannot_be_loaded_shows_why(methods, target):
     assert raised.value.exit_code == 3
 
 
+class Mine:
+    name = "mine"
+
+
+class Nameless:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "own"),
+    [("yours", "tests.test_registry:Mine", "mine"), ("nameless", "tests.test_registry:Nameless", "None")],
+)
+def test_a_class_has_the_name_that_it_is_registered_under(name, target, own):
+    names = Registry("method", "methods", named=True)
+    names.add(entry("mine", "tests.test_registry:Mine"))
+    assert names.get("mine").name == "mine"
+    names.add(entry(name, target))
+    says = (
+        rf"The method '{name}' of one 1\.0 is '{target.partition(':')[2]}', which has the name '{own}'\. Give both one name\."
+    )
+    with pytest.raises(BrokenPlugin, match=says):
+        names.get(name)
+    with pytest.raises(BrokenPlugin, match=says):  # an object shows it at once
+        Registry("method", "methods", named=True).add(entry(name, {"mine": Mine, "None": Nameless}[own]))
+
+
+def test_a_task_has_its_domain_and_name():
+    names = TaskRegistry("task", "tasks", named=True)
+    names.add(entry("mini/words", "erasekit.testing.world:Words"))
+    assert names.get("words", "mini").name == "words"
+    names.add(entry("natural/words", "erasekit.testing.world:Words"))
+    with pytest.raises(BrokenPlugin, match=r"The task 'natural/words' .* has the name 'mini/words'"):
+        names.get("words", "natural")
+
+
 def test_components_are_chosen_by_slot():
     components = ComponentRegistry("component", "components")
     components.add(entry("refine/none", int))

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else FAILED
     except ErasekitError as error:
-        if isinstance(error, BrokenPlugin):
+        if isinstance(error, BrokenPlugin) and error.details:
             typer.echo(error.details, err=True)
         typer.secho(str(error), err=True, fg="red")
         return error.exit_code

@@ -90,7 +90,12 @@ def _load_guidance(
     if component is None:
         raise UsageError(f"'{folder}' steers sampling by a registered scheme: use `erasekit.load`, or hand over a component.")
     try:
-        scheme = component("guidance", guidance.scheme)(guidance.settings)
+        built = component("guidance", guidance.scheme)
+    except UsageError as error:
+        line = f"'{folder}' steers sampling by the scheme '{guidance.scheme}', which no installed plugin has"
+        raise UsageError(f"{line}. Install the plugin that made it, or give its file with --plugin.") from error
+    try:
+        scheme = built(guidance.settings)
     except (ValueError, TypeError, KeyError) as error:
         why = fault_of(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise Damaged(f"'{folder / SETTINGS}' is damaged: '{guidance.scheme}' does not take its settings ({why}).") from error

@@ -11,6 +11,7 @@ from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.erasures.deltas import Deltas
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.guidance import Guidance
+from erasekit.methods.checks import check_deltas
 from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.prompts import training_texts
 
@@ -91,7 +92,12 @@ class Method:
             deltas: {concept: {part: deltas of the base's weights}}; see `Erasure`.
             guidance: what steers sampling in place of changed weights.
             figures: the method's own numbers.
+
+        Raises:
+            ErasekitError: there are neither deltas nor guidance, or they are not what they should be; names the layer.
         """
+        if guidance is None:
+            check_deltas(self.name, deltas, ctx.backbone)
         settings = self.config.model_dump()
         made_by: dict[str, Any] = {"method": self.name, "config": settings}
         return Erasure.of(ctx.backbone, ctx.concepts, **made_by, deltas=deltas, guidance=guidance, figures=figures)

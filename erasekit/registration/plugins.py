@@ -56,11 +56,11 @@ class Registries:
 
     manager: pluggy.PluginManager
     found: list[PluginInfo] = field(default_factory=list)
-    backbones: Registry = field(default_factory=lambda: Registry("backbone", "backbones"))
-    methods: Registry = field(default_factory=lambda: Registry("method", "methods"))
+    backbones: Registry = field(default_factory=lambda: Registry("backbone", "backbones", named=True))
+    methods: Registry = field(default_factory=lambda: Registry("method", "methods", named=True))
     components: ComponentRegistry = field(default_factory=lambda: ComponentRegistry("component", "components"))
-    tasks: TaskRegistry = field(default_factory=lambda: TaskRegistry("task", "tasks"))
-    evaluators: Registry = field(default_factory=lambda: Registry("evaluator", "evaluators"))
+    tasks: TaskRegistry = field(default_factory=lambda: TaskRegistry("task", "tasks", named=True))
+    evaluators: Registry = field(default_factory=lambda: Registry("evaluator", "evaluators", named=True))
     exporters: Registry = field(default_factory=lambda: Registry("exporter", "exporters"))
     launchers: Registry = field(default_factory=lambda: Registry("launcher", "launchers"))
 

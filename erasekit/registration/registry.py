@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -39,6 +39,8 @@ class Entry:
         aliases: other names for the same thing.
         summary: one line for `erasekit ls`.
         paper: where it was published.
+        kind: what the class has to be called like, e.g. "method": its `name` is the registered one (of a task with its domain
+            in front); "" for things without a name of their own.
     """
 
     name: str
@@ -48,28 +50,44 @@ class Entry:
     aliases: tuple[str, ...] = ()
     summary: str = ""
     paper: str = ""
+    kind: str = ""
 
     def load(self) -> Any:
         """The object behind the name.
 
         Raises:
-            BrokenPlugin: it cannot be imported.
+            BrokenPlugin: it cannot be imported, or has another name than the registered one.
         """
         if not isinstance(self.target, str):
-            return self.target
+            return self._named(self.target)
         module, _, attribute = self.target.partition(":")
         try:
-            return getattr(import_module(module), attribute)
+            found = getattr(import_module(module), attribute)
         except Exception as error:
             message = f"'{self.name}' of {self.source} cannot be loaded: {type(error).__name__}: {error}"
             raise BrokenPlugin(" ".join(message.split()), traceback.format_exc()) from error
+        return self._named(found)
+
+    def _named(self, found: Any) -> Any:
+        """What was found, if it has the name that it is registered under: results and files are named by either."""
+        own = getattr(found, "name", None)
+        if self.kind == "task":
+            own = f"{getattr(found, 'domain', None)}/{own}"
+        if self.kind and own != self.name:
+            called = getattr(found, "__name__", type(found).__name__)
+            line = (
+                f"The {self.kind} '{self.name}' of {self.source} is '{called}', which has the name '{own}'. Give both one name."
+            )
+            raise BrokenPlugin(line, "")
+        return found
 
 
 class Names:
     """Names of one kind of thing, and who registered them."""
 
-    def __init__(self, kind: str, plural: str) -> None:
-        """`kind` is what error messages call it, `plural` its name in `erasekit ls`."""
+    def __init__(self, kind: str, plural: str, *, named: bool = False) -> None:
+        """`kind` is what error messages call it, `plural` its name in `erasekit ls`; `named`: it has a name of its own."""
+        self.named = named
         self.kind = kind
         self.plural = plural
         self._entries: dict[str, Entry] = {}
@@ -81,12 +99,16 @@ class Names:
 
         Raises:
             DuplicateName: its name or an alias is taken; names both owners.
+            BrokenPlugin: it is an object (no lazy target) of another name.
         """
         for name in (entry.name, *entry.aliases):
             if name in self._names:
                 first = self._entries[self._names[name]]
                 owners = f"'{first.plugin}' ({first.source}) and '{entry.plugin}' ({entry.source})"
                 raise DuplicateName(f"The {self.kind} '{name}' is registered by both {owners}. Rename or disable one.")
+        entry = replace(entry, kind=self.kind) if self.named else entry
+        if not isinstance(entry.target, str):
+            entry.load()
         self._entries[entry.name] = entry
         self._names |= dict.fromkeys((entry.name, *entry.aliases), entry.name)
 

@@ -13,6 +13,7 @@ from erasekit.backbones.memory import out_of_memory, vram_gb
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import texts as certificate_texts
 from erasekit.erasures.erasure import Erasure
+from erasekit.errors import ErasekitError
 from erasekit.methods.context import RunContext
 from erasekit.methods.validation import remains_of
 from erasekit.registration.plugins import Registries
@@ -31,12 +32,16 @@ def compute(
 
     Raises:
         EnvironmentProblem: the GPU ran out of memory.
+        ErasekitError: the method gives no erasure.
     """
     torch.manual_seed(plan.config.seed)  # methods name their generators; this is for libraries that draw from the global one
     ctx = context(plan, backbone, registries, directory=directory, log=log)
     expect(plan, ctx)
     try:
-        erasure = plan.method(plan.method_config).erase(ctx)
+        erasure: Any = plan.method(plan.method_config).erase(ctx)
+        if not isinstance(erasure, Erasure):
+            line = f"Method '{plan.config.method}' returns {type(erasure).__name__} from 'erase', not an Erasure"
+            raise ErasekitError(f"{line}. End it with 'return self.erasure(ctx, deltas=...)'.")
         remains = remains_of(ctx, erasure) if _predicts(plan, backbone) else None
     except torch.OutOfMemoryError as error:
         raise named(error, plan) from error

@@ -31,36 +31,40 @@ class _Mistakes:
             return None
 
 
-def resolve(config: RunConfig, registries: Registries) -> Plan:
+def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, Any] | None = None) -> Plan:
     """Look up every name and check every setting, before anything is loaded.
+
+    Args:
+        config: what a user asks for.
+        registries: what names stand for.
+        given: the manifest of an erasure that is measured; the method that made it is not looked up.
 
     Raises:
         UsageError: one line for each mistake.
         BrokenPlugin: a chosen name belongs to a plugin that cannot be loaded.
     """
     faults = _Mistakes()
-    method_entry = faults.attempt(registries.methods.entry, config.method)
     backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
-    method = method_entry and method_entry.load()
     backbone = backbone_entry and backbone_entry.load()
     task_name = config.task or DEFAULT_TASKS[backbone.domain if backbone else "mini"]
     task = backbone and faults.attempt(_task, task_name, backbone.domain, registries)
 
     options = config.options
     backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
-    method_config = method and faults.attempt(_method_config, method, backbone_entry, backbone, config)
+    if given is None:
+        method_name, method, method_config = _method(config, backbone_entry, registries, faults)
+    else:
+        from erasekit.runs.given import stand_in  # imports torch
+
+        method_name, method, method_config = given["method"], *stand_in(given)
     values = task and backbone and _sampling(task, backbone) | options.protocol
     protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
     evaluators = _evaluators(task, options.evaluators, registries, faults) if task else {}
     concepts = _concepts(task, config, faults) if task else ()
     faults.lines += _unsafe(concepts, method_config.model_dump()) if method_config else []
-    for slot, choice in _choices(method, method_config) if method_config else ():
-        faults.attempt(registries.components.entry_of, slot, choice)
-    if method and backbone:
-        faults.lines += _unmet(method_entry.name, method, backbone_entry.name, backbone)
     if faults.lines:
         raise UsageError("\n".join(faults.lines))
-    names = {"method": method_entry.name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
+    names = {"method": method_name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
@@ -91,6 +95,20 @@ def _evaluators(task: Any, asked: Mapping[str, Any], registries: Registries, fau
         values = merge(dict(task.evaluator_settings.get(name, {})), asked.get(name, {}))
         found[name] = faults.attempt(settings_of, registries.evaluators.get(name).Config, values, f"evaluators.{name}.")
     return found
+
+
+def _method(config: RunConfig, backbone_entry: Any, registries: Registries, faults: _Mistakes) -> tuple[str, Any, Any]:
+    """The method's name, its class and its settings."""
+    entry = faults.attempt(registries.methods.entry, config.method)
+    if not entry:
+        return "", None, None
+    method, backbone = entry.load(), backbone_entry and backbone_entry.load()
+    values = faults.attempt(_method_config, method, backbone_entry, backbone, config)
+    for slot, choice in _choices(method, values) if values else ():
+        faults.attempt(registries.components.entry_of, slot, choice)
+    if backbone:
+        faults.lines += _unmet(entry.name, method, backbone_entry.name, backbone)
+    return entry.name, method, values
 
 
 def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig) -> Any:

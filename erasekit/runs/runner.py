@@ -139,10 +139,10 @@ class Run:
 
 def planned(config: RunConfig, registries: Registries, *, erasure: Path | None = None) -> Plan:
     """The plan of a configuration; of an erasure that exists, all its concepts together."""
-    plan = resolve(config, registries)
     if erasure is None:
-        return plan
-    return replace(plan, erasure_sha256=read_manifest(erasure)["erasure_sha256"], separate=False)
+        return resolve(config, registries)
+    manifest = read_manifest(erasure)
+    return replace(resolve(config, registries, given=manifest), erasure_sha256=manifest["erasure_sha256"], separate=False)
 
 
 def _run_each(plan: Plan, out: Path, *, registries: Registries, **how: Any) -> RunResult:
