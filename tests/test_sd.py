@@ -46,7 +46,7 @@ def sample(backbone, prompts, seeds, *, steps, scale):
 def test_it_is_a_backbone(backbone):
     assert isinstance(backbone, Backbone)
     assert (StableDiffusion.name, StableDiffusion14.name, StableDiffusion.domain) == ("sd15", "sd14", "natural")
-    assert backbone.capabilities.names() == {"unet", "epsilon", "cfg"}
+    assert backbone.capabilities.names() == {"unet", "epsilon", "cfg", "causal"}
     assert not any(p.requires_grad for p in backbone.denoiser.parameters())
 
 

@@ -56,7 +56,7 @@ def sample(backbone, prompts, seeds, *, steps, scale):
 
 def test_it_is_a_backbone(backbone):
     assert isinstance(backbone, Backbone)
-    assert backbone.capabilities.names() == {"unet", "epsilon", "cfg"}
+    assert backbone.capabilities.names() == {"unet", "epsilon", "cfg", "causal"}
     assert [site.reads for site in backbone.text_sites()].count("pooled") == 1
 
 
