@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasekit.erasures.deltas import merged, summed, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, merged, summed, to_dense
 from erasekit.errors import UsageError
 from erasekit.methods.adapters import AdapterBank
 from erasekit.testing import tiny
@@ -36,6 +36,14 @@ def stir(parameters, seed=0):
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1 * torch.randn(p.shape, generator=generator(seed)))
+
+
+def random_delta(backbone, rank_of):
+    modules = dict(backbone.denoiser.named_modules())
+    return {
+        n: LowRank(torch.full((len(modules[n].weight), rank_of(i)), 0.1), torch.full((rank_of(i), tiny.WIDTH), 0.05))
+        for i, n in enumerate(backbone.lora_targets("kv"))
+    }
 
 
 def trainable(backbone):
@@ -155,6 +163,18 @@ def test_deltas_are_what_the_adapters_do(backbone, bank):
         assert (predict(backbone) - adapted).abs().max() < 1e-5
 
 
+def test_frozen_deltas_do_what_they_do_when_merged_and_come_back_as_they_were(backbone, bank):
+    given = random_delta(backbone, lambda i: 1 + i % 3)  # ranks differ from layer to layer
+    bank.add_frozen("part", given)
+    adapted, again = predict(backbone), bank.deltas("part")
+    assert all(torch.equal(to_dense(again[n]), to_dense(d)) for n, d in given.items())
+    assert again.keys() == given.keys()
+    assert not trainable(backbone)
+    bank.remove()
+    with merged(backbone.denoiser, given):
+        assert (predict(backbone) - adapted).abs().max() < 1e-5
+
+
 def test_removing_leaves_the_denoiser_as_it_was(backbone):
     modules = {n: id(m) for n, m in backbone.denoiser.named_modules()}
     before, bank = predict(backbone), AdapterBank(backbone)
@@ -184,6 +204,7 @@ def test_mistakes_are_one_line(backbone, bank):
         (lambda: bank.add("cat", [site], 2, generator()), "Adapter 'cat' is there already"),
         (lambda: bank.add("dog", ["nothing.there"], 2, generator()), "has no module 'nothing.there'"),
         (lambda: bank.add("dog", [], 2, generator()), "Adapter 'dog' is empty"),
+        (lambda: bank.add_frozen("dog", {site: Dense(torch.ones(8, tiny.WIDTH))}), "is dense"),
         (lambda: bank.train_only("dgo"), "no adapter 'dgo'; there are cat"),
     ]
     for call, message in cases:

@@ -55,7 +55,19 @@ def test_nothing_is_pickled():
 
 
 # From the ground floor up: a room may know those below it, whether it imports them at once, lazily or for types alone.
-ROOMS = ("ground", "registration", "backbones", "evaluation", "erasures", "methods", "runs", "sweeps", "testing", "cli")
+ROOMS = (
+    "ground",
+    "registration",
+    "backbones",
+    "evaluation",
+    "erasures",
+    "methods",
+    "attacks",
+    "runs",
+    "sweeps",
+    "testing",
+    "cli",
+)
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "erasekit").rglob("*.py")

@@ -9,6 +9,7 @@ import typer
 
 import erasekit
 from erasekit import events
+from erasekit.attacks.outcomes import MEANINGS
 from erasekit.backbones.protocol import BackboneConfig
 from erasekit.cli import build
 from erasekit.evaluation.metrics import MEASURES
@@ -57,7 +58,7 @@ def test_fields(model):
 
 
 def test_every_metric_stands_in_the_reference_with_the_meaning_that_it_is_defined_with():
-    found = {name: measure.meaning for name, measure in MEASURES.items()}
+    found = {name: measure.meaning for name, measure in MEASURES.items()} | MEANINGS
     for entry in default().evaluators.entries():
         found |= entry.load().meanings
     for name, meaning in found.items():
@@ -75,6 +76,11 @@ def test_evaluators_and_their_settings():
             assert len(rows) >= 2, entry.name
             assert [name for name in settings if f"`{name}`" not in text] == [], entry.name
             assert all(field.description for field in settings.values()), entry.name
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in default().attacks.entries()])
+def test_attacks(name):
+    assert said(name)
 
 
 @pytest.mark.parametrize("name", PROMPT_SETS)

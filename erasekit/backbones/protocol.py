@@ -149,6 +149,7 @@ class Backbone(Protocol):
     capabilities: ClassVar[Capabilities]
     prefix: ClassVar[str]  # the denoiser's name in the pipeline: "unet" or "transformer"
     encoders: ClassVar[tuple[str, ...]]  # the names of the text encoders in the pipeline
+    reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]]  # which field of a Conditioning each of them fills
     Config: ClassVar[type[BackboneConfig]]
     sampling: ClassVar[Mapping[str, Any]]  # settings of a task's protocol that are other ones on this backbone
 

@@ -20,14 +20,29 @@ FAILED = 4
 
 def build() -> typer.Typer:
     """The application with its own commands and those of plugins."""
-    from erasekit.cli import ablate, doctor, erase, evaluate, export, generate, ls, plugins, report, run, sweep, verify, where
+    from erasekit.cli import (
+        ablate,
+        attack,
+        doctor,
+        erase,
+        evaluate,
+        export,
+        generate,
+        ls,
+        plugins,
+        report,
+        run,
+        sweep,
+        verify,
+        where,
+    )
     from erasekit.registration.plugins import add_commands, default
 
     app = typer.Typer(
         name="erasekit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
     )
     app.callback()(_root)
-    for module in (run, erase, generate, evaluate, verify, export, report, sweep, ablate, ls, where, plugins, doctor):
+    for module in (run, erase, generate, evaluate, attack, verify, export, report, sweep, ablate, ls, where, plugins, doctor):
         app.command(module.__name__.rpartition(".")[2])(module.command)
     add_commands(default(), app)
     return app

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,16 +28,7 @@ def command(
     from erasekit.erasures.manifest import read_manifest
     from erasekit.runs.runner import planned, run
 
-    manifest = read_manifest(erasure)
-    flags = {
-        "method": manifest["method"],
-        "backbone": manifest["backbone"],
-        "concepts": tuple(":".join((c["name"], ",".join(c["phrases"][1:]))).rstrip(":") for c in manifest["concepts"]),
-        "options": {"method": manifest["config"]},
-        "task": task,
-        "seed": seed,
-        "limit": limit,
-    }
+    flags = of_manifest(read_manifest(erasure)) | {"task": task, "seed": seed, "limit": limit}
     wanted = build(flags, overrides=settings or ())
     registries = options.registries(plugin)
     with listener() as told:
@@ -48,3 +39,13 @@ def command(
         typer.echo(result.model_dump_json(indent=1))
     else:
         show_results(planned(wanted, registries, erasure=erasure), out)
+
+
+def of_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What an erasure says of itself, as fields of a configuration."""
+    return {
+        "method": manifest["method"],
+        "backbone": manifest["backbone"],
+        "concepts": tuple(":".join((c["name"], ",".join(c["phrases"][1:]))).rstrip(":") for c in manifest["concepts"]),
+        "options": {"method": manifest["config"]},
+    }

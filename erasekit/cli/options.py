@@ -48,6 +48,15 @@ Preserve = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="The seed of everything random.  [default: 0]", show_default=False)]
 Limit = Annotated[int | None, typer.Option("--limit", help="The most images per prompt set.", show_default=False)]
+Attack = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attack", "-a", metavar="NAME", help="What tries to bring the concept back; repeatable.", show_default=False
+    ),
+]
+KeepTexts = Annotated[
+    bool, typer.Option("--keep-texts", help="Keep the texts that attacks find, and not only their hashes.", show_default=False)
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the method's settings.", show_default=False)]
 Files = Annotated[
     str | None,

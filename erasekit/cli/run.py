@@ -32,6 +32,8 @@ def command(
     limit: options.Limit = None,
     preset: options.Preset = None,
     files: options.Files = None,
+    attack: options.Attack = None,
+    keep_texts: options.KeepTexts = False,
     config: options.Config = None,
     settings: options.Set = None,
     vram: options.Vram = None,
@@ -47,8 +49,9 @@ def command(
     """
     names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
     names |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
+    attacks = {"attacks": tuple(attack or ()), "keep_texts": keep_texts or None}
     wanted = build(
-        {**names, "seed": seed, "limit": limit, "preset": preset, "files": files},
+        {**names, **attacks, "seed": seed, "limit": limit, "preset": preset, "files": files},
         file=config,
         overrides=options.overrides(settings, vram),
     )
@@ -72,6 +75,7 @@ def command(
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
+    parts |= {f"attacks.{name}": config for name, _, config in plan.attacks}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
     images, known = _images(plan), earlier(out, plan)
     drawing = _about([images * seconds for seconds in known["image"]])
@@ -82,6 +86,8 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
         "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
     }
+    if plan.attacks:
+        stages["attack"] = ", ".join(name for name, _, _ in plan.attacks)
     if plan.backbone.domain == "natural":
         stages["memory"] = _memory(plan)
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}

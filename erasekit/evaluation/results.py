@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 
+# The budget of the attacks decides these, and no other numbers.
+ATTACKED = ("asr", "probe", "cost", "false_alarm")
+ATTACKS_HASH = "attacks_hash"  # in a result's protocol, beside `hash`
+
 
 class Metric(BaseModel):
     """One number of a run.
@@ -108,7 +112,8 @@ def mean_over_concepts(results: Sequence[RunResult]) -> RunResult:
     first = results[0]
     same = ("method", "backbone", "task", "domain", "seed")
     differing = [k for k in same if len({getattr(r, k) for r in results}) > 1]
-    settings = [{k: v for k, v in r.protocol.items() if k != "hash"} for r in results]
+    settings = [{k: v for k, v in r.protocol.items() if k not in ("hash", ATTACKS_HASH)} for r in results]
+    hashes = {k: _joined([r.protocol[k] for r in results])[:8] for k in ("hash", ATTACKS_HASH) if k in first.protocol}
     if any(s != settings[0] for s in settings):
         differing.append("protocol")
     if differing:
@@ -118,7 +123,7 @@ def mean_over_concepts(results: Sequence[RunResult]) -> RunResult:
         **{k: getattr(first, k) for k in same},
         concepts=tuple(c for r in results for c in r.concepts),
         config_hash=_joined([r.config_hash for r in results])[:8],
-        protocol=settings[0] | {"hash": _joined([r.protocol["hash"] for r in results])[:8]},
+        protocol=settings[0] | hashes,
         counts=_sums([r.counts for r in results]),
         metrics={name: _mean_metric([r.metrics[name] for r in results]) for name in names},
         timings_s=_sums([r.timings_s for r in results]),
@@ -173,15 +178,25 @@ def table(result: RunResult) -> Table:
 
 def compare(results: Sequence[RunResult]) -> Table:
     """One row per run. Numbers of different protocols never share a column: each hash gets columns of its own."""
-    keys = list(dict.fromkeys((name, r.protocol["hash"]) for r in results for name in r.metrics))
-    several = len({h for _, h in keys}) > 1
+    keys = list(dict.fromkeys((name, hash_of(r, name)) for r in results for name in r.metrics))
+    kinds = [{h for name, h in keys if _attacked(name) is which} for which in (False, True)]
+    several = any(len(hashes) > 1 for hashes in kinds)
     columns = ["method", "backbone", "task", "concepts", "seed"]
     columns += [f"{name} [{h}]" if several else name for name, h in keys]
     rows = []
     for r in results:
-        cells = [number(r.metrics[n].value) if n in r.metrics and r.protocol["hash"] == h else "" for n, h in keys]
+        cells = [number(r.metrics[n].value) if n in r.metrics and hash_of(r, n) == h else "" for n, h in keys]
         rows.append([r.method, r.backbone, r.task, ", ".join(r.concepts), str(r.seed), *cells])
     return Table(columns, rows)
+
+
+def hash_of(result: RunResult, metric: str) -> str:
+    """The hash of all that decides a metric besides the model: the protocol's, of an attack that of its budget too."""
+    return str(result.protocol.get(ATTACKS_HASH, "") if _attacked(metric) else result.protocol["hash"])
+
+
+def _attacked(metric: str) -> bool:
+    return metric.partition("[")[0] in ATTACKED
 
 
 def write_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

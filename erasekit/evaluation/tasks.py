@@ -115,6 +115,7 @@ class Task:
     evaluator_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     metrics: ClassVar[tuple[str, ...]] = ()
     protocol: ClassVar[Protocol] = Protocol()
+    control: ClassVar[str] = ""  # a task of its domain whose concept no model has learned: what attacks find there is no find
     blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 
     def concept(self, text: str) -> Concept:
@@ -135,3 +136,7 @@ class Task:
     def aggregate(self, rows: Mapping[str, Any], concepts: Sequence[Concept]) -> dict[str, Any]:
         """The task's metrics from the scored images of both sides; by default those that `metrics` names."""
         return measured(self.metrics, rows, [c.name for c in concepts])
+
+    def pictures(self, prompts: Sequence[Prompt]) -> Any:
+        """Images (n, 3, h, w), uint8, of what prompts ask for, where no model draws it; None if the models do."""
+        return None

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.functional import cast_adapter_dtype
 
 from erasekit.backbones.protocol import Backbone
-from erasekit.erasures.deltas import Deltas, LowRank
+from erasekit.erasures.deltas import Deltas, Dense, LowRank
 from erasekit.errors import UsageError
 from erasekit.quiet import quiet
 
@@ -76,7 +76,7 @@ class AdapterBank:
         Raises:
             UsageError: the name is taken, or a target is missing.
         """
-        self._inject(name, targets, rank, scale=1.0 if alpha is None else alpha / rank)
+        self._inject(name, dict.fromkeys(targets, rank), scale=1.0 if alpha is None else alpha / rank)
         with torch.no_grad():
             for key, parameter in self._parameters[name].items():
                 if ".lora_A." in key:
@@ -86,6 +86,22 @@ class AdapterBank:
                     else:
                         drawn.uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)
+
+    def add_frozen(self, name: str, deltas: Deltas) -> None:
+        """Add low-rank deltas (a closed-form part, say) as an adapter; ranks may differ from module to module.
+
+        Raises:
+            UsageError: the name is taken, a module is missing, or a delta is dense.
+        """
+        dense = [module for module, delta in deltas.items() if isinstance(delta, Dense)]
+        if dense:
+            raise UsageError(f"The delta of '{dense[0]}' in '{name}' is dense; an adapter needs low-rank ones (compress it).")
+        low = {module: delta for module, delta in deltas.items() if isinstance(delta, LowRank)}
+        self._inject(name, {module: delta.rank for module, delta in low.items()})
+        with torch.no_grad():
+            for module, delta in low.items():
+                self._parameters[name][f"{module}.lora_A.weight"].copy_(delta.down)
+                self._parameters[name][f"{module}.lora_B.weight"].copy_(delta.up)
 
     def train_only(self, name: str) -> list[torch.nn.Parameter]:
         """Make one adapter the trainable one, all staying active; its parameters in a fixed order (sorted by key).
@@ -127,18 +143,22 @@ class AdapterBank:
             self._denoiser.unload_lora()
         self._keys, self._parameters, self._scales, self._trainable = {}, {}, {}, ""
 
-    def _inject(self, name: str, targets: Sequence[str], rank: int, *, scale: float) -> None:
-        """Add an adapter, and make all adapters active and frozen but the trainable one."""
+    def _inject(self, name: str, ranks: dict[str, int], *, scale: float = 1.0) -> None:
+        """Add an adapter with a rank for each module, and make all adapters active and frozen but the trainable one."""
         modules = dict(self._denoiser.named_modules())
-        missing = [module for module in targets if module not in modules]
-        if name in self._keys or missing or not targets:
+        missing = [module for module in ranks if module not in modules]
+        if name in self._keys or missing or not ranks:
             problem = "is there already" if name in self._keys else f"has no module {missing[0]!r}" if missing else "is empty"
             raise UsageError(f"Adapter '{name}' {problem}.")
         key = f"bank_{len(self._keys)}"
+        patterns = {f"^{re.escape(module)}": rank for module, rank in ranks.items()}
+        rank = next(iter(ranks.values()))
         config = LoraConfig(
             r=rank,
             lora_alpha=scale * rank,  # type: ignore[arg-type]  # a float as good as an int
-            target_modules="|".join(re.escape(module) for module in targets),  # a text is matched in full, a list by suffix
+            rank_pattern=patterns if set(ranks.values()) != {rank} else {},
+            alpha_pattern=patterns if set(ranks.values()) != {rank} else {},
+            target_modules="|".join(re.escape(module) for module in ranks),  # a text is matched in full, a list by suffix
         )
         with quiet(), torch.random.fork_rng(devices=[]):  # peft draws initial weights that are overwritten
             self._denoiser.add_adapter(config, key)

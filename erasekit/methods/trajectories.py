@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def pool_of(
         points.append((x.cpu(), tau, rows[drawn], predictions.cpu()))
         return followed
 
-    sampler = {"steps": protocol.steps, "size": protocol.size, "batch": protocol.batch}
+    sampler: dict[str, Any] = {"steps": protocol.steps, "size": protocol.size, "batch": protocol.batch}
     follow(backbone, seeds, direction, **sampler, what="trajectories")
     x, tau, row, predictions = (torch.cat(column) for column in zip(*points, strict=True))
     return Pool(x, tau, cond, row, predictions, backbone.device)

@@ -14,11 +14,12 @@ import torch
 from erasekit.backbones.protocol import Conditioning, guided
 from erasekit.erasures.deltas import merged
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.guidance import Guidance, Step
+from erasekit.erasures.guidance import Guidance
 from erasekit.erasures.remains import Remains, Residual
 from erasekit.evaluation.tasks import Prompt
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import neutral_of
+from erasekit.methods.steering import Steering
 from erasekit.methods.trajectories import Pool, base_pool
 
 PROMPTS = 24  # of all concepts together, by name and by other words each, and of preserved things
@@ -80,7 +81,7 @@ class Validation:
     def measure(self, guidance: Guidance | None = None) -> Remains:
         """What the denoiser as it stands now (or `guidance` on it) leaves of each concept, and its drift."""
         scale = 1.0 if self.ctx.backbone.embedded_guidance else max(1.0, self.ctx.protocol.guidance)
-        follow = self._plain if guidance is None else _steered(self.ctx, guidance)
+        follow = self._plain if guidance is None else Steering(self.ctx, guidance).follow
         none, neutral, concept = self.pool.predictions.unbind(1)
         aim, direction = none + scale * (neutral - none), scale * (concept - neutral)
         left = self._along(self.pool, follow) - aim
@@ -122,28 +123,3 @@ def _per_prompt(pool: Pool, values: torch.Tensor) -> torch.Tensor:
     """Sums over the points of each prompt, (prompts,), float64 on the CPU."""
     sums_M = values.double().flatten(1).sum(1).cpu()
     return torch.zeros(len(pool.cond), dtype=torch.float64).index_add_(0, pool.row, sums_M)
-
-
-def _steered(ctx: RunContext, guidance: Guidance) -> Guided:
-    """The guided prediction of an erasure that acts while an image is sampled."""
-    scheme = ctx.component("guidance", guidance.scheme)(guidance.settings)
-    scale = guidance.scale if ctx.backbone.embedded_guidance else ctx.protocol.guidance
-    memory: dict[str, torch.Tensor] = {}
-    last = 1.0
-
-    def follow(x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        nonlocal last
-        if float(tau[0]) <= last:
-            memory.clear()
-        last = float(tau[0])
-        none, concept = (guidance.prompts[[row]].repeat(len(x)) for row in (0, 1))
-        given = {"none": none, "wanted": cond, "concept": concept}
-
-        def predict(*names: str) -> tuple[torch.Tensor, ...]:
-            return tuple(ctx.predict(x, tau, given[name]) for name in names)
-
-        empty, conditional = scheme(Step(predict, last, memory))
-        steered: torch.Tensor = empty + scale * (conditional - empty)
-        return steered
-
-    return follow

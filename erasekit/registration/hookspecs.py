@@ -1,4 +1,4 @@
-"""The nine hooks of a plugin. A plugin is a module with some of these functions, each marked with `@erasekit.hookimpl`.
+"""The ten hooks of a plugin. A plugin is a module with some of these functions, each marked with `@erasekit.hookimpl`.
 
 Registration imports no torch: a target is the text "module:attribute", loaded when somebody chooses its name.
 """
@@ -64,6 +64,11 @@ def register_tasks(register: Register) -> None:
 @hookspec
 def register_evaluators(register: Register) -> None:
     """Register what scores images: subclasses of `Evaluator`."""
+
+
+@hookspec
+def register_attacks(register: Register) -> None:
+    """Register what tries to bring an erased concept back: subclasses of `Attack`."""
 
 
 @hookspec

@@ -61,6 +61,7 @@ class Registries:
     components: ComponentRegistry = field(default_factory=lambda: ComponentRegistry("component", "components"))
     tasks: TaskRegistry = field(default_factory=lambda: TaskRegistry("task", "tasks", named=True))
     evaluators: Registry = field(default_factory=lambda: Registry("evaluator", "evaluators", named=True))
+    attacks: Registry = field(default_factory=lambda: Registry("attack", "attacks", named=True))
     exporters: Registry = field(default_factory=lambda: Registry("exporter", "exporters"))
     launchers: Registry = field(default_factory=lambda: Registry("launcher", "launchers"))
 

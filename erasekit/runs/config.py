@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 
-PARTS = "method.key=value, backbone.key=..., protocol.key=... or evaluators.name.key=..."
+PARTS = "method.key=value, backbone.key=..., protocol.key=..., evaluators.name.key=... or attacks.name.key=..."
 
 
 class Options(BaseModel):
@@ -29,6 +29,7 @@ class Options(BaseModel):
     backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
     protocol: dict[str, Any] = Field(default_factory=dict, description="how images are drawn")
     evaluators: dict[str, Any] = Field(default_factory=dict, description="settings of the task's evaluators, a table for each")
+    attacks: dict[str, Any] = Field(default_factory=dict, description="settings of the attacks, a table for each")
 
 
 class RunConfig(BaseModel):
@@ -59,8 +60,10 @@ class RunConfig(BaseModel):
     limit: int | None = Field(None, ge=1, description="the most images per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
     files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
+    attacks: tuple[str, ...] = Field((), description="what tries to bring the concepts back, once they are erased")
+    keep_texts: bool = Field(False, description="keep the texts that attacks find, and not only their hashes")
     options: Options = Field(
-        default_factory=Options, description="settings of the method, the backbone, the protocol, evaluators"
+        default_factory=Options, description="settings of the method, the backbone, the protocol, evaluators, attacks"
     )
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from erasekit.concepts import Concept
 from erasekit.runs.config import RunConfig
 
 if TYPE_CHECKING:  # they import torch
+    from erasekit.attacks.attack import Attack, AttackConfig
     from erasekit.backbones.protocol import Backbone, BackboneConfig
     from erasekit.evaluation.evaluators import EvaluatorConfig
     from erasekit.evaluation.tasks import Protocol, Task
@@ -27,6 +28,8 @@ class Plan:
         evaluators: the settings of each of the task's evaluators.
         separate: each concept is a run of its own, and this plan is their summary.
         erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
+        attacks: what tries to bring the concepts back: name, class, settings.
+        only_attacks: nothing else is measured.
     """
 
     config: RunConfig
@@ -40,6 +43,8 @@ class Plan:
     evaluators: Mapping[str, EvaluatorConfig] = field(default_factory=dict)
     separate: bool = False
     erasure_sha256: str = ""
+    attacks: tuple[tuple[str, type[Attack], AttackConfig], ...] = ()
+    only_attacks: bool = False
 
     @property
     def hash(self) -> str:
@@ -57,7 +62,13 @@ class Plan:
             content["files"] = self.config.files
         if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
             content["evaluators"] = judged
+        if self.attacks:
+            content["attacks"] = [*self.budgets(), self.only_attacks, self.config.keep_texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    def budgets(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Name, version and settings of every attack."""
+        return [(name, attack.version, config.model_dump(mode="json")) for name, attack, config in self.attacks]
 
     def singles(self) -> list[Plan]:
         """One plan per concept of a separate plan."""

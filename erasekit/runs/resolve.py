@@ -62,12 +62,14 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     evaluators = _evaluators(task, options.evaluators, registries, faults) if task else {}
     concepts = _concepts(task, config, faults) if task else ()
     faults.lines += _unsafe(concepts, method_config.model_dump()) if method_config else []
+    attacks = _attacks(config, registries, backbone_entry, backbone, task, faults) if backbone else ()
     if faults.lines:
         raise UsageError("\n".join(faults.lines))
     names = {"method": method_name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
-    plan = Plan(canonical, backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
+    parts = (backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
+    plan = Plan(canonical, *parts, attacks=attacks)
     return fitted(plan)
 
 
@@ -122,6 +124,30 @@ def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunC
     for layer in layers:
         values = merge(values, layer)
     return settings_of(method.Config, values, "method.")
+
+
+def _attacks(
+    config: RunConfig, registries: Registries, backbone_entry: Any, backbone: Any, task: Any, faults: _Mistakes
+) -> tuple[tuple[str, Any, Any], ...]:
+    """The attacks with their settings: their own defaults, the backbone's family's and name's, then the user's."""
+    found: list[tuple[str, Any, Any]] = []
+    if config.attacks and task and not task.evaluators:
+        faults.lines.append(f"Attacks are judged by the task's evaluators; '{task.name}' has none. Choose another task.")
+    for name in dict.fromkeys(config.attacks):
+        entry = faults.attempt(registries.attacks.entry, name)
+        if entry is None:
+            continue
+        attack = entry.load()
+        own, values = attack.defaults, dict[str, Any]()
+        for layer in (own.get(backbone.capabilities.family, {}), own.get(backbone_entry.name, {})):
+            values = merge(values, layer)
+        values = merge(values, config.options.attacks.get(name, config.options.attacks.get(entry.name, {})))
+        settings = faults.attempt(settings_of, attack.Config, values, f"attacks.{entry.name}.")
+        faults.lines += _unmet(entry.name, attack, backbone_entry.name, backbone)
+        found.append((entry.name, attack, settings))
+    named = {name for name in config.options.attacks if name not in config.attacks}
+    faults.lines += [f"There are settings for the attack '{name}', which is not chosen. Add --attack {name}." for name in named]
+    return tuple(found)
 
 
 def _choices(method: Any, config: Any) -> list[tuple[str, str]]:

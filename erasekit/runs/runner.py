@@ -21,7 +21,7 @@ from erasekit.erasures.modelcard import model_card
 from erasekit.errors import UsageError
 from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
-from erasekit.evaluation.results import RunResult, mean_over_concepts, read_result, write_result, write_scores
+from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.evaluation.sampling import base_key, sample
 from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt
 from erasekit.events import (
@@ -38,6 +38,7 @@ from erasekit.events import (
     heard,
 )
 from erasekit.registration.plugins import Registries, default
+from erasekit.runs.attacking import Stage, attack_texts
 from erasekit.runs.compute import compute, context, expect, named
 from erasekit.runs.config import RunConfig
 from erasekit.runs.kept import Kept
@@ -60,6 +61,7 @@ def run(
     registries: Registries | None = None,
     erasure: Path | None = None,
     kept: Kept | None = None,
+    only_attacks: bool = False,
 ) -> RunResult:
     """Erase, sample, measure and report; what an earlier attempt finished is not done again.
 
@@ -73,6 +75,7 @@ def run(
         registries: what names stand for; what is installed, if left out.
         erasure: measure this one instead of computing it.
         kept: the model that an earlier run has loaded, and the place where this one leaves its own.
+        only_attacks: measure nothing but the attacks of `config` on it.
 
     Raises:
         UsageError: something in the configuration is wrong; lists every mistake.
@@ -80,7 +83,7 @@ def run(
         ErasekitError: the run failed; the same call goes on from what was finished.
     """
     out, registries, kept = Path(out), registries or default(), kept or Kept()
-    plan = planned(config, registries, erasure=erasure)
+    plan = planned(config, registries, erasure=erasure, only_attacks=only_attacks)
     if plan.separate:
         return _run_each(plan, out, force=force, listener=listener, registries=registries, kept=kept)
     with open_run(out, plan, force=force) as directory:
@@ -96,7 +99,7 @@ def run(
             with _stage("load", this):
                 backbone = kept.load(plan)
             with _stage("encode", this):
-                backbone.encode(["", *(p.text for p in this.prompts)])
+                backbone.encode(["", *(p.text for p in this.prompts), *attack_texts(plan, registries)])
                 expect(plan, context(plan, backbone, registries))
             with _stage("base_images", this):
                 base = base_images(this, backbone, cache=out / "cache" / "base")
@@ -108,6 +111,9 @@ def run(
                 erased = erased_images(this, backbone)
             with _stage("evaluate", this):
                 evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts)
+            if plan.attacks:
+                with _stage("attack", this):
+                    evaluation = attacked(this, backbone, evaluators, evaluation, cache=out / "cache")
             result = record(this, evaluators, evaluation, sha256)
             this.emit(Evaluated({name: m.model_dump() for name, m in result.metrics.items()}))
             with _stage("report", this):
@@ -137,12 +143,13 @@ class Run:
         return evaluation_prompts(self.plan)
 
 
-def planned(config: RunConfig, registries: Registries, *, erasure: Path | None = None) -> Plan:
+def planned(config: RunConfig, registries: Registries, *, erasure: Path | None = None, only_attacks: bool = False) -> Plan:
     """The plan of a configuration; of an erasure that exists, all its concepts together."""
     if erasure is None:
         return resolve(config, registries)
     manifest = read_manifest(erasure)
-    return replace(resolve(config, registries, given=manifest), erasure_sha256=manifest["erasure_sha256"], separate=False)
+    plan = resolve(config, registries, given=manifest)
+    return replace(plan, erasure_sha256=manifest["erasure_sha256"], separate=False, only_attacks=only_attacks)
 
 
 def _run_each(plan: Plan, out: Path, *, registries: Registries, **how: Any) -> RunResult:
@@ -198,7 +205,8 @@ def evaluation_prompts(plan: Plan) -> list[Prompt]:
     Raises:
         UsageError: there is no prompt of what is erased, or a prompt is one that erasekit refuses to draw.
     """
-    prompts = [p for which in DRAWN for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    sets = ("erase",) if plan.only_attacks else DRAWN
+    prompts = [p for which in sets for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
     for which in {name for name, prompts in PROMPT_SETS.items() if prompts.needed} - {p.set for p in prompts}:
         raise UsageError(f"The task '{plan.task.name}' has no prompts in the set '{which}'. Give it at least one.")
     reject_unsafe(p.text for p in prompts)
@@ -273,11 +281,26 @@ def erased_images(this: Run, backbone: Backbone) -> list[Path]:
         unload(pipe)
 
 
+def attacked(
+    this: Run, backbone: Backbone, evaluators: Sequence[Evaluator], evaluation: Evaluation, *, cache: Path
+) -> Evaluation:
+    """The evaluation, and the numbers of the plan's attacks."""
+    prompts = [p for p in this.prompts if p.set == "erase"]
+    where = (this.directory.path, cache)
+    found = Stage(this.plan, this.registries, backbone, evaluators, prompts, evaluation.rows, *where).run()
+    return evaluation._replace(metrics=evaluation.metrics | found)
+
+
 def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, sha256: str) -> RunResult:
     """Write scores.parquet and results.json."""
     plan, directory = this.plan, this.directory
     config, judges = plan.config, {e.name: e.describe() for e in evaluators}
-    measured_on = plan.protocol.hash(plan.task.name, plan.task.version, this.prompts, judges)
+    measured_on = (plan.task.name, plan.task.version, this.prompts, judges)
+    hashes: dict[str, Any] = {"hash": plan.protocol.hash(*measured_on)}
+    if plan.attacks:  # what they may spend decides their numbers, and no others
+        asked = [p for p in this.prompts if p.set == "erase"]
+        hashes[ATTACKS_HASH] = plan.protocol.hash(*measured_on[:2], asked, judges, plan.budgets())
+        hashes["attacks"] = {name: settings for name, _, settings in plan.budgets()}
     result = RunResult(
         method=config.method,
         backbone=config.backbone,
@@ -286,10 +309,10 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
         concepts=tuple(c.name for c in plan.concepts),
         seed=config.seed,
         config_hash=plan.hash,
-        protocol=plan.protocol.model_dump() | {"evaluators": judges, "hash": measured_on},
+        protocol=plan.protocol.model_dump() | {"evaluators": judges} | hashes,
         counts=evaluation.counts,
         metrics=evaluation.metrics,
-        timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in TIMED},
+        timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in (*TIMED, *(["attack"] if plan.attacks else []))},
         peak_memory_mb=round(peak_memory_mb(), 1),
         erasure_sha256=sha256,
         warnings=tuple(read_manifest(directory.path / "erasure").get("warnings", ())),

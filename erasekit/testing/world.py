@@ -79,7 +79,7 @@ class Red(Evaluator):
     def update(self, batch: Batch) -> None:
         """Compare the means of two channels."""
         means = batch.images.double().mean((2, 3))
-        self.rows += [{"red": float(r > g)} for r, g, _ in means.tolist()]
+        self.rows += [{"red": float(r > g), "shown": r > g, "score": r} for r, g, _ in means.tolist()]
 
     def compute(self) -> Scores:
         """A row per image."""

@@ -18,6 +18,7 @@ def register_tasks(register: Register) -> None:
     register("mini/objects", "erasekit_mini.tasks:Objects", summary="ten object classes")
     register("mini/celebrities", "erasekit_mini.tasks:Celebrities", summary="ten invented people")
     register("mini/styles", "erasekit_mini.tasks:Styles", summary="six invented artists")
+    register("mini/control", "erasekit_mini.control:Control", summary="what no mini model has learned, for attacks")
     register("mini/i2p", "erasekit_mini.tasks:Hazards", summary="a stand-in: hazards take the place of explicit content")
 
 
@@ -25,6 +26,7 @@ def register_tasks(register: Register) -> None:
 def register_evaluators(register: Register) -> None:
     """Register what judges images of the mini world."""
     register("mini-classifier", "erasekit_mini.evaluators:Classifier", summary="which objects, people, styles an image shows")
+    register("mini-control", "erasekit_mini.control:ControlJudge", summary="whether an image shows a mushroom, for attacks")
     register("mini-clip", "erasekit_mini.evaluators:ClipScore", summary="how well an image fits its prompt")
     register("mini-frechet", "erasekit_mini.evaluators:Frechet", summary="distance of image statistics")
 

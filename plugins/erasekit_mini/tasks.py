@@ -28,6 +28,7 @@ class MiniTask(Task):
 
     domain = "mini"
     evaluators = ("mini-classifier", "mini-clip", "mini-frechet")
+    control = "control"
     kind: ClassVar[Kind]
     sizes: ClassVar[Mapping[Split, Mapping[str, int]]] = {
         "train": {"erase": 60, "synonyms": 60, "preserve": 30, "clean": 200, "pairs": 60, "captions": 1000},

@@ -15,6 +15,7 @@ from erasekit.evaluation.curves import Interference, Strength
 from erasekit.evaluation.results import RunResult, read_result, read_scores
 from erasekit.evaluation.tasks import Task
 from erasekit.runs.pages import gallery, plots, training
+from erasekit.runs.pages.attacks import attacks
 from erasekit.runs.pages.gallery import Pair, Thing
 from erasekit.runs.pages.images import embedded, grid, is_blurred
 from erasekit.runs.pages.layout import is_share, write_page
@@ -30,8 +31,8 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
     """Write `report.html`, and a grid per prompt set under `samples/`, from the files of a finished run.
 
     Reads results.json, scores.parquet, the images under images/base and images/erased, and where they exist log.jsonl,
-    config.toml, env.json, certificate.json, strength.json, interference.json, samples/step-N.webp and
-    erasure/erasure.json.
+    config.toml, env.json, certificate.json, strength.json, interference.json, attacks.json and attacks/, samples/step-N.webp
+    and erasure/erasure.json.
 
     Args:
         directory: the run directory.
@@ -55,6 +56,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
         "curves": training.curves(training.history(log), meanings or {}),
         "film": training.film(directory, log),
         "strength": _strength(Strength.read(directory / "strength.json"), result),
+        "attacks": attacks(directory, result, blur=blur),
         "interference": _interference(Interference.read(directory / "interference.json")),
         "certificate": _certificate(_json(directory / "certificate.json")),
         "limits": NOT_PROMISED,

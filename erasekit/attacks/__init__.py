@@ -1,0 +1,1 @@
+"""What tries to bring an erased concept back, and what it finds."""

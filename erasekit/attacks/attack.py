@@ -1,0 +1,67 @@
+"""The base of every attack: what it knows, what it may spend, and what it hands back to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from erasekit.attacks.draw import Draw, Knows
+from erasekit.attacks.target import Target
+from erasekit.concepts import Concept
+from erasekit.evaluation.tasks import Prompt
+
+
+class AttackConfig(BaseModel):
+    """Base of every attack's settings, its budget among them: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: int = Field(8, ge=1, description="images that are drawn and judged for a prompt at most")
+
+
+class Attack:
+    """An attack on an erased concept. Subclasses set the class attributes and implement `rounds`.
+
+    Attributes:
+        name: the registered name.
+        version: rises when equal settings find something else.
+        kind: `prompt` if it looks for something to be drawn instead of a prompt; `probe` if it changes the sampling or the
+            weights, so that no user of the model could do it by words.
+        knows: what the attacker has; more cannot be reached through the target.
+        Config: the settings; field descriptions are the documentation.
+        defaults: settings that differ per backbone name or family.
+        requires: capabilities a backbone must have.
+        counts: what `Draw.cost` counts, for the metric `cost[name]`: the median at which the concept was found; "" for none.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    kind: ClassVar[Literal["prompt", "probe"]] = "prompt"
+    knows: ClassVar[Knows] = "erased"
+    Config: ClassVar[type[AttackConfig]] = AttackConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    requires: ClassVar[frozenset[str]] = frozenset()
+    counts: ClassVar[str] = ""
+
+    def __init__(self, config: Any) -> None:
+        """Keep the validated settings, an instance of `Config`."""
+        self.config = config
+
+    def texts(self, concept: Concept, prompts: Sequence[Prompt]) -> list[str]:
+        """All texts that `rounds` encodes for these prompts: on most GPUs the text encoders are gone by then."""
+        return []
+
+    @contextmanager
+    def ready(self, target: Target) -> Iterator[None]:
+        """What is done once for a concept, before its first prompt, and undone after the last."""
+        yield
+
+    def rounds(self, target: Target, prompt: Prompt) -> Generator[Draw]:
+        """What to draw in place of one prompt, batch by batch: it ends with the first image that shows the concept.
+
+        At most `queries` images are drawn, whatever is given. The same target and prompt give the same draws.
+        """
+        raise NotImplementedError

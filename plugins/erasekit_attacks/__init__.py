@@ -1,0 +1,1 @@
+"""Attacks on erased concepts, and probes of what prompts do not reach."""
