@@ -7,14 +7,9 @@ from PIL import Image
 
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
+from erasekit.evaluation.distances import FrechetEvaluator, frechet, statistics
 from erasekit.evaluation.evaluate import evaluate
-from erasekit.evaluation.evaluators import (
-    Evaluator,
-    FrechetEvaluator,
-    Scores,
-    frechet,
-    statistics,
-)
+from erasekit.evaluation.evaluators import Evaluator, Scores
 from erasekit.evaluation.intervals import bootstrap, harmonic_mean, wilson
 from erasekit.evaluation.results import Metric
 from erasekit.evaluation.tasks import Prompt, Task

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from erasekit.errors import EnvironmentProblem
-from erasekit.evaluation.evaluators import Batch, Evaluator, FrechetEvaluator, Scores
+from erasekit.evaluation.distances import FrechetEvaluator
+from erasekit.evaluation.evaluators import Batch, Evaluator, Scores
 from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.results import Metric
 from erasekit_mini import vocabulary as words
@@ -210,8 +211,8 @@ class Frechet(FrechetEvaluator):
     """The Frechet distance on the classifier's pooled features, against the unedited model and against held-out renders."""
 
     name = "mini-frechet"
-    features_name: ClassVar[str] = "mini-classifier"
-    reference_name: ClassVar[str] = "renders"
+    features_name = "mini-classifier"
+    reference_name = "renders"
 
     def __init__(self, folder: Path = MODELS / "evaluators") -> None:
         """Load the classifier; the statistics of the renders when they are needed."""

@@ -17,7 +17,7 @@ from torch import nn
 from erasekit.backbones.held import find_device
 from erasekit.errors import unknown
 from erasekit.evaluation.evaluators import Batch, EvaluatorConfig
-from erasekit.evaluation.natural.needs import checked, had, package, sha256
+from erasekit.evaluation.natural.needs import checked, downloaded, had, package, sha256
 from erasekit.evaluation.natural.per_image import PerImage, judgement
 
 CLASSES = Path(__file__).with_name("imagenet_classes.json")
@@ -98,11 +98,8 @@ def resnet50(weights: str) -> Network:
         ):
             net.load_state_dict(load_file(path))
         return Network(net.eval(), published.transforms(), "ResNet-50", sha256(path))
-    path = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2]
-    remedy = f"Go online once, put {published.url} there ({path.parent}), or give evaluators.imagenet.weights=FILE.safetensors."
-    with had("ResNet-50 IMAGENET1K_V2", remedy):
-        if path.is_file():  # torch looks at the hash in a file's name only when it downloads it
-            checked(path, path.stem.rpartition("-")[2], remedy=remedy)
+    path, remedy = downloaded(published.url)
+    with had("ResNet-50 IMAGENET1K_V2", f"{remedy} Or give evaluators.imagenet.weights=FILE.safetensors."):
         net.load_state_dict(published.get_state_dict(progress=False, check_hash=True, weights_only=True))
     return Network(net.eval(), published.transforms(), "torchvision ResNet-50 IMAGENET1K_V2", sha256(path))
 

@@ -92,6 +92,19 @@ def checked(path: Path, digest: str, *, remedy: str) -> Path:
     return path
 
 
+def downloaded(url: str) -> tuple[Path, str]:
+    """Where torch keeps the weights of an address, and what to do if they are not to be had; those that are there are checked.
+
+    Raises:
+        EnvironmentProblem: they are there and damaged: torch looks at the hash in a file's name only when it downloads it.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    remedy = f"Go online once, or put {url} into '{path.parent}'."
+    if path.is_file():
+        checked(path, path.stem.rpartition("-")[2], remedy=remedy)
+    return path, remedy
+
+
 @contextmanager
 def had(what: str, remedy: str) -> Iterator[None]:
     """Turn what goes wrong while weights are loaded or downloaded into one line, which ends with `remedy`.
