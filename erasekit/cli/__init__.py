@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 
 import typer
 
@@ -16,34 +17,36 @@ from erasekit.registration.registry import BrokenPlugin
 
 INTERRUPTED = 130
 FAILED = 4
+COMMANDS = (  # in the order of the help, each a module with a function `command`
+    "run",
+    "erase",
+    "generate",
+    "evaluate",
+    "attack",
+    "verify",
+    "strength",
+    "export",
+    "merge",
+    "report",
+    "sweep",
+    "ablate",
+    "ls",
+    "where",
+    "plugins",
+    "doctor",
+)
 
 
 def build() -> typer.Typer:
     """The application with its own commands and those of plugins."""
-    from erasekit.cli import (
-        ablate,
-        attack,
-        doctor,
-        erase,
-        evaluate,
-        export,
-        generate,
-        ls,
-        plugins,
-        report,
-        run,
-        sweep,
-        verify,
-        where,
-    )
     from erasekit.registration.plugins import add_commands, default
 
     app = typer.Typer(
         name="erasekit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
     )
     app.callback()(_root)
-    for module in (run, erase, generate, evaluate, attack, verify, export, report, sweep, ablate, ls, where, plugins, doctor):
-        app.command(module.__name__.rpartition(".")[2])(module.command)
+    for name in COMMANDS:
+        app.command(name)(import_module(f"erasekit.cli.{name}").command)
     add_commands(default(), app)
     return app
 

@@ -10,6 +10,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.progress import listener
+from erasekit.erasures.strength import Strength, parse
 from erasekit.errors import UsageError
 from erasekit.evaluation.tasks import Protocol
 from erasekit.events import StageStarted, heard
@@ -30,6 +31,7 @@ def command(
     backbone: options.Backbone = None,
     erasure: Erasure = None,
     concept: options.Concept = None,
+    strength: options.Strength = None,
     seed: Annotated[int, typer.Option("--seed", help="The seed of the first image; each further one has the next.")] = 0,
     n: Annotated[int, typer.Option("--n", min=1, help="Images per prompt.")] = 1,
     settings: options.Set = None,
@@ -43,7 +45,7 @@ def command(
     chosen, seeds = options.chosen(settings, vram), [seed + i for i in range(n)]
     with listener() as told, heard(told):
         told(StageStarted("generate"))
-        images = _draw(prompts, seeds, backbone, erasure, concept, registries, chosen)
+        images = _draw(prompts, seeds, backbone, erasure, concept, parse(strength or ()), registries, chosen)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, image in enumerate(images):
@@ -59,6 +61,7 @@ def _draw(
     backbone: str | None,
     erasure: Path | None,
     concepts: list[str] | None,
+    strength: Strength | None,
     registries: Registries,
     chosen: dict[str, Any],
 ) -> list[Image]:
@@ -68,8 +71,8 @@ def _draw(
     from erasekit.evaluation.sampling import generate
     from erasekit.safety import reject_unsafe
 
-    if concepts and erasure is None:
-        raise UsageError("--concept chooses parts of an erasure: give --erasure FOLDER too.")
+    if (concepts or strength is not None) and erasure is None:
+        raise UsageError("--concept and --strength are of an erasure: give --erasure FOLDER too.")
     reject_unsafe(prompts)
     name = backbone or (read_manifest(erasure)["backbone"] if erasure else "sd15-mini")
     kind = registries.backbones.get(name)
@@ -79,7 +82,7 @@ def _draw(
     loaded.encode([*prompts, ""])  # before the denoiser comes, which may need the room of the text encoders
     pipe = loaded.pipeline(encoders=False, shared=True)
     if erasure:
-        load_into(pipe, erasure, concepts or None, base=loaded, component=registries.components.get)
+        load_into(pipe, erasure, concepts or None, strength=strength, base=loaded, component=registries.components.get)
     return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
 
 

@@ -159,7 +159,7 @@ class Scheme(Protocol):
         """What takes the place of the unconditional and of the conditional prediction in classifier-free guidance."""
 
 
-def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = True) -> None:
+def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = True, strength: float = 1.0) -> None:
     """Put a scheme into a pipeline, as a diffusers hook on its denoiser; one that is there is replaced.
 
     Args:
@@ -167,9 +167,13 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
         guidance: its prompts and its scale.
         scheme: built with its settings.
         embedded: a FLUX pipeline is called without true classifier-free guidance, as usual.
+        strength: how far predictions go from the base's (0) to the scheme's (1), and beyond.
     """
     detach(pipe)
-    hook = UnetHook(guidance, scheme, pipe) if hasattr(pipe, "unet") else FluxHook(guidance, scheme, embedded=embedded)
+    if strength == 0:
+        return
+    hook: Any = UnetHook(guidance, scheme, pipe) if hasattr(pipe, "unet") else FluxHook(guidance, scheme, embedded=embedded)
+    hook.strength = strength
     HookRegistry.check_if_exists_or_initialize(denoiser_of(pipe)).register_hook(hook, NAME)
 
 
@@ -192,6 +196,7 @@ class SteeringHook(_ModelHook):  # type: ignore[misc]
         self.guidance, self.scheme = guidance, scheme
         self._memory: dict[str, torch.Tensor] = {}
         self._last = 1.0
+        self.strength = 1.0
 
     def steer(self, tau: float, predict: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The scheme's predictions; its memory is emptied where progress falls back: there the next image begins."""
@@ -199,6 +204,13 @@ class SteeringHook(_ModelHook):  # type: ignore[misc]
             self._memory = {}
         self._last = tau
         return self.scheme(Step(predict, tau, self._memory))
+
+    def pair(self, tau: float, predict: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """The scheme's two predictions, as far from the base's own as the strength says."""
+        steered = self.steer(tau, predict)
+        if self.strength == 1:
+            return steered
+        return tuple(torch.lerp(own, new, self.strength) for own, new in zip(predict("none", "wanted"), steered, strict=True))
 
 
 class UnetHook(SteeringHook):
@@ -232,7 +244,7 @@ class UnetHook(SteeringHook):
             return tuple(found[0].chunk(len(names)))
 
         tau = float(ddpm_tau(torch.as_tensor(timestep), self._pipe.scheduler.config.num_train_timesteps))
-        return (torch.cat(self.steer(tau, predict)),)
+        return (torch.cat(self.pair(tau, predict)),)
 
 
 def _summary(cond: Conditioning, width: int) -> torch.Tensor:
@@ -268,8 +280,10 @@ class FluxHook(SteeringHook):
                 batch[key] = torch.cat([kwargs[key] if n == "wanted" else getattr(given[n], attribute) for n in names])
             return tuple(self.fn_ref.original_forward(**kwargs | batch)[0].chunk(len(names)))
 
-        none, conditional = self.steer(tau, predict)
         if self._embedded:
-            return (none + self.guidance.scale * (conditional - none),)
+            none, conditional = self.steer(tau, predict)
+            guided = none + self.guidance.scale * (conditional - none)
+            return (guided if self.strength == 1 else torch.lerp(predict("wanted")[0], guided, self.strength),)
+        none, conditional = self.pair(tau, predict)
         self._none = none
         return (conditional,)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 
+STRENGTH, INTERFERENCE = "strength.json", "interference.json"  # the files in a run's folder
 Content = TypeVar("Content", bound="Measured")
 
 

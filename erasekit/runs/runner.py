@@ -19,6 +19,7 @@ from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
 from erasekit.errors import UsageError
+from erasekit.evaluation.curves import INTERFERENCE, Interference
 from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
@@ -246,7 +247,10 @@ def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
             erasure.save(folder, dtype=this.plan.config.files)
         else:
             _copy(given, folder, backbone)
-    sha256: str = read_manifest(folder, backbone)["erasure_sha256"]
+    record = read_manifest(folder, backbone)
+    sha256: str = record["erasure_sha256"]
+    if measured := record["figures"].get("interference"):  # of erasures that were put together
+        Interference.model_validate(measured).write(this.directory.path / INTERFERENCE)
     this.emit(Saved(folder, sha256))
     return sha256
 
