@@ -10,7 +10,7 @@ import torch
 
 from erasekit.cli import main
 from erasekit.concepts import Concept
-from erasekit.erasures.deltas import concatenate, merged, scale
+from erasekit.erasures.deltas import merged, scale, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into as load_with
 from erasekit.erasures.loading import unload
@@ -27,9 +27,9 @@ from erasekit.runs.rundir import path_of
 from erasekit.runs.runner import planned, run
 from erasekit.runs.strengths import measure_strength
 from erasekit.runs.together import merge
+from erasekit.testing import tiny, tiny_flux
 from erasekit_negative_prompt.method import NegativePrompt, NegativePromptConfig
 from erasekit_sld.method import MEDIUM, Sld, SldConfig
-from tests import tiny, tiny_flux
 from tests.test_export import random_deltas, shapes_of
 
 load_into = partial(load_with, component=plugins.default().components.get)
@@ -63,7 +63,7 @@ def acts_as(backbone, pipe, deltas):
 
 def test_a_strength_scales_the_deltas(backbone, erasures):
     two, _, concepts = erasures
-    total = concatenate([concepts["cat"], concepts["dog"]])
+    total = summed([concepts["cat"], concepts["dog"]])
     for strength in (0.0, 0.5, 1.5):
         pipe = backbone.pipeline()
         assert load_into(pipe, two, strength=strength) == ["all"]
@@ -75,7 +75,7 @@ def test_each_concept_has_a_strength_of_its_own(backbone, erasures):
     two, _, concepts = erasures
     pipe = backbone.pipeline()
     assert load_into(pipe, two, strength={"cat": 0.5}) == ["cat", "dog"]
-    assert acts_as(backbone, pipe, concatenate([scale(concepts["cat"], 0.5), concepts["dog"]])) < 1e-4
+    assert acts_as(backbone, pipe, summed([scale(concepts["cat"], 0.5), concepts["dog"]])) < 1e-4
     pipe.set_adapters(["cat", "dog"], [1.0, 0.0])  # and toggles as any adapter does
     assert acts_as(backbone, pipe, concepts["cat"]) < 1e-4
     with pytest.raises(UsageError, match="Did you mean 'cat'"):
@@ -88,10 +88,10 @@ def test_erasures_of_different_runs_act_together_and_stay_as_strong_as_they_were
     load_into(pipe, two, strength=0.5)
     assert load_into(pipe, one) == ["all-2"]
     halves = [scale(concepts[name], 0.5) for name in ("cat", "dog")]
-    assert acts_as(backbone, pipe, concatenate([*halves, concepts["ship"]])) < 1e-4
+    assert acts_as(backbone, pipe, summed([*halves, concepts["ship"]])) < 1e-4
     pipe.set_adapters(["all-2"])
     load_into(pipe, two, ["dog"])
-    assert acts_as(backbone, pipe, concatenate([concepts["ship"], concepts["dog"]])) < 1e-4
+    assert acts_as(backbone, pipe, summed([concepts["ship"], concepts["dog"]])) < 1e-4
     unload(pipe)
     assert acts_as(backbone, pipe, {}) == 0
 
@@ -234,11 +234,8 @@ def test_generate_takes_a_strength(runs, world, tiny_folder, tmp_path, capsys):
     base = ["generate", "a cat", "-b", "tiny", "--plugin", str(world), "-s", f"backbone.path={tiny_folder}"]
     base += ["-s", "protocol.steps=2", "-s", "protocol.size=16"]
     erased = [*base, "--erasure", str(runs[0] / "erasure")]
-    for name, arguments in {
-        "base": base,
-        "none": [*erased, "--strength", "0"],
-        "cat": [*erased, "--strength", "cat=1.5"],
-    }.items():
+    drawn = {"base": base, "none": [*erased, "--strength", "0"], "cat": [*erased, "--strength", "cat=1.5"]}
+    for name, arguments in drawn.items():
         assert main([*arguments, "--out", str(tmp_path / name)]) == 0
     files = {name: next((tmp_path / name).glob("*.png")).read_bytes() for name in drawn}
     assert files["base"] == files["none"] != files["cat"]

@@ -36,12 +36,12 @@ def command(
     registries = options.registries(plugin)
     if page and len(runs) < 2:
         raise UsageError("--page compares runs: give two or more. A run has a page of its own, report.html.")
-    known = list(zip(runs, (_task(registries, result) for result in results), strict=True))
+    known = list(zip(runs, (task_of(registries, result) for result in results), strict=True))
     if page:
         typer.echo(f"Page: {write_comparison(compared(known), out, reveal=reveal)}", err=True)
     for (folder, task), result in zip(known, results, strict=True) if not page else ():
         if (folder / "scores.parquet").is_file():
-            path = write_report(folder, task, reveal=reveal, meanings=_meanings(registries, result.method))
+            path = write_report(folder, task, reveal=reveal, meanings=meanings_of(registries, result.method))
             typer.echo(f"Report: {path}", err=True)
     if as_json:
         typer.echo(json.dumps([r.model_dump(mode="json") for r in results], indent=1))
@@ -49,13 +49,14 @@ def command(
         show(*(table(results[0]) if len(results) == 1 else compare(results)))
 
 
-def _task(registries: Registries, result: RunResult) -> Task:
+def task_of(registries: Registries, result: RunResult) -> Task:
+    """The task that a run was measured on."""
     found: Any = registries.tasks.get(result.task, result.domain)
     task: Task = found() if isinstance(found, type) else found
     return task
 
 
-def _meanings(registries: Registries, method: str) -> Mapping[str, str]:
+def meanings_of(registries: Registries, method: str) -> Mapping[str, str]:
     """What a method's training curves mean; nothing of one whose plugin is not installed."""
     try:
         found: Mapping[str, str] = registries.methods.get(method).curves

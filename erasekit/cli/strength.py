@@ -9,6 +9,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.progress import listener
+from erasekit.cli.report import meanings_of, task_of
 from erasekit.cli.tables import show
 from erasekit.events import StageStarted, heard
 
@@ -27,7 +28,7 @@ def command(
 ) -> None:
     """Draw and judge a run's prompts at several strengths of its erasure: how much is gone, and what it costs."""
     from erasekit.evaluation.results import number, read_result
-    from erasekit.runs.report import write_report
+    from erasekit.runs.pages.report import write_report
     from erasekit.runs.strengths import STRENGTHS, measure_strength
 
     registries, result = options.registries(plugin), read_result(run / "results.json")
@@ -35,8 +36,7 @@ def command(
         told(StageStarted("strength"))
         found = measure_strength(run, at or STRENGTHS, limit=limit, registries=registries, listener=told)
     if (run / "scores.parquet").is_file():
-        task = registries.tasks.get(result.task, result.domain)
-        write_report(run, task() if isinstance(task, type) else task)
+        write_report(run, task_of(registries, result), meanings=meanings_of(registries, result.method))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
