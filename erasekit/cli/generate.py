@@ -15,6 +15,7 @@ from erasekit.errors import UsageError
 from erasekit.evaluation.tasks import Protocol
 from erasekit.events import StageStarted, heard
 from erasekit.runs.config import settings_of
+from erasekit.runs.resolve import DEFAULT_TASKS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,7 +88,7 @@ def _draw(
 
 
 def _usual(domain: str, registries: Registries) -> Protocol:
-    """How images of a domain are drawn: as its first task does, or as Stable Diffusion's authors did."""
-    tasks = [entry for entry in registries.tasks.entries() if entry.name.startswith(f"{domain}/")]
-    usual: Protocol = tasks[0].load().protocol if tasks else Protocol(sampler="default", steps=50, guidance=7.5, size=512)
-    return usual
+    """How images of a domain are drawn: as its default task does."""
+    from erasekit.evaluation.finding import find_task
+
+    return find_task(DEFAULT_TASKS[domain], domain, registries).protocol

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,10 +13,26 @@ from erasekit.cli import options
 from erasekit.cli.tables import show
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.registration.plugins import Registries
+from erasekit.runs.config import build
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:
     from erasekit.evaluation.results import RunResult
     from erasekit.evaluation.tasks import Task
+
+
+def task_of(folder: Path, registries: Registries, result: RunResult) -> Task:
+    """The task of a run; of one that is not here any more its name, and blurred images."""
+    from erasekit.evaluation.finding import find_task
+    from erasekit.evaluation.tasks import Task
+
+    config = build({}, file=folder / "config.toml") if (folder / "config.toml").is_file() else None
+    try:
+        return find_task(config.task or result.task if config else result.task, result.domain, registries)
+    except ErasekitError as error:
+        typer.secho(f"{error} The images of '{folder}' are blurred unless --reveal is given.", err=True, fg="yellow")
+        task = Task()
+        task.__dict__.update(name=result.task, blurred=True)
+        return task
 
 
 def command(
@@ -36,7 +52,7 @@ def command(
     registries = options.registries(plugin)
     if page and len(runs) < 2:
         raise UsageError("--page compares runs: give two or more. A run has a page of its own, report.html.")
-    known = list(zip(runs, (task_of(registries, result) for result in results), strict=True))
+    known = list(zip(runs, (task_of(f, registries, r) for f, r in zip(runs, results, strict=True)), strict=True))
     if page:
         typer.echo(f"Page: {write_comparison(compared(known), out, reveal=reveal)}", err=True)
     for (folder, task), result in zip(known, results, strict=True) if not page else ():
@@ -47,13 +63,6 @@ def command(
         typer.echo(json.dumps([r.model_dump(mode="json") for r in results], indent=1))
     else:
         show(*(table(results[0]) if len(results) == 1 else compare(results)))
-
-
-def task_of(registries: Registries, result: RunResult) -> Task:
-    """The task that a run was measured on."""
-    found: Any = registries.tasks.get(result.task, result.domain)
-    task: Task = found() if isinstance(found, type) else found
-    return task
 
 
 def meanings_of(registries: Registries, method: str) -> Mapping[str, str]:

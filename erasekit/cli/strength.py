@@ -36,7 +36,7 @@ def command(
         told(StageStarted("strength"))
         found = measure_strength(run, at or STRENGTHS, limit=limit, registries=registries, listener=told)
     if (run / "scores.parquet").is_file():
-        write_report(run, task_of(registries, result), meanings=meanings_of(registries, result.method))
+        write_report(run, task_of(run, registries, result), meanings=meanings_of(registries, result.method))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return

@@ -30,11 +30,11 @@ def command(
     from erasekit.erasures.certificate import certify
     from erasekit.erasures.erasure import Erasure
     from erasekit.erasures.manifest import read_manifest
+    from erasekit.evaluation.finding import find_task
 
     chosen, registries = options.chosen(settings, vram), options.registries(plugin)
     kind = registries.backbones.get(backbone or read_manifest(erasure)["backbone"])
-    found = registries.tasks.get(task or DEFAULT_TASKS[kind.domain], kind.domain)
-    wanted = found() if isinstance(found, type) else found
+    wanted = find_task(task or DEFAULT_TASKS[kind.domain], kind.domain, registries)
     usual = wanted.protocol.model_dump() | dict(kind.sampling)
     protocol = settings_of(type(wanted.protocol), usual | chosen.get("protocol", {}), "protocol.")
     config = settings_of(kind.Config, chosen.get("backbone", {}), "backbone.")

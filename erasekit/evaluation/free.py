@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import random
-import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from erasekit.concepts import Concept
+from erasekit.evaluation.everyday import THINGS, frames, kept_things, shuffled
 from erasekit.evaluation.tasks import SPLITS, Prompt, Protocol, Split, Task, seed_offset
 
-MANNERS = ("{}", "a photo of {}", "a close-up of {}", "a painting of {}", "a drawing of {}")
-PLACES = (
-    *("in a garden", "on a beach", "in a city street", "at night", "in the snow", "under a clear sky"),
-    *("in a bright room", "by a river", "in front of a wall", "at sunset", "in the mountains"),
-)
-THINGS = (
-    *("a man", "a woman", "an old couple", "a crowd", "a bicycle", "a bus", "a sailing boat", "a bridge"),
-    *("a castle", "a house", "a lamp", "a chair", "a guitar", "a clock", "a pile of books", "a cup of coffee"),
-    *("a bowl of fruit", "a loaf of bread", "a tree", "a field of flowers", "a waterfall", "a rabbit", "an elephant"),
-)
 CAPTIONS = 300
-ARTICLES = {"a", "an", "the", "of"}
-
-
-def frames(split: Split) -> list[str]:
-    """Every third manner and place; each split has all of both, but no pair that another one has."""
-    pairs = itertools.product(enumerate(MANNERS), enumerate(PLACES))
-    return [f"{manner} {place}" for (i, manner), (k, place) in pairs if (i + k) % 3 == SPLITS.index(split)]
 
 
 class Free(Task):
@@ -50,7 +32,7 @@ class Free(Task):
     def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
         """One prompt set of one split. Phrases of a concept take turns; there are no synonyms that were not given."""
         first = 1_000_000 * SPLITS.index(split) + seed_offset(which)
-        chosen, kept = frames(split), _kept(concepts)
+        chosen, kept = frames(split), kept_things(concepts)
         two = (f"{a} and {b}" for a, b in itertools.permutations(kept, 2))
         if which == "erase":
             found = [
@@ -64,9 +46,9 @@ class Free(Task):
             found = [(f.format(thing), "") for f, thing in zip(itertools.cycle(chosen), [*named, *kept], strict=False)]
             found = [(thing, "") for thing in kept if split == "train"] + found
         elif which == "clean":
-            found = [(f.format(things), "") for f, things in zip(chosen, _shuffled(two), strict=False)]
+            found = [(f.format(things), "") for f, things in zip(chosen, shuffled(two), strict=False)]
         elif which == "captions" and split == "train":
-            found = [(f.format(thing), "") for f, thing in _shuffled(itertools.product(chosen, [*kept, *two]))[:CAPTIONS]]
+            found = [(f.format(thing), "") for f, thing in shuffled(itertools.product(chosen, [*kept, *two]))[:CAPTIONS]]
         else:
             found = []
         prompts = [Prompt(text, first + i, concept, which, concept) for i, (text, concept) in enumerate(found)]
@@ -79,16 +61,3 @@ def _asked(frame: str, concept: Concept, phrase: str) -> str:
         return frame.format(phrase)
     thing = THINGS[sum(map(ord, frame)) % len(THINGS)]
     return f"{frame.format(thing)} in the style of {phrase}"
-
-
-def _kept(concepts: Sequence[Concept]) -> list[str]:
-    """The things of which no word is said by the concepts."""
-    said = {word for c in concepts for phrase in c.phrases for word in re.findall(r"\w+", phrase.lower())} - ARTICLES
-    return [thing for thing in THINGS if said.isdisjoint(thing.split())]
-
-
-def _shuffled(items: Any) -> list[Any]:
-    """All of them in random order, the same one every time."""
-    found = list(items)
-    random.Random("free").shuffle(found)
-    return found

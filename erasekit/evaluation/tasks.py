@@ -64,6 +64,9 @@ class Prompt(NamedTuple):
         concept: the erased concept that this prompt asks for, "" if none.
         neutral: the same prompt without the concept, where the task knows it better than by replacing the concept's phrases
             (a prompt in other words, say); never needed for measuring.
+        guidance: its own guidance scale, where it is not the protocol's.
+        width: its own width in pixels.
+        height: its own height in pixels.
     """
 
     text: str
@@ -72,6 +75,9 @@ class Prompt(NamedTuple):
     set: str = ""
     concept: str = ""
     neutral: str = ""
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 class Protocol(BaseModel):
@@ -116,6 +122,7 @@ class Task:
     metrics: ClassVar[tuple[str, ...]] = ()
     protocol: ClassVar[Protocol] = Protocol()
     control: ClassVar[str] = ""  # a task of its domain whose concept no model has learned: what attacks find there is no find
+    digest: str = ""  # over the content of a task that a file declares
     blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 
     def concept(self, text: str) -> Concept:

@@ -58,7 +58,7 @@ def register_components(register: RegisterComponent) -> None:
 
 @hookspec
 def register_tasks(register: Register) -> None:
-    """Register tasks as "domain/name", e.g. "mini/objects": subclasses of `Task`."""
+    """Register tasks as "domain/name", e.g. "mini/objects": subclasses of `Task`, or TOML files beside the plugin's module."""
 
 
 @hookspec

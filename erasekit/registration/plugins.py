@@ -176,11 +176,16 @@ def _collect(registries: Registries, plugin: ModuleType, name: str, source: str)
     others = [p for p in registries.manager.get_plugins() if p is not plugin]
     for names in registries.all():
         hook = registries.manager.subset_hook_caller(f"register_{names.plural}", others)
-        hook(register=(_register_component if names.plural == "components" else _register)(names, name, source))
+        if names.plural == "components":
+            hook(register=_register_component(names, name, source))
+        else:
+            hook(register=_register(names, name, source, Path(plugin.__file__ or "").parent))
 
 
-def _register(names: Names, plugin: str, source: str) -> hookspecs.Register:
+def _register(names: Names, plugin: str, source: str, folder: Path) -> hookspecs.Register:
     def register(name: str, target: Any, *, aliases: Sequence[str] = (), summary: str = "", paper: str = "") -> None:
+        if isinstance(target, str) and target.endswith(".toml"):
+            target = str(folder / target)  # beside the plugin's module
         names.add(Entry(name, target, plugin, source, aliases=tuple(aliases), summary=summary, paper=paper))
 
     return register

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from erasekit.errors import EnvironmentProblem, UsageError, unknown
@@ -33,7 +34,7 @@ class Entry:
 
     Attributes:
         name: the name; "slot/name" for a component, "domain/name" for a task.
-        target: "module:attribute", or the object itself.
+        target: "module:attribute", the path of a TOML file (of a task), or the object itself.
         plugin: the plugin that registered it.
         source: that plugin's distribution or file.
         aliases: other names for the same thing.
@@ -53,13 +54,17 @@ class Entry:
     kind: str = ""
 
     def load(self) -> Any:
-        """The object behind the name.
+        """The object behind the name; of a TOML file its path.
 
         Raises:
-            BrokenPlugin: it cannot be imported, or has another name than the registered one.
+            BrokenPlugin: it cannot be imported, there is no such file, or it has another name than the registered one.
         """
         if not isinstance(self.target, str):
             return self._named(self.target)
+        if self.target.endswith(".toml"):
+            if not Path(self.target).is_file():
+                raise BrokenPlugin(f"'{self.name}' of {self.source} has no file '{Path(self.target).name}'.", "")
+            return Path(self.target)
         module, _, attribute = self.target.partition(":")
         try:
             found = getattr(import_module(module), attribute)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from erasekit.concepts import EMPTY_PROMPT, Kind
 from erasekit.errors import UsageError, unknown
+from erasekit.settings import merge, mistakes, read_toml
 
-if TYPE_CHECKING:
-    pass
-
-
-PARTS = "method.key=value, backbone.key=..., protocol.key=..., evaluators.name.key=... or attacks.name.key=..."
+PARTS = "method.key=value, backbone.key=..., protocol.key=..., task.key=..., evaluators.name.key=... or attacks.name.key=..."
 
 
 class Options(BaseModel):
@@ -28,6 +25,7 @@ class Options(BaseModel):
     method: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
     backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
     protocol: dict[str, Any] = Field(default_factory=dict, description="how images are drawn")
+    task: dict[str, Any] = Field(default_factory=dict, description="what a task's TOML file says otherwise")
     evaluators: dict[str, Any] = Field(default_factory=dict, description="settings of the task's evaluators, a table for each")
     attacks: dict[str, Any] = Field(default_factory=dict, description="settings of the attacks, a table for each")
 
@@ -63,24 +61,8 @@ class RunConfig(BaseModel):
     attacks: tuple[str, ...] = Field((), description="what tries to bring the concepts back, once they are erased")
     keep_texts: bool = Field(False, description="keep the texts that attacks find, and not only their hashes")
     options: Options = Field(
-        default_factory=Options, description="settings of the method, the backbone, the protocol, evaluators, attacks"
+        default_factory=Options, description="settings of the method, the backbone, the protocol, the task, evaluators, attacks"
     )
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: there is none, or it is not TOML; says the line.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"No config file '{path}'. Give --config the path of a TOML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read the config file '{path}': {error}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"'{path}' is not TOML: {error}.") from None
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
@@ -117,35 +99,19 @@ def build(flags: Mapping[str, Any], *, file: Path | None = None, overrides: Sequ
     Raises:
         UsageError: lists every mistake.
     """
-    values = read(file) if file else {}
+    values = read_toml(file, "config file", "Give --config the path of a TOML file.") if file else {}
     values |= {key: value for key, value in flags.items() if value not in (None, ())}
     values["options"] = merge(values.get("options", {}), parse_overrides(overrides))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UsageError("\n".join(_mistakes(error, RunConfig))) from None
+        raise UsageError("\n".join(mistakes(error, _unknown(RunConfig, "")))) from None
 
 
-def merge(base: Any, over: Mapping[str, Any]) -> Any:
-    """`base` with the values of `over`, tables within tables merged too."""
-    if not isinstance(base, dict):
-        return base  # left for validation to name
-    both = {k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()}
-    return base | both
-
-
-def _mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per fault that pydantic found."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        where = prefix + ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
-            fields = {**model.model_fields, **({} if prefix else {f"options.{k}": None for k in Options.model_fields})}
-            lines.append(str(unknown("setting", where, [prefix + name for name in fields], "erasekit run --dry-run")))
-        else:
-            given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
-            lines.append(f"Setting '{where}': {fault['msg'][0].lower()}{fault['msg'][1:]}{given}.")
-    return lines
+def _unknown(model: type[BaseModel], prefix: str) -> Callable[[str], str]:
+    """The line for a setting that there is not."""
+    names = [prefix + name for name in model.model_fields] + ([] if prefix else [f"options.{k}" for k in Options.model_fields])
+    return lambda where: str(unknown("setting", where, names, "erasekit run --dry-run"))
 
 
 def settings_of(model: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
@@ -157,7 +123,7 @@ def settings_of(model: type[Any], values: Mapping[str, Any], prefix: str) -> Any
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UsageError("\n".join(_mistakes(error, model, prefix))) from None
+        raise UsageError("\n".join(mistakes(error, _unknown(model, prefix), prefix))) from None
 
 
 def to_toml(config: RunConfig) -> str:

@@ -47,10 +47,16 @@ class Plan:
     only_attacks: bool = False
 
     @property
+    def task_name(self) -> str:
+        """What the task is called in results and in folders: of a file, what the file says."""
+        return self.task.name if self.config.task.endswith(".toml") else self.config.task
+
+    @property
     def hash(self) -> str:
         """Eight hex digits over all that decides the result, resolved: equal runs spelled differently are one."""
         content = {
-            **self.config.model_dump(include={"method", "backbone", "task", "seed", "limit"}),
+            **self.config.model_dump(include={"method", "backbone", "seed", "limit"}),
+            "task": self.task_name,
             "task_version": self.task.version,
             "method_version": self.method.version,
             "separate": self.separate,
@@ -60,6 +66,8 @@ class Plan:
         }
         if self.config.files != "float32":  # the name of a run does not change with a setting that is as it always was
             content["files"] = self.config.files
+        if self.task.digest:
+            content["task_content"] = self.task.digest
         if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
             content["evaluators"] = judged
         if self.attacks:

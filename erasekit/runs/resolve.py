@@ -8,10 +8,11 @@ from typing import Any, get_args, get_type_hints
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError, unknown
 from erasekit.registration.plugins import Registries
-from erasekit.runs.config import RunConfig, merge, settings_of
+from erasekit.runs.config import RunConfig, settings_of
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import fitted
 from erasekit.safety import is_unsafe, reject_unsafe
+from erasekit.settings import merge
 
 DEFAULT_TASKS = {"mini": "objects", "natural": "free"}
 
@@ -43,13 +44,12 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
         UsageError: one line for each mistake.
         BrokenPlugin: a chosen name belongs to a plugin that cannot be loaded.
     """
-    faults = _Mistakes()
+    faults, options = _Mistakes(), config.options
     backbone_entry = faults.attempt(registries.backbones.entry, config.backbone)
     backbone = backbone_entry and backbone_entry.load()
     task_name = config.task or DEFAULT_TASKS[backbone.domain if backbone else "mini"]
-    task = backbone and faults.attempt(_task, task_name, backbone.domain, registries)
+    task = backbone and faults.attempt(_task, task_name, backbone.domain, registries, options.task)
 
-    options = config.options
     backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
     if given is None:
         method_name, method, method_config = _method(config, backbone_entry, registries, faults)
@@ -65,7 +65,8 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     attacks = _attacks(config, registries, backbone_entry, backbone, task, faults) if backbone else ()
     if faults.lines:
         raise UsageError("\n".join(faults.lines))
-    names = {"method": method_name, "backbone": backbone_entry.name, "task": task_name.split("/")[-1]}
+    task_name = task_name if task_name.endswith(".toml") else task_name.split("/")[-1]
+    names = {"method": method_name, "backbone": backbone_entry.name, "task": task_name}
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     parts = (backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
@@ -79,9 +80,10 @@ def _sampling(task: Any, backbone: Any) -> dict[str, Any]:
     return values
 
 
-def _task(name: str, domain: str, registries: Registries) -> Any:
-    target = registries.tasks.get(name, domain)
-    task = target() if isinstance(target, type) else target
+def _task(name: str, domain: str, registries: Registries, overrides: Mapping[str, Any]) -> Any:
+    from erasekit.evaluation.finding import find_task  # imports torch
+
+    task = find_task(name, domain, registries, overrides)
     for evaluator in task.evaluators:
         registries.evaluators.entry(evaluator)
     return task

@@ -80,7 +80,7 @@ class RunDirectory:
 
 def path_of(out: Path, plan: Plan) -> Path:
     """Where the run of a plan lives under `out`."""
-    return out / plan.config.backbone / plan.config.task / plan.config.method / plan.hash
+    return out / plan.config.backbone / plan.task_name / plan.config.method / plan.hash
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def _announced(this: Run) -> Iterator[None]:
     """Tell everybody that a run begins, and how it ends."""
     plan, directory, emit = this.plan, this.directory, this.emit
     config, names = plan.config, tuple(c.name for c in plan.concepts)
-    emit(RunStarted(config.method, config.backbone, config.task, names, plan.hash, resumed=directory.state == "partial"))
+    emit(RunStarted(config.method, config.backbone, plan.task_name, names, plan.hash, resumed=directory.state == "partial"))
     try:
         with heard(emit):
             yield
@@ -308,7 +308,7 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
     result = RunResult(
         method=config.method,
         backbone=config.backbone,
-        task=config.task,
+        task=plan.task_name,
         domain=plan.task.domain,
         concepts=tuple(c.name for c in plan.concepts),
         seed=config.seed,

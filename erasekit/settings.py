@@ -1,0 +1,66 @@
+"""Settings from TOML: reading a file, laying one table over another, and a line for every mistake."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from erasekit.errors import UsageError
+
+
+def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+        what: what it is, for the message ("config file").
+        instead: what to do where there is none.
+
+    Raises:
+        UsageError: there is none, or it is not TOML; says the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"No {what} '{path}'. {instead}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the {what} '{path}': {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"'{path}' is not TOML: {error}.") from None
+
+
+def merge(base: Any, over: Mapping[str, Any]) -> Any:
+    """`base` with the values of `over`, tables within tables merged too."""
+    if not isinstance(base, dict):
+        return base  # left for validation to name
+    both = {k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()}
+    return base | both
+
+
+def mistakes(error: ValidationError, unknown_key: Callable[[str], str], prefix: str = "") -> list[str]:
+    """One line per fault that pydantic found.
+
+    Args:
+        error: what it found.
+        unknown_key: the line for a key that there is not.
+        prefix: stands before the keys, as a user writes them ("method.").
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        where = prefix + ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            lines.append(unknown_key(where))
+            continue
+        said = fault["msg"].removeprefix("Value error, ")
+        given = "" if fault["type"] in ("missing", "value_error") else f", given {fault['input']!r}"
+        lines.append(f"Setting '{where}': {said[0].lower()}{said[1:]}{given}.".replace("..", "."))
+    return lines
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names, one after the other, for a message."""
+    return ", ".join(names)
