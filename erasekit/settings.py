@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,5 @@ def mistakes(error: ValidationError, unknown_key: Callable[[str], str], prefix: 
             continue
         said = fault["msg"].removeprefix("Value error, ")
         given = "" if fault["type"] in ("missing", "value_error") else f", given {fault['input']!r}"
-        lines.append(f"Setting '{where}': {said[0].lower()}{said[1:]}{given}.".replace("..", "."))
+        lines.append(f"Setting '{where}': {said[0].lower()}{said[1:]}{given}." if where else f"{said}.")
     return lines
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names, one after the other, for a message."""
-    return ", ".join(names)

@@ -86,15 +86,19 @@ def certify(
     backbone: Backbone, erasure: Erasure, task: Task, protocol: Protocol, *, prompts: int = 12, drift: bool = False
 ) -> dict[str, Any]:
     """The certificate of an erasure on the clean evaluation prompts of a task, at most `prompts` of them."""
-    clean = task.prompts("clean", erasure.concepts, "evaluation", prompts)
-    return certificate(backbone, erasure, erasure.concepts, [p.text for p in clean], protocol=protocol, drift=drift)
+    clean = _clean(erasure.concepts, task, prompts)
+    return certificate(backbone, erasure, erasure.concepts, clean, protocol=protocol, drift=drift)
 
 
 def texts(concepts: Sequence[Concept], task: Task, *, prompts: int = 12) -> list[str]:
     """The prompts that `certify` asks for."""
-    clean = task.prompts("clean", concepts, "evaluation", prompts)
     own = [p for c in concepts for p in c.prompts()]
-    return [*own, *(c.neutralise(p) for c in concepts for p in c.prompts()), *(p.text for p in clean)]
+    return [*own, *(c.neutralise(p) for c in concepts for p in c.prompts()), *_clean(concepts, task, prompts)]
+
+
+def _clean(concepts: Sequence[Concept], task: Task, n: int) -> list[str]:
+    """At most `n` clean prompts of a task; of one that has none the empty prompt, which may not change either."""
+    return [p.text for p in task.prompts("clean", concepts, "evaluation", n)] or [""]
 
 
 def _sites(

@@ -134,7 +134,7 @@ class Declared(Task):
         first = 1_000_000 * SPLITS.index(split) + seed_offset(which)
         n = min(n, limit) if limit is not None and which in ("erase", "synonyms") else n
         if which == "erase":
-            return _in_turns([self._of(c, c.phrases[:1], which, split, n) for c in concepts])
+            return _in_turns([self._of(c, self._phrases(c.name), which, split, n) for c in concepts])
         if which == "synonyms":
             return _in_turns([self._of(c, self._other_words(c, split), which, split, n) for c in concepts])
         if which == "preserve":
@@ -162,7 +162,7 @@ class Declared(Task):
     def _stays(self, name: str, split: Split, n: int) -> list[Prompt]:
         """`n` prompts for a thing that has to stay."""
         said, first = self._wordings(split), self._first(name, "preserve", split)
-        asked = [(said[k % len(said)], first + k) for k in range(n)]
+        asked = [(said[k % len(said)], first + k) for k in range(n if split == "evaluation" else min(n, len(said)))]
         return [Prompt(w.format(self._phrases(name)[0]), seed, self._label(name), "preserve") for w, seed in asked]
 
     def _everyday(self, concepts: Sequence[Concept], split: Split) -> list[Prompt]:

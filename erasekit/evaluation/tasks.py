@@ -125,6 +125,19 @@ class Task:
     digest: str = ""  # over the content of a task that a file declares
     blurred: ClassVar[bool] = False  # images are blurred in reports unless --reveal; those of sexual prompts always are
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What its images can be asked to show: evaluators that tell names apart (a setting `labels`) are given these."""
+        return self.concepts
+
+    def describe(self) -> dict[str, Any]:
+        """What the protocol says of the task besides its prompts: which profile of it, which lists the prompts came from."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers has to know of the prompts, one line each."""
+        return ()
+
     def concept(self, text: str) -> Concept:
         """Complete what a user wrote (`cat`, `cat:kitty,kitten`) to a concept of this task.
 

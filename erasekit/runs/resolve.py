@@ -90,14 +90,19 @@ def _task(name: str, domain: str, registries: Registries, overrides: Mapping[str
 
 
 def _evaluators(task: Any, asked: Mapping[str, Any], registries: Registries, faults: _Mistakes) -> dict[str, Any]:
-    """The settings of each of the task's evaluators: its own, then the task's, then the user's."""
+    """The settings of each of the task's evaluators: its own, then the task's, then the user's.
+
+    One that tells names apart (`labels`) is given the task's, if nobody names others.
+    """
     for name in asked.keys() - set(task.evaluators):
         judges = f"it has {', '.join(task.evaluators)}" if task.evaluators else "it has none"
         faults.lines.append(f"The task '{task.name}' has no evaluator '{name}' to set; {judges}.")
     found = {}
     for name in task.evaluators:
-        values = merge(dict(task.evaluator_settings.get(name, {})), asked.get(name, {}))
-        found[name] = faults.attempt(settings_of, registries.evaluators.get(name).Config, values, f"evaluators.{name}.")
+        config = registries.evaluators.get(name).Config
+        names = {"labels": task.labels} if "labels" in config.model_fields else {}
+        values = merge(names | dict(task.evaluator_settings.get(name, {})), asked.get(name, {}))
+        found[name] = faults.attempt(settings_of, config, values, f"evaluators.{name}.")
     return found
 
 

@@ -313,13 +313,13 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
         concepts=tuple(c.name for c in plan.concepts),
         seed=config.seed,
         config_hash=plan.hash,
-        protocol=plan.protocol.model_dump() | {"evaluators": judges} | hashes,
+        protocol=plan.protocol.model_dump() | plan.task.describe() | {"evaluators": judges} | hashes,
         counts=evaluation.counts,
         metrics=evaluation.metrics,
         timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in (*TIMED, *(["attack"] if plan.attacks else []))},
         peak_memory_mb=round(peak_memory_mb(), 1),
         erasure_sha256=sha256,
-        warnings=tuple(read_manifest(directory.path / "erasure").get("warnings", ())),
+        warnings=(*read_manifest(directory.path / "erasure").get("warnings", ()), *plan.task.notes()),
     )
     write_scores(evaluation.rows, directory.path / "scores.parquet")
     write_result(result, directory.path / "results.json")

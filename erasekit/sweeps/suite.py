@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from erasekit.errors import UsageError
 from erasekit.registration.plugins import Registries
-from erasekit.runs.config import build, merge, parse_overrides, read, settings_of
+from erasekit.runs.config import build, parse_overrides, settings_of
+from erasekit.settings import merge, read_toml
 
 
 class Row(BaseModel):
@@ -66,7 +67,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         UsageError: there is none; it is not TOML; lists every unknown or wrong key.
     """
-    suite: Suite = settings_of(Suite, read(path), "")
+    suite: Suite = settings_of(Suite, read_toml(path, "suite", "Give the path of a TOML file."), "")
     return suite
 
 
