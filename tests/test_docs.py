@@ -14,6 +14,7 @@ from erasekit.backbones.protocol import BackboneConfig
 from erasekit.cli import build
 from erasekit.evaluation.metrics import MEASURES
 from erasekit.evaluation.results import Metric, RunResult
+from erasekit.evaluation.taskfile import ConceptSpec, SetSpec, TaskFile, Templates
 from erasekit.evaluation.tasks import PROMPT_SETS, Protocol
 from erasekit.registration import hookspecs
 from erasekit.registration.plugins import default
@@ -82,6 +83,11 @@ def test_evaluators_and_their_settings():
 @pytest.mark.parametrize("name", [entry.name for entry in default().attacks.entries()])
 def test_attacks(name):
     assert said(name)
+
+
+@pytest.mark.parametrize("model", [TaskFile, SetSpec, ConceptSpec, Templates], ids=lambda m: m.__name__)
+def test_keys_of_a_tasks_file(model):
+    assert all(said(name) for name in model.model_fields)
 
 
 @pytest.mark.parametrize("name", PROMPT_SETS)

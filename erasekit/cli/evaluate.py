@@ -19,6 +19,7 @@ def command(
     seed: options.Seed = None,
     limit: options.Limit = None,
     settings: options.Set = None,
+    prompts: options.Prompts = None,
     out: options.Out = Path("runs"),
     force: Annotated[bool, typer.Option("--force", help="Measure again, even if the run is finished.")] = False,
     plugin: options.Plugin = None,
@@ -29,7 +30,7 @@ def command(
     from erasekit.runs.runner import planned, run
 
     flags = of_manifest(read_manifest(erasure)) | {"task": task, "seed": seed, "limit": limit}
-    wanted = build(flags, overrides=settings or ())
+    wanted = build(flags, overrides=options.overrides(settings, None, prompts))
     registries = options.registries(plugin)
     with listener() as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries, erasure=erasure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,9 +87,19 @@ Vram = Annotated[
 ]
 
 
-def overrides(settings: list[str] | None, vram: str | None) -> list[str]:
-    """The settings that `-s` gives, and `--vram` as the one that it stands for."""
-    return [*(settings or ()), *([f"backbone.vram={vram}"] if vram else [])]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help="A CSV file of the prompts of what is erased, in I2P's columns.", show_default=False
+    ),
+]
+
+
+def overrides(settings: list[str] | None, vram: str | None, prompts: Path | None = None) -> list[str]:
+    """The settings that `-s` gives, and those that `--vram` and `--prompts` stand for."""
+    more = [f"backbone.vram={vram}"] if vram else []
+    more += [f"task.sets.erase.csv={json.dumps(str(prompts))}"] if prompts else []
+    return [*(settings or ()), *more]
 
 
 def chosen(settings: list[str] | None, vram: str | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def command(
     config: options.Config = None,
     settings: options.Set = None,
     vram: options.Vram = None,
+    prompts: options.Prompts = None,
     out: options.Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; load nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Begin anew, even if the run is finished.")] = False,
@@ -53,7 +54,7 @@ def command(
     wanted = build(
         {**names, **attacks, "seed": seed, "limit": limit, "preset": preset, "files": files},
         file=config,
-        overrides=options.overrides(settings, vram),
+        overrides=options.overrides(settings, vram, prompts),
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)

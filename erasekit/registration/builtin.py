@@ -39,8 +39,13 @@ def register_components(register: RegisterComponent) -> None:
 
 @hookimpl
 def register_tasks(register: Register) -> None:
-    """The task for any concept."""
+    """The task for any concept, and the four that papers measure."""
     register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; images, no scores")
+    tasks = "../tasks"
+    register("natural/objects", f"{tasks}/objects.toml", summary="the ten classes of CIFAR-10, with synonyms and plurals")
+    register("natural/celebrities", f"{tasks}/celebrities.toml", summary="people by name, their faces told by your pictures")
+    register("natural/styles", f"{tasks}/styles.toml", summary="five artists, told by CLIP or by a probe on your paintings")
+    register("natural/i2p", f"{tasks}/i2p.toml", summary="explicit content: the prompts of I2P, judged by NudeNet")
 
 
 @hookimpl
