@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError, unknown
+from erasekit.evaluation.finding import find_task
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig, settings_of
 from erasekit.runs.plan import Plan
@@ -81,8 +82,6 @@ def _sampling(task: Any, backbone: Any) -> dict[str, Any]:
 
 
 def _task(name: str, domain: str, registries: Registries, overrides: Mapping[str, Any]) -> Any:
-    from erasekit.evaluation.finding import find_task  # imports torch
-
     task = find_task(name, domain, registries, overrides)
     for evaluator in task.evaluators:
         registries.evaluators.entry(evaluator)

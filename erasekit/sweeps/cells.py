@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from erasekit.errors import ErasekitError, UsageError
+from erasekit.evaluation.finding import find_task
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig
 from erasekit.runs.resolve import resolve
@@ -102,7 +103,7 @@ def _check_names(suite: Suite, registries: Registries) -> None:
     if not lines:
         domains = {registries.backbones.get(name).domain for name in suite.backbones}
         for task in filter(None, suite.tasks):
-            faults = [_unknown(partial(registries.tasks.get, domain=domain), [task]) for domain in sorted(domains)]
+            faults = [_unknown(partial(find_task, domain=domain, registries=registries), [task]) for domain in sorted(domains)]
             lines += [] if [] in faults else faults[0]
     known = {*suite.backbones, *suite.tasks, *suite.methods, *suite.ablations, *(r.method for r in suite.rows)}
     lines += [f"'on.{name}' is no backbone, task or method of this suite." for name in suite.on if name not in known]
