@@ -13,7 +13,7 @@ from erasekit.cli import options
 from erasekit.cli.tables import show
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.registration.plugins import Registries
-from erasekit.runs.config import build
+from erasekit.runs.config import RunConfig, build
 
 if TYPE_CHECKING:
     from erasekit.evaluation.results import RunResult
@@ -25,9 +25,10 @@ def task_of(folder: Path, registries: Registries, result: RunResult) -> Task:
     from erasekit.evaluation.finding import find_task
     from erasekit.evaluation.tasks import Task
 
-    config = build({}, file=folder / "config.toml") if (folder / "config.toml").is_file() else None
+    written = folder / "config.toml"
+    config = build({}, file=written) if written.is_file() else RunConfig(task=result.task)
     try:
-        return find_task(config.task or result.task if config else result.task, result.domain, registries)
+        return find_task(config.task or result.task, result.domain, registries, config.options.task)
     except ErasekitError as error:
         typer.secho(f"{error} The images of '{folder}' are blurred unless --reveal is given.", err=True, fg="yellow")
         task = Task()
