@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from erasekit.cli import progress as display
-from erasekit.events import Progressed, RunFinished, StageStarted, StepEnd, heard, progress
+from erasekit.events import Progressed, RunFailed, RunFinished, StageStarted, StepEnd, heard, progress
 from erasekit.registration import plugins
 from erasekit.runs.config import build
+from erasekit.runs.forecast import Forecast
 from erasekit.runs.runner import run
 
 
@@ -56,25 +60,25 @@ def test_time_left_counts_from_the_parts_own_beginning(clock, capsys):
     lines = display.Lines()
     lines(StageStarted("erase"))
     clock.now += 100  # loading
-    lines(Progressed("trajectories", 0, 40))
-    clock.now += 20
-    lines(Progressed("trajectories", 10, 40))
-    assert "erase: trajectories 10/40  2.0 s each, 60 s left" in capsys.readouterr().err
+    lines(Progressed("trajectories", 0, 70))
+    clock.now += 80
+    lines(Progressed("trajectories", 40, 70))
+    assert "erase: trajectories 40/70  2.0 s each, 60 s left" in capsys.readouterr().err
     clock.now += 60
-    lines(Progressed("trajectories", 40, 40))
-    lines(StepEnd(1, 101, {"loss": 1.0}))
-    clock.now += 11
-    lines(StepEnd(23, 101, {"loss": 1.0}))
-    assert "erase: steps 23/101  loss 1  2.0 a second, 39 s left" in capsys.readouterr().err
+    lines(Progressed("trajectories", 70, 70))
+    lines(StepEnd(1, 301, {"loss": 1.0}))
+    clock.now += 61
+    lines(StepEnd(123, 301, {"loss": 1.0}))
+    assert "erase: steps 123/301  loss 1  2.0 a second, 89 s left" in capsys.readouterr().err
 
 
 def test_training_that_goes_on_from_a_checkpoint_is_not_credited_with_what_was_done_before(clock, capsys):
     lines = display.Lines()
     lines(StageStarted("erase"))
     lines(StepEnd(1000, 2000, {}))
-    clock.now += 20
-    lines(StepEnd(1010, 2000, {}))
-    assert "2.0 s each, 1980 s left" in capsys.readouterr().err
+    clock.now += 100
+    lines(StepEnd(1050, 2000, {}))
+    assert "2.0 s each, 32 min left" in capsys.readouterr().err
 
 
 def test_work_of_the_same_kind_that_begins_again_is_timed_anew(clock):
@@ -88,7 +92,7 @@ def test_work_of_the_same_kind_that_begins_again_is_timed_anew(clock):
     assert pace.told(5, 10) == "1.0 s each, 5 s left  "
 
 
-def test_bars_show_each_part_once(clock):
+def test_a_stage_has_one_line_whatever_it_is_at(clock):
     bars = display.Bars()
     parts = [Progressed("encoding", k, 2) for k in (0, 1, 2)]
     steps = [StepEnd(k, 2, {"loss": 1.0}) for k in (1, 2)]
@@ -97,8 +101,69 @@ def test_bars_show_each_part_once(clock):
         bars(event)
         clock.now += 1
     tasks = bars._progress.tasks
-    assert [t.description for t in tasks] == ["load", "erase: encoding", "erase: steps", "save"]
+    assert [t.description for t in tasks] == ["load", "erase", "save"]
     assert all(t.finished for t in tasks)
+
+
+def test_the_live_line_says_what_it_is_at_its_pace_memory_and_the_whole_run(clock):
+    screen = io.StringIO()
+    told = Forecast(images=10, image_s=1.0, stage_s={"erase": 30.0})
+    with display.Bars(told, Console(file=screen, force_terminal=True, width=160)) as bars:
+        bars(StageStarted("erase"))
+        bars(StepEnd(1, 101, {"loss": 0.5}))
+        clock.now += 10
+        bars(StepEnd(21, 101, {"loss": 0.25}))
+        (line,) = bars._progress.tasks
+        assert line.fields["note"].startswith("steps  2.0 a second, 40 s left")
+        assert "MB" in line.fields["note"]
+        assert "loss 0.25" in line.fields["note"]
+        (whole,) = bars._whole.tasks
+        assert re.match(r"all in about \d+ s, at \d\d:\d\d", whole.fields["note"])
+    assert "whole run" in screen.getvalue()
+
+
+def test_elsewhere_a_stage_is_one_line_when_it_ends_and_nothing_in_between(clock, capsys):
+    lines = display.Lines()
+    with lines:
+        lines(StageStarted("load"))
+        clock.now += 2
+        lines(StageStarted("erase"))
+        for k in range(1, 51):
+            clock.now += 1
+            lines(StepEnd(k, 50, {"loss": 1.0}))
+    written = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"\d+ MB", "M", line) for line in written] == ["load: 2 s  M", "erase: steps 50/50  50 s  M"]
+
+
+def test_a_stage_that_fails_does_not_look_as_if_it_had_ended(clock, capsys):
+    lines = display.Lines()
+    lines(StageStarted("load"))
+    lines(RunFailed("no weights"))
+    lines.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "kind"),
+    [
+        (True, {}, display.Bars),
+        (False, {}, display.Lines),
+        (True, {"CI": "true"}, display.Lines),
+        (True, {"TERM": "dumb"}, display.Lines),
+    ],
+)
+def test_live_lines_are_for_a_terminal_that_somebody_looks_at(monkeypatch, terminal, environment, kind):
+    for name in ("CI", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(display.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert isinstance(display.listener(), kind)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5000, "83 min"), (7200, "2.0 h")])
+def test_durations_are_said_as_people_say_them(seconds, said):
+    assert display.duration(seconds) == said
 
 
 def test_a_run_tells_encoding_trajectories_and_writing(tmp_path, tiny_folder, world):

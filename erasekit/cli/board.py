@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from erasekit.cli.progress import duration
 from erasekit.sweeps.cells import Cell, Seen
 
 Cells = Sequence[tuple[Cell, Seen]]
@@ -109,11 +110,7 @@ def _time_left(cells: Cells) -> str:
     usual = median(seconds for of_row in known.values() for seconds in of_row)
     total = sum(median(known[cell.row]) if cell.row in known else usual for cell in left)
     at_work = max(1, sum(how.state == "begun" for _, how in cells))
-    return f", about {_words(total / at_work)} left"
-
-
-def _words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f", about {duration(total / at_work)} left"
 
 
 def _write(line: str) -> None:

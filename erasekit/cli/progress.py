@@ -1,19 +1,23 @@
-"""Shows a run on stderr: bars on a terminal, plain lines elsewhere."""
+"""Shows a run on stderr: a live line for each stage and one for all on a terminal, few plain lines elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from erasekit.backbones.memory import peak_memory_mb
-from erasekit.events import Event, Noted, Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.events import Event, Noted, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.runs.forecast import Forecast
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class Pace:
@@ -37,123 +41,174 @@ class Pace:
         if done == self._first or not seconds:
             return ""
         rate = f"{seconds:.1f} s each" if seconds >= 1 else f"{1 / seconds:.1f} a second"
-        return f"{rate}, {seconds * (total - done):.0f} s left  "
+        return f"{rate}, {duration(seconds * (total - done))} left  "
 
 
 class Bars:
-    """Listens to a run and draws a bar per stage and per part of it, with rate, time left and memory.
+    """Listens to a run and draws a line for each stage, with what it is at, rate, time left and memory, and one for all.
 
     Attributes:
         started: whether a run began; one that was finished before does not.
     """
 
-    def __init__(self) -> None:
-        """Draw on stderr."""
+    def __init__(self, forecast: Forecast | None = None, console: Console | None = None) -> None:
+        """Draw on stderr; without a forecast, no line says when all will be done."""
         columns = (
-            TextColumn("{task.description:22}"),
+            TextColumn("{task.description:12}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
         )
         self.started = False
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._stage, self._pace = "", Pace()
-        self._parts: dict[str, TaskID] = {}  # of the stage; work that comes again has its bar again
+        self._forecast = forecast
+        self._progress = Progress(*columns)
+        self._whole = Progress(TextColumn("{task.description:12}"), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        self._live = Live(Group(self._progress, self._whole), console=console or Console(stderr=True), refresh_per_second=4)
+        self._pace = Pace()
         self._task: TaskID | None = None
+        self._all: TaskID | None = None
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if error is None:
+            self._finish()
+        self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
         if isinstance(event, RunStarted):
             self.started = True
             self._clear()
-            self._progress.console.print(_title(event), highlight=False, markup=False)
+            self._live.console.print(_title(event), highlight=False, markup=False)
         elif isinstance(event, StageStarted):
             self._finish()
-            self._stage, self._pace, self._parts = event.stage, Pace(), {}
-            self._task = self._progress.add_task(event.stage, total=None, note="")
+            self._pace, self._task = Pace(), self._progress.add_task(event.stage, total=None, note="")
         elif isinstance(event, Noted):
-            self._progress.console.print(event.line, highlight=False, markup=False)
+            self._live.console.print(event.line, highlight=False, markup=False)
         elif isinstance(event, RunFinished):
             self._finish()
         elif counted := _count(event):
             self._draw(*counted)
+        self._tell(event)
 
     def _draw(self, part: str, done: int, total: int, note: str) -> None:
-        """Move the bar of a part: the stage's first part has the bar of the stage, each other one a bar of its own."""
-        if self._pace.begins(part, done):
-            if part in self._parts:
-                self._task = self._parts[part]
-                self._progress.reset(self._task)
-            elif self._parts or self._task is None:
-                self._finish()
-                self._task = self._progress.add_task(part, total=total, note="")
-            self._parts[part] = self._task
-        told = f"{note}{self._pace.told(done, total)}{peak_memory_mb():.0f} MB"
-        self._progress.update(self._parts[part], description=f"{self._stage}: {part}", completed=done, total=total, note=told)
+        """Show how far a part of the stage is, in the stage's own line."""
+        if self._task is None:
+            self._task = self._progress.add_task(part, total=total, note="")
+        self._pace.begins(part, done)
+        told = f"{part}  {self._pace.told(done, total)}{peak_memory_mb():.0f} MB  {note}"
+        self._progress.update(self._task, completed=done, total=total, note=told)
+
+    def _tell(self, event: Event) -> None:
+        """Say in the last line when all will be done."""
+        if self._forecast is None:
+            return
+        self._forecast(event)
+        if self._all is None:
+            self._all = self._whole.add_task("whole run", note="")
+        self._whole.update(self._all, note=ahead(self._forecast))
 
     def _finish(self) -> None:
-        """Fill the bar of the stage that ends; one that counted nothing gets a single step."""
+        """Fill the line of the stage that ends; one that counted nothing gets a single step."""
         if self._task is not None:
             task = next(t for t in self._progress.tasks if t.id == self._task)
-            self._progress.update(self._task, completed=task.total or 1, total=task.total or 1)
+            note = f"{peak_memory_mb():.0f} MB"
+            self._progress.update(self._task, completed=task.total or 1, total=task.total or 1, note=note)
+            self._progress.stop_task(self._task)
 
     def _clear(self) -> None:
-        """Take the bars of an earlier concept's run away."""
-        self._task, self._parts = None, {}
+        """Take the lines of an earlier concept's run away."""
+        self._task = None
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
 
 
 class Lines:
-    """Listens to a run and writes a line per stage, and one every ten seconds within it.
+    """Listens to a run and writes a line for each stage that ends, and one a minute within a long one.
 
     Attributes:
         started: whether a run began; one that was finished before does not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forecast: Forecast | None = None) -> None:
         """Write to stderr."""
         self.started = False
-        self._stage, self._pace, self._last = "", Pace(), 0.0
+        self._forecast = forecast
+        self._stage, self._pace, self._began, self._last = "", Pace(), 0.0, 0.0
+        self._done, self._main = "", False  # what the stage has done: steps or images, if it counts any
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return None
+        if error is None:
+            self._end()
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
+        if self._forecast is not None:
+            self._forecast(event)
         now = time.monotonic()
         if isinstance(event, RunStarted):
             self.started = True
-            _write(_title(event))
+            _write(f"{_title(event)}{_comma(ahead(self._forecast))}")
         elif isinstance(event, StageStarted):
-            self._stage, self._pace, self._last = event.stage, Pace(), now
-            _write(event.stage)
+            self._end()
+            self._stage, self._pace, self._began, self._last = event.stage, Pace(), now, now
+            self._done, self._main = "", False
         elif isinstance(event, Noted):
             _write(event.line)
+        elif isinstance(event, RunFinished):
+            self._end()
+        elif isinstance(event, RunFailed):
+            self._stage = ""
         elif counted := _count(event):
             part, done, total, note = counted
             self._pace.begins(part, done)
-            ends = done == total and not isinstance(event, Progressed)
-            if now - self._last > SECONDS_BETWEEN_LINES or ends:
+            at = f"{part} {done}/{total}  "
+            main = not isinstance(event, Progressed)
+            if main or not self._main:
+                self._done, self._main = at, main
+            if now - self._last > SECONDS_BETWEEN_LINES:
                 self._last = now
-                told = self._pace.told(done, total)
-                _write(f"{self._stage}: {part} {done}/{total}  {note}{told}{peak_memory_mb():.0f} MB")
+                told = f"{note}{self._pace.told(done, total)}{peak_memory_mb():.0f} MB"
+                _write(f"{self._stage}: {at}{told}{_comma(ahead(self._forecast))}")
+
+    def _end(self) -> None:
+        """Write what the stage that ends did."""
+        if self._stage:
+            took = f"{duration(time.monotonic() - self._began)}  {peak_memory_mb():.0f} MB"
+            _write(f"{self._stage}: {self._done}{took}{_comma(ahead(self._forecast))}")
+        self._stage = ""
 
 
-def listener() -> Bars | Lines:
-    """What fits stderr."""
-    return Bars() if sys.stderr.isatty() else Lines()
+def listener(forecast: Forecast | None = None) -> Bars | Lines:
+    """What fits stderr: live lines on a terminal where somebody may look, few ones in a file, a pipe, or in CI."""
+    live = sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+    return Bars(forecast) if live else Lines(forecast)
+
+
+def ahead(forecast: Forecast | None) -> str:
+    """When all will be done, "" where nobody knows."""
+    left = forecast.left() if forecast is not None else None
+    if left is None or left < 1:
+        return ""
+    return f"all in about {duration(left)}, at {datetime.now() + timedelta(seconds=left):%H:%M}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _comma(text: str) -> str:
+    return f"; {text}" if text else ""
 
 
 def _write(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -13,8 +12,8 @@ import typer
 from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show, tell
-from erasekit.errors import UsageError
 from erasekit.runs.config import RunConfig, build
+from erasekit.runs.forecast import earlier, forecast
 from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
@@ -63,7 +62,7 @@ def command(
         return
     from erasekit.runs.runner import run
 
-    with listener() as told:
+    with listener(forecast(plan, out, _images(plan))) as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
     if not told.started:
         typer.echo("Finished before: these are its numbers. Begin anew with --force.", err=True)
@@ -79,11 +78,11 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     parts |= {f"attacks.{name}": config for name, _, config in plan.attacks}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
     images, known = _images(plan), earlier(out, plan)
-    drawing = _about([images * seconds for seconds in known["image"]])
+    drawing = _about([images * seconds for seconds in known.image])
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
         "base_images": f"{images} images, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
-        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known['erase'])}",
+        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known.erase)}",
         "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
     }
@@ -118,23 +117,6 @@ def _memory(plan: Plan) -> str:
     except EnvironmentProblem as problem:
         return f"{text}. {problem}"
     return text
-
-
-def earlier(out: Path, plan: Plan) -> dict[str, list[float]]:
-    """Seconds that finished runs under `out` took on the plan's backbone: for a `image`, and to `erase` by its method."""
-    from erasekit.evaluation.results import read_result
-
-    together = 1 if plan.separate else len(plan.concepts)
-    found: dict[str, list[float]] = {"image": [], "erase": []}
-    for path in sorted((out / plan.config.backbone).glob("*/*/*/results.json")):
-        with suppress(UsageError):  # of another version, or cut
-            result = read_result(path)
-            drawn, steps = result.counts["images"] / 2, result.protocol.get("steps")
-            if drawn and steps == plan.protocol.steps and result.timings_s["sample"]:
-                found["image"].append(result.timings_s["sample"] / drawn)
-            if (result.method, len(result.concepts)) == (plan.config.method, together) and result.timings_s["erase"]:
-                found["erase"].append(result.timings_s["erase"])
-    return found
 
 
 def _about(seconds: list[float]) -> str:

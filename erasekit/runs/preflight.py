@@ -102,10 +102,14 @@ def _fits(plan: Plan, gb: int) -> bool:
 
 def cpu_hours(plan: Plan) -> float:
     """About how long the training steps of a plan take on this machine's CPU; a guess from its number of cores."""
-    config = plan.method_config
-    rows = footprint(plan).rows * getattr(config, "accumulate", 1) * getattr(config, "steps", 0)
+    rows = training_rows(plan) * getattr(plan.method_config, "steps", 0)
     tflop = 3 * rows * plan.backbone.needs(plan.backbone_config, plan.protocol.size).tflop
     return tflop / (CORE_TFLOPS * (os.cpu_count() or 1)) / 3600
+
+
+def training_rows(plan: Plan) -> int:
+    """Rows of the denoiser that a training step of a plan predicts."""
+    return footprint(plan).rows * int(getattr(plan.method_config, "accumulate", 1))
 
 
 def _check_patience(plan: Plan, device: Any) -> None:

@@ -1,0 +1,206 @@
+"""How long a run will still take: from earlier runs of its kind in the same folder, and from its own pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from erasekit.errors import ErasekitError
+from erasekit.events import Event, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.runs.plan import Plan
+from erasekit.runs.rundir import path_of, read_status
+
+STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "report")
+DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images, and which
+BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
+POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
+PREDICTIONS = 3.0  # at each step of such a trajectory
+VALIDATION = 2000.0  # rows that say what an erasure leaves (`methods.validation`)
+
+
+class Earlier(NamedTuple):
+    """Seconds that finished runs took, a list for each: by image, to erase, and by stage."""
+
+    image: list[float]
+    erase: list[float]
+    stages: dict[str, list[float]]
+
+
+def earlier(out: Path, plan: Plan) -> Earlier:
+    """Seconds that finished runs under `out` took on the plan's backbone: for an image, and to erase by its method."""
+    from erasekit.evaluation.results import read_result
+
+    together = 1 if plan.separate else len(plan.concepts)
+    found = Earlier([], [], {})
+    for path in sorted((out / plan.config.backbone).glob("*/*/*/results.json")):
+        with suppress(ErasekitError):  # of another version, or cut
+            result = read_result(path)
+            drawn, steps = result.counts["images"] / 2, result.protocol.get("steps")
+            if drawn and steps == plan.protocol.steps and result.timings_s["sample"]:
+                found.image.append(result.timings_s["sample"] / drawn)
+            if (result.method, len(result.concepts)) == (plan.config.method, together) and result.timings_s["erase"]:
+                found.erase.append(result.timings_s["erase"])
+                for stage, seconds in read_status(path.parent).get("timings_s", {}).items():
+                    found.stages.setdefault(stage, []).append(seconds)
+    return found
+
+
+@dataclass
+class Forecast:
+    """Hears a run, or several one after the other, and says how long they will still take.
+
+    Attributes:
+        images: that a run draws of each side.
+        erase_rows: about how many rows of the denoiser the method predicts.
+        image_rows: how many drawing an image takes.
+        runs: how many runs there are, with the one at work.
+        image_s: seconds for an image, where they are known.
+        stage_s: seconds of stages, where they are known.
+    """
+
+    images: int = 0
+    erase_rows: float = 0.0
+    image_rows: float = 1.0
+    runs: int = 1
+    image_s: float | None = None
+    stage_s: dict[str, float] = field(default_factory=dict)
+    _stage: str = ""
+    _stage_began: float = 0.0
+    _run_began: float | None = None
+    _part: tuple[str, int, int] = ("", 0, 0)  # of the stage: its name, done, total
+    _first: tuple[int, float] = (0, 0.0)  # of the part: what was done when, at its beginning
+    _took: list[float] = field(default_factory=list)  # seconds of the runs that have ended
+
+    def __call__(self, event: Event) -> None:
+        """Hear an event."""
+        now = time.monotonic()
+        if isinstance(event, RunStarted):
+            self._run_began, self._stage = now, ""
+        elif isinstance(event, StageStarted):
+            self._end_stage(now)
+            self._stage, self._stage_began, self._part = event.stage, now, ("", 0, 0)
+        elif isinstance(event, RunFinished | RunFailed):
+            self._end_stage(now)
+            self.runs, self._stage = self.runs - 1, ""
+            self._took.append(self._gone())
+            self._run_began = None
+        elif isinstance(event, Sampled):
+            self._counted("images", event.done, event.total, first=(0, self._stage_began))
+        elif isinstance(event, StepEnd):
+            self._counted("steps", event.step, event.total, first=(event.step, now))
+        elif isinstance(event, Progressed):
+            self._counted(event.what, event.done, event.total, first=(event.done, now))
+
+    def left(self) -> float | None:
+        """Seconds until all runs are done; None while nothing is known of what takes longest."""
+        if self.runs < 1:
+            return 0.0
+        here = self._this_run()
+        if here is None:
+            return None
+        whole = median(self._took) if self._took else here + self._gone()
+        return here + whole * max(0, self.runs - 1)
+
+    def _gone(self) -> float:
+        """Seconds since the run at work began."""
+        return 0.0 if self._run_began is None else time.monotonic() - self._run_began
+
+    def _this_run(self) -> float | None:
+        coming = STAGES[STAGES.index(self._stage) + 1 :] if self._stage in STAGES else STAGES
+        expected = {stage: self._expected(stage) for stage in coming}
+        if any(expected.get(stage, 0.0) is None for stage in ("base_images", "erase", "sample")):
+            return None
+        now = self._of_stage()
+        return None if now is None else now + sum(seconds or 0.0 for seconds in expected.values())
+
+    def _expected(self, stage: str) -> float | None:
+        """Seconds of a stage that has not begun; None where nothing is known."""
+        if stage in DRAWING and self.image_s is not None:
+            return self.image_s * self.images
+        if stage in self.stage_s:
+            return self.stage_s[stage]
+        if stage == "erase" and self.image_s is not None:
+            return self.image_s / self.image_rows * self.erase_rows
+        return None
+
+    def _of_stage(self) -> float | None:
+        """Seconds until the stage at work is done."""
+        if self._stage not in STAGES:
+            return 0.0
+        part, done, total = self._part
+        now = time.monotonic()
+        pace = (now - self._first[1]) / (done - self._first[0]) if done > self._first[0] else None
+        if self._stage in DRAWING:
+            each = pace if pace is not None else self.image_s
+            return None if each is None else each * ((total or self.images) - done)
+        if part == "steps" and pace is not None:
+            return pace * (total - done)
+        expected = self._expected(self._stage)
+        if expected is None:
+            return None if self._stage == "erase" else 0.0
+        return max(expected - (now - self._stage_began), pace * (total - done) if pace is not None else 0.0)
+
+    def _counted(self, part: str, done: int, total: int, *, first: tuple[int, float]) -> None:
+        if part != self._part[0] or done < self._part[1]:
+            self._first = first
+        self._part = part, done, total
+
+    def _end_stage(self, now: float) -> None:
+        """Learn from the stage that ends, for the stages and the runs that come."""
+        if not self._stage:
+            return
+        drawn = self._part[1] - self._first[0] if self._part[0] == "images" else 0
+        if self._stage in DRAWING and drawn:
+            each = (now - self._first[1]) / drawn
+            if self.image_s is None or each > self.image_s / 4:  # images that were there already say nothing
+                self.image_s = each
+        elif self._stage not in DRAWING:
+            self.stage_s[self._stage] = now - self._stage_began
+
+
+def forecast(plan: Plan, out: Path, images: int) -> Forecast:
+    """What is known before a plan begins.
+
+    Args:
+        plan: what is done, perhaps a run for each concept.
+        out: where earlier runs are looked for.
+        images: that a run draws of each side.
+    """
+    known = earlier(out, plan)
+    singles = plan.singles() if plan.separate else [plan]
+    waiting = [p for p in singles if not _finished(path_of(out, p))]
+    passes = 1 if plan.backbone.capabilities.guidance != "cfg" else 2
+    stages: Mapping[str, list[float]] = {k: v for k, v in known.stages.items() if k not in DRAWING}
+    return Forecast(
+        images=images,
+        erase_rows=_rows(singles[0]),
+        image_rows=passes * plan.protocol.steps,
+        runs=max(1, len(waiting)),
+        image_s=median(known.image) if known.image else None,
+        stage_s={stage: median(seconds) for stage, seconds in stages.items()} | _median("erase", known.erase),
+    )
+
+
+def _rows(plan: Plan) -> float:
+    """About how many rows of the denoiser a plan's method predicts, in its training, before it, and when it is validated."""
+    from erasekit.runs.preflight import training_rows
+
+    config, concepts = plan.method_config, len(plan.concepts)
+    trained = BACKWARD * training_rows(plan) * getattr(config, "steps", 0) * concepts
+    drawn = sum(getattr(config, name, 0) for name in POOLS) * concepts
+    return trained + PREDICTIONS * plan.protocol.steps * drawn + VALIDATION
+
+
+def _median(stage: str, seconds: list[float]) -> dict[str, float]:
+    return {stage: median(seconds)} if seconds else {}
+
+
+def _finished(path: Path) -> bool:
+    with suppress(ErasekitError):
+        return bool(read_status(path).get("state") == "finished")
+    return False

@@ -1,0 +1,103 @@
+"""How long a run will take: from earlier runs, from its own pace, and nothing that nobody knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from erasekit.events import Progressed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.runs import forecast as module
+from erasekit.runs.forecast import STAGES, Forecast
+
+STARTED = RunStarted("m", "b", "t", ("cat",), "0", resumed=False)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 50.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_nothing_is_said_before_anything_is_known(clock):
+    told = Forecast(images=10)
+    assert told.left() is None
+    told(STARTED)
+    told(StageStarted("load"))
+    assert told.left() is None
+
+
+def test_earlier_runs_say_it_from_the_start(clock):
+    told = Forecast(images=10, image_s=0.5, stage_s={"load": 1.0, "erase": 30.0, "evaluate": 2.0})
+    assert told.left() == 10 * 0.5 * 2 + 33
+    told(STARTED)
+    told(StageStarted("load"))
+    clock.now += 0.4
+    assert told.left() == pytest.approx(42.6)
+    told(StageStarted("base_images"))
+    assert told.left() == pytest.approx(42)
+
+
+def test_without_any_the_first_images_say_it(clock):
+    told = Forecast(images=10, erase_rows=300, image_rows=30)
+    told(STARTED)
+    told(StageStarted("base_images"))
+    clock.now += 4
+    told(Sampled("base", 2, 10))
+    assert told.left() is None  # nobody knows yet how long the erasing takes
+    clock.now += 16
+    told(Sampled("base", 10, 10))
+    told(StageStarted("erase"))
+    assert told.left() == pytest.approx(300 * 2 / 30 + 20)
+    clock.now += 5
+    assert told.left() == pytest.approx(15 + 20)
+
+
+def test_training_is_told_by_its_own_pace(clock):
+    told = Forecast(images=10, image_s=1.0, stage_s={"erase": 1.0})
+    told(STARTED)
+    told(StageStarted("erase"))
+    told(Progressed("trajectories", 0, 10))
+    clock.now += 20
+    told(Progressed("trajectories", 5, 10))
+    assert told.left() == pytest.approx(20 + 10)
+    told(StepEnd(1, 101, {}))
+    clock.now += 10
+    told(StepEnd(21, 101, {}))
+    assert told.left() == pytest.approx(40 + 10)
+
+
+def test_images_that_were_there_already_say_nothing(clock):
+    told = Forecast(images=100, image_s=1.0, stage_s={"erase": 0.0})
+    told(STARTED)
+    told(StageStarted("base_images"))
+    clock.now += 0.1
+    told(Sampled("base", 100, 100))
+    told(StageStarted("erase"))
+    assert told.left() == pytest.approx(100)
+
+
+def test_several_runs_are_counted_and_their_own_time_is_learnt(clock):
+    told = Forecast(images=10, image_s=1.0, stage_s={"erase": 10.0}, runs=3)
+    assert told.left() == pytest.approx(3 * 30)
+    told(STARTED)
+    for stage in STAGES:
+        told(StageStarted(stage))
+        clock.now += 10
+    told(RunFinished(Path()))
+    told(STARTED)
+    told(StageStarted("report"))
+    clock.now += 5
+    assert told.left() == pytest.approx(5 + 80)
+    told(RunFinished(Path()))
+    told(RunFinished(Path()))
+    assert told.left() == 0
