@@ -225,3 +225,10 @@ def test_openais_weights_get_the_activation_that_they_were_trained_with(monkeypa
         with pytest.raises(EnvironmentProblem, match="offline"):
             ClipScore(pretrained=tag)
     assert asked == {"openai": True, "laion2b_s34b_b79k": False}
+
+
+def test_evaluators_of_one_clip_share_it(clip):
+    settings, *_ = clip
+    one, other = Clip10(**settings), ClipScore(**settings)
+    assert one._clip is other._clip
+    assert one._clip.name == "tiny-clip"

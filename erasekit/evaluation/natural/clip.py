@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class OpenClip:
         sha256: over all its tensors.
     """
 
-    def __init__(self, config: ClipConfig, *, extra: str = "clip") -> None:
+    def __init__(self, config: ClipConfig, *, extra: str) -> None:
         """Load the weights, from open_clip's cache, the hub or a folder.
 
         Raises:
@@ -89,6 +89,20 @@ class OpenClip:
         device = self._device
         parts = [self._net.encode_text(part.to(device)) for part in self._tokenize(list(texts)).split(ROWS)]
         return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+
+def open_clip(config: ClipConfig, *, extra: str = "clip") -> OpenClip:
+    """The CLIP of some settings, loaded once for all evaluators that ask for the same one.
+
+    Raises:
+        EnvironmentProblem: open_clip or the weights are missing.
+    """
+    return _loaded(ClipConfig(**config.model_dump(include=set(ClipConfig.model_fields))), extra)
+
+
+@lru_cache(maxsize=2)
+def _loaded(config: ClipConfig, extra: str) -> OpenClip:
+    return OpenClip(config, extra=extra)
 
 
 def _digest(net: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from erasekit.evaluation.evaluators import Batch
-from erasekit.evaluation.natural.clip import ClipConfig, OpenClip
+from erasekit.evaluation.natural.clip import ClipConfig, open_clip
 from erasekit.evaluation.natural.per_image import PerImage, Rows, judgement, mean_metric, own_scores
 from erasekit.evaluation.results import Metric
 
@@ -47,7 +47,7 @@ class Clip10(PerImage):
         """
         super().__init__(**settings)
         self.labels = self.config.labels or CIFAR10
-        self._clip = OpenClip(self.config)
+        self._clip = open_clip(self.config)
         self._texts = self._clip.texts([self.config.template.format(name) for name in self.labels])
 
     def describe(self) -> dict[str, Any]:

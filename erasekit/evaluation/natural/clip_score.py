@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from erasekit.evaluation.evaluators import Batch
-from erasekit.evaluation.natural.clip import ClipConfig, OpenClip
+from erasekit.evaluation.natural.clip import ClipConfig, open_clip
 from erasekit.evaluation.natural.per_image import PerImage, Rows, column, mean_metric
 from erasekit.evaluation.results import Metric
 
@@ -25,7 +25,7 @@ class ClipScore(PerImage):
             EnvironmentProblem: open_clip or the weights are missing.
         """
         super().__init__(**settings)
-        self._clip = OpenClip(self.config)
+        self._clip = open_clip(self.config)
 
     def describe(self) -> dict[str, Any]:
         """CLIP."""

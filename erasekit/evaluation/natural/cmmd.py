@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from erasekit.evaluation.distances import Summary, gaussian, mmd
-from erasekit.evaluation.natural.clip import ClipConfig, OpenClip
+from erasekit.evaluation.natural.clip import ClipConfig, open_clip
 from erasekit.evaluation.natural.references import ReferenceConfig, Referenced
 
 
@@ -39,7 +39,7 @@ class Cmmd(Referenced):
             UsageError: the reference is not there.
         """
         super().__init__(**settings)
-        self._clip = OpenClip(self.config)
+        self._clip = open_clip(self.config)
         self.features_name = self._clip.name
 
     def weights(self) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from erasekit.errors import UsageError
 from erasekit.evaluation.evaluators import Batch
-from erasekit.evaluation.natural.clip import ClipConfig, OpenClip
+from erasekit.evaluation.natural.clip import ClipConfig, open_clip
 from erasekit.evaluation.natural.needs import albums, digest_of, package, read
 from erasekit.evaluation.natural.per_image import PerImage, Rows, column, judgement, mean_metric
 from erasekit.evaluation.results import Metric
@@ -66,7 +66,7 @@ class Styles(PerImage):
         self.labels = self.config.labels
         if not self.labels:
             raise UsageError("'styles' has no artists to tell apart. Name them: evaluators.styles.labels=['NAME', ...].")
-        self._clip = OpenClip(self.config)
+        self._clip = open_clip(self.config)
         means = [self._clip.texts([t.format(who) for t in self.config.templates]).mean(0) for who in self.labels]
         self._classes = torch.cat([F.normalize(torch.stack(means), dim=-1), self._clip.texts(self.config.others)])
 
@@ -134,7 +134,7 @@ class StylesProbe(PerImage):
         if len(paintings) < 2:
             raise UsageError(f"'{self.config.paintings}' has paintings of one name only. A probe tells two or more apart.")
         self.labels = tuple(who for who in paintings if not who.startswith(NOBODY))
-        self._clip = OpenClip(self.config, extra="styles")
+        self._clip = open_clip(self.config, extra="styles")
         self._sha256 = digest_of([(who, path) for who, files in paintings.items() for path in files])
         self._fit(paintings)
 
