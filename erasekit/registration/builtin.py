@@ -52,6 +52,10 @@ def register_tasks(register: Register) -> None:
 def register_launchers(register: Register) -> None:
     """What starts the workers of a sweep."""
     register("local", "erasekit.sweeps.local:Local", summary="this machine: a worker for each GPU, or some on the CPU")
+    register(
+        "ray", "erasekit.sweeps.ray_cluster:RayCluster", summary="a Ray cluster, running or local (pip install 'erasekit[ray]')"
+    )
+    register("slurm", "erasekit.sweeps.slurm:Slurm", summary="an array of Slurm jobs (pip install 'erasekit[slurm]')")
 
 
 @hookimpl

@@ -172,7 +172,7 @@ def _announced(this: Run) -> Iterator[None]:
     try:
         with heard(emit):
             yield
-    except KeyboardInterrupt:  # somebody wants it to stop: that is no sign of a run that ends its process
+    except (KeyboardInterrupt, SystemExit):  # somebody wants it to stop: that is no sign of a run that ends its process
         directory.starts -= 1
         directory.write_status("running")
         raise

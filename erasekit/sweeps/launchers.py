@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,12 +24,14 @@ class Job:
         out: where runs are kept; every worker sees it under this path.
         plugins: plugin files, which every worker sees too.
         workers: how many to start; 0 leaves it to the launcher.
+        where: the folder that relative paths of the suite begin in.
     """
 
     folder: Path
     out: Path
     plugins: tuple[Path, ...] = ()
     workers: int = 0
+    where: Path = field(default_factory=Path.cwd)
 
 
 class Launcher(Protocol):

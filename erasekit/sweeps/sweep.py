@@ -98,7 +98,7 @@ def sweep(
     board = Board(cells, out)
     if left := board.left():
         workers = min(how.workers, len(left))
-        _work(launcher(settings, Job(folder, out, how.plugins, workers)), board, watch)
+        _work(launcher(settings, Job(folder.resolve(), out.resolve(), how.plugins, workers)), board, watch)
     return Swept(suite, folder, out, board.look())
 
 

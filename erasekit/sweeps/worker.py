@@ -27,7 +27,9 @@ GRACE_S = 10.0  # for closing the run that is open
 INTERRUPTED = 130
 
 
-def work(folder: Path, out: Path, *, plugins: Sequence[Path] = (), number: int = 0, of: int = 1) -> int:
+def work(
+    folder: Path, out: Path, *, plugins: Sequence[Path] = (), number: int = 0, of: int = 1, where: Path | None = None
+) -> int:
     """Do the cells of a sweep that nobody else is at work on; how many this worker has done.
 
     A cell that fails says so in its run directory, and the next one is taken. A cell that another process has open is left
@@ -39,7 +41,10 @@ def work(folder: Path, out: Path, *, plugins: Sequence[Path] = (), number: int =
         plugins: plugin files.
         number: this worker's, from 0: each begins elsewhere.
         of: how many there are.
+        where: the folder that relative paths of the suite begin in, for a worker that was started elsewhere.
     """
+    if where is not None:
+        os.chdir(where)
     registries, kept = load(plugins), Kept()
     cells = list({cell.path: cell for cell in read_cells(folder) if not cell.refused}.values())
     first, done = number * len(cells) // of, 0
