@@ -47,6 +47,13 @@ def third_party(session: nox.Session) -> None:
 
 
 @nox.session
+def cluster(session: nox.Session) -> None:
+    """Sweeps on a Ray cluster of two nodes, both on this machine."""
+    session.install("-e", ".[dev,ray,slurm]")
+    session.run("pytest", "tests/cluster", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """That the documentation names all there is, and that its links lead somewhere."""
     session.install("-e", ".[dev]")

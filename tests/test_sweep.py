@@ -21,21 +21,14 @@ from erasekit.sweeps.cells import cells_of, give_another_chance, run_config, see
 from erasekit.sweeps.suite import Suite, adjusted, of_method, parse_row, read_suite, rows_of
 from erasekit.sweeps.sweep import How, check_gpus, sweep
 from erasekit.sweeps.worker import work
-from tests.conftest import THIRD_PARTY
+from tests.sweeping import BOTH, FILES, IMAGES, counted, grid_of, lines_of, numbers
 
 ROOT = Path(__file__).parents[1]
-FILES = (THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "counted.py")
 
 
 @pytest.fixture(scope="module")
 def registries():
     return plugins.load(FILES)
-
-
-def grid_of(folder, **changes):
-    where = {"path": str(folder), "device": "cpu"}
-    values = {"methods": ("counted",), "backbones": ("counted",), "seeds": (0, 1), "tasks": ("words",)}
-    return Suite(**{**values, "run": {"options": {"backbone": where}}, **changes})
 
 
 @pytest.fixture
@@ -52,10 +45,6 @@ def toml_of(suite):
     return "\n".join([*lines, "[on.counted.options.method]", *(f"{k} = {json.dumps(v)}" for k, v in method.items())])
 
 
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 @pytest.fixture
 def counts(tmp_path, monkeypatch):
     """What was counted so far: erasures, images, loads."""
@@ -66,19 +55,9 @@ def counts(tmp_path, monkeypatch):
     def read():
         lines = lines_of(file)
         file.unlink(missing_ok=True)
-        erased = sorted((line["erased"], line["seed"]) for line in lines if "erased" in line)
-        images = sum(line.get("images", 0) for line in lines)
-        return erased, images, sum("loaded" in line for line in lines)
+        return counted(lines)
 
     return read
-
-
-def numbers(swept):
-    return {cell.path: read_result(swept.out / cell.path / "results.json").metrics for cell, _ in swept.cells}
-
-
-BOTH = [("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1)]
-IMAGES = 2 * 5 + 4 * 5  # the base's of two concepts once, and those of four erasures
 
 
 @pytest.fixture(scope="module")

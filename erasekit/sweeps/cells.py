@@ -71,7 +71,13 @@ def cells_of(suite: Suite, registries: Registries, out: Path) -> list[Cell]:
     cells = [cell for row, values in grid(suite, registries) for cell in _cells(row, values, registries, out)]
     if all(cell.refused for cell in cells):
         raise UsageError("\n".join(dict.fromkeys(cell.refused for cell in cells)))
-    return cells
+    drawn = list(dict.fromkeys(map(_images, cells)))
+    return sorted(cells, key=lambda cell: drawn.index(_images(cell)))
+
+
+def _images(cell: Cell) -> tuple[Any, ...]:
+    """What decides a cell's images of the unedited model: cells that share them follow one another."""
+    return cell.config["backbone"], cell.config.get("task", ""), tuple(cell.config.get("concepts", ()))
 
 
 def _cells(row: str, values: dict[str, Any], registries: Registries, out: Path) -> list[Cell]:

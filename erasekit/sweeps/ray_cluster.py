@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,7 @@ from erasekit.errors import EnvironmentProblem, ErasekitError
 from erasekit.sweeps.launchers import Job, LauncherConfig
 from erasekit.sweeps.worker import GRACE_S, work
 
+REACHED_S = 5.0
 TOLD = ("ERASEKIT_", "HF_", "PYTHONPATH")  # beginnings of variables that workers on other machines need too
 
 
@@ -41,12 +43,12 @@ class RayCluster:
             raise EnvironmentProblem("The launcher 'ray' needs Ray: pip install 'erasekit[ray]'.") from None
         self.config, self.job = config, job
         try:
+            _reach(config.address)
             self.ray.init(address=config.address or None, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
-        except (ConnectionError, ValueError) as error:
-            where = config.address or os.environ.get("RAY_ADDRESS", "")
-            said = str(error).strip().splitlines()[0]
+        except (OSError, ValueError) as error:
+            where, said = config.address or os.environ.get("RAY_ADDRESS", ""), str(error).strip().splitlines()[0]
             raise EnvironmentProblem(
-                f"There is no Ray cluster at '{where}': {said} Start one with 'ray start --head'."
+                f"There is no Ray cluster at '{where}' ({said}). Start one: 'ray start --head'."
             ) from error
         there = self.ray.cluster_resources()
         self.gpus = config.gpus if config.gpus >= 0 else float(there.get("GPU", 0) > 0)
@@ -93,3 +95,14 @@ class RayCluster:
             self.ray.wait(self._tasks, num_returns=len(self._tasks), timeout=GRACE_S)
         self._tasks = []
         self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens at an address with a port: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=REACHED_S).close()

@@ -73,7 +73,7 @@ class Slurm:
             raise UsageError("Say how many jobs are to run at once: --workers 16.")
         self.config, self.job = config, job
         try:
-            self.executor = submitit.AutoExecutor(job.folder / "jobs", cluster=config.cluster)
+            self.executor = submitit.AutoExecutor(job.folder / "jobs", cluster=config.cluster, slurm_max_num_timeout=TIMEOUTS)
         except RuntimeError as error:
             raise EnvironmentProblem(f"Slurm is not here: {error}. Submit from a machine that has 'sbatch'.") from error
         self.executor.update_parameters(**_parameters(config))
@@ -94,7 +94,7 @@ class Slurm:
     def stop(self) -> None:
         """Cancel what is left of the array."""
         for job in self._jobs:
-            if not job.done():
+            if self.config.cluster == "slurm" or not job.done():
                 job.cancel(check=False)
         self._jobs = []
 
@@ -108,7 +108,6 @@ def _parameters(config: SlurmConfig) -> dict[str, Any]:
         "timeout_min": config.minutes,
         "cpus_per_task": config.cpus,
         "slurm_setup": threads + ([f"export PYTHONPATH={shlex.quote(path)}"] if path else []),
-        "slurm_max_num_timeout": TIMEOUTS,
         "slurm_additional_parameters": {"requeue": True, **config.sbatch},
     }
     given = {"gpus_per_node": config.gpus, "mem_gb": config.memory_gb, "slurm_partition": config.partition}

@@ -10,6 +10,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from erasekit import hookimpl
+from erasekit.sweeps.launchers import LauncherConfig
+from erasekit.sweeps.worker import work
 from erasekit.testing.tiny import TinySD
 from tests.third_party.tiny_world import Pull, PullConfig
 
@@ -62,6 +64,33 @@ class Counted(Pull):
         erasure = super().erase(ctx)
         count(erased=ctx.concepts[0].name, seed=ctx.seed)
         return erasure
+
+
+class InProcess:
+    """A launcher whose one worker is the process that asks how it is."""
+
+    Config = LauncherConfig
+    elsewhere = False
+
+    def __init__(self, config, job):
+        self.job = job
+
+    def start(self):
+        self.left = True
+
+    def alive(self):
+        if self.left:
+            work(self.job.folder, self.job.out, plugins=self.job.plugins)
+        self.left = False
+        return 0
+
+    def stop(self):
+        self.left = False
+
+
+@hookimpl
+def register_launchers(register):
+    register("in-process", InProcess, summary="one worker, here")
 
 
 @hookimpl
