@@ -13,7 +13,7 @@ from erasekit import hookimpl
 from erasekit.sweeps.launchers import LauncherConfig
 from erasekit.sweeps.worker import work
 from erasekit.testing.tiny import TinySD
-from tests.third_party.tiny_world import Pull, PullConfig
+from erasekit.testing.world import Pull, PullConfig
 
 
 def count(**what):
