@@ -96,7 +96,8 @@ class Repelled:
         if self.points is None or part == 0:
             self.points = self.trajectory(self.ctx.generator(f"gem/{self.concept.name}/{step}"))
         x, tau, row = self.points
-        here = torch.arange(len(x)).tensor_split(self.config.accumulate)[part]
+        n = max(len(x), self.config.accumulate)  # every pass has a point, if need be one that another pass has too
+        here = (torch.arange(n) % len(x)).tensor_split(self.config.accumulate)[part]
         x, tau = x[here], tau[here]
         asked, neutral = (side[[row]].repeat(len(x)) for side in (self.asked, self.neutral))
         with torch.no_grad(), self.bank.teacher():
