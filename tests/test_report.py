@@ -104,7 +104,7 @@ def write_run(folder: Path, *, pairs: int = 20, side: int = 16, still: tuple[int
     steps = [{"event": "StepEnd", "step": i, "total": 50, "values": {"erase": 1 / (i + 1), HOSTILE: 1.0}} for i in range(50)]
     lines = [json.dumps(e) for e in ({"event": "RunStarted"}, *steps)]
     (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"event": "StepE')
-    (folder / "config.toml").write_text(f"name = '{HOSTILE}'")
+    (folder / "config.toml").write_text(f"task = 'objects'  # {HOSTILE}")
     site = {"site": "a.b", "to_neutral": 0.2, "other_drift": 0.00012345}
     (folder / "certificate.json").write_text(json.dumps({"sites": [site, site | {"site": HOSTILE}]}))
     (folder / "erasure").mkdir()

@@ -22,6 +22,7 @@ SHORT = {
     "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4"],
     "ant": ["method.steps=2", "method.trajectories=2", "method.saliency_draws=1", "method.fusion_points=8"],
     "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
+    "gem": ["method.steps=2"],
     "esd": ["method.steps=2", "method.trajectories=2"],
     "mace": ["method.steps=2", "method.images=2", "method.kept_images=3"],
 }

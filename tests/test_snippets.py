@@ -100,10 +100,14 @@ def test_where_names_folders_and_ids(capsys):
 def test_where_of_a_backbone_without_a_model_of_its_own(world):
     assert main(["where", "tiny", "--plugin", str(world)]) == 0  # one that derives from Stable Diffusion has its model
 
+    from erasekit.backbones.protocol import Backbone
     from erasekit.registration.plugins import load
 
+    class Bare(Backbone):
+        name = "bare"
+
     registries = load()
-    registries.backbones.add(type(registries.backbones.entry("sd15"))("bare", object(), "test", "test"))
+    registries.backbones.add(type(registries.backbones.entry("sd15"))("bare", Bare, "test", "test"))
     with pytest.raises(UsageError, match=r"-s backbone\.path=FOLDER"):
         where("bare", registries)
 

@@ -26,8 +26,8 @@ def task_of(folder: Path, registries: Registries, result: RunResult) -> Task:
     from erasekit.evaluation.tasks import Task
 
     written = folder / "config.toml"
-    config = build({}, file=written) if written.is_file() else RunConfig(task=result.task)
     try:
+        config = build({}, file=written) if written.is_file() else RunConfig(task=result.task)
         return find_task(config.task or result.task, result.domain, registries, config.options.task)
     except ErasekitError as error:
         typer.secho(f"{error} The images of '{folder}' are blurred unless --reveal is given.", err=True, fg="yellow")
