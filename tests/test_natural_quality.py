@@ -274,6 +274,6 @@ def test_lpips_without_weights_is_one_line(tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(EnvironmentProblem, match=r"LPIPS's alex cannot be had.*Go online once") as caught:
+    with pytest.raises(EnvironmentProblem, match=r"LPIPS's alex cannot be loaded.*Go online once") as caught:
         Lpips()
     assert "\n" not in str(caught.value)

@@ -59,6 +59,6 @@ def test_trace_can_train_on_it(folder, sd):
 
 
 def test_a_folder_without_it_is_one_line(tmp_path):
-    with pytest.raises(EnvironmentProblem, match="CLIP cannot be had from") as caught:
+    with pytest.raises(EnvironmentProblem, match="CLIP cannot be loaded from") as caught:
         ClipScorer(str(tmp_path))
     assert "\n" not in str(caught.value)

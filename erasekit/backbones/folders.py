@@ -66,7 +66,7 @@ def download(pipeline_class: Any, repo: str, revision: str | None, **left_out: N
     """The local copy of a repository on the hub, without the parts that are left out.
 
     Raises:
-        EnvironmentProblem: it cannot be had; says why and what to do.
+        EnvironmentProblem: it cannot be loaded; says why and what to do.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

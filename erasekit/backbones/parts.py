@@ -69,7 +69,7 @@ class PipelineParts(HeldPipeline):
         """Load from a local folder or the hub (downloaded once).
 
         Raises:
-            EnvironmentProblem: the weights cannot be had; says why and what to do.
+            EnvironmentProblem: the weights cannot be loaded; says why and what to do.
         """
         path = config.path or cls.path
         device = find_device(config.device)

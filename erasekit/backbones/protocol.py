@@ -184,7 +184,7 @@ class Backbone(Protocol):
         """Load the parts.
 
         Raises:
-            EnvironmentProblem: the weights cannot be had; says why and what to do.
+            EnvironmentProblem: the weights cannot be loaded; says why and what to do.
         """
 
     def weight(self, module: str) -> torch.Tensor:

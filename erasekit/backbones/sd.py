@@ -88,7 +88,7 @@ class StableDiffusion(PipelineBackbone):
         """The local folder of a diffusers pipeline; a hub id is downloaded, a single file converted.
 
         Raises:
-            EnvironmentProblem: there is no such folder or file, or it cannot be had or read.
+            EnvironmentProblem: there is no such folder or file, or it cannot be loaded or read.
         """
         file = Path(config.path).expanduser()
         if file.suffix != ".safetensors" or not file.is_file():

@@ -28,7 +28,7 @@ def unpack(pipeline_class: Any, file: Path, like: str, **left_out: None) -> Path
         left_out: parts of the pipeline that are not wanted, as None.
 
     Raises:
-        EnvironmentProblem: the file is cut, no such checkpoint, or the configs cannot be had.
+        EnvironmentProblem: the file is cut, no such checkpoint, or the configs cannot be loaded.
     """
     try:
         header, _ = read_header(file)

@@ -62,7 +62,7 @@ class Order:
 
         Raises:
             UsageError: it is another one.
-            EnvironmentProblem: it cannot be had.
+            EnvironmentProblem: it cannot be loaded.
         """
         base: Backbone = self.kind.load(self.config)
         if base.fingerprint(self.record["base"]["modules"]) != self.record["base"]["sha256"]:

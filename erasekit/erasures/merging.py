@@ -32,7 +32,7 @@ class Merged(Exporter):
 
         Raises:
             UsageError: the base is not a diffusers folder, or is none of which there are single files.
-            EnvironmentProblem: the base cannot be had, or is another one.
+            EnvironmentProblem: the base cannot be loaded, or is another one.
         """
         if not hasattr(order.kind, "folder"):
             raise UsageError(f"'{order.kind.name}' is no diffusers folder that an erasure could be merged into.")

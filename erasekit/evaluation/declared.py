@@ -114,7 +114,7 @@ class Declared(Task):
 
         Raises:
             UsageError: a prompt pairs minors with sexual terms, or the file of a set cannot be used.
-            EnvironmentProblem: the data set of a set cannot be had.
+            EnvironmentProblem: the data set of a set cannot be loaded.
         """
         seed_offset(which)  # a set that there is not is refused
         spec = self._keys.sets.get(which, SetSpec())

@@ -64,7 +64,7 @@ def from_hub(name: str, split: str, revision: str | None, columns: Sequence[str]
     """The rows of a data set of the hub, downloaded once; no images.
 
     Raises:
-        EnvironmentProblem: the package `datasets` is missing, or the data set cannot be had.
+        EnvironmentProblem: the package `datasets` is missing, or the data set cannot be loaded.
     """
     try:
         import datasets
@@ -77,7 +77,7 @@ def from_hub(name: str, split: str, revision: str | None, columns: Sequence[str]
     except Exception as error:  # whatever the network, the hub and its files may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(
-            f"The prompts of '{name}' cannot be had ({reason}). Go online once, or give them as a CSV file: --prompts FILE."
+            f"The prompts of '{name}' cannot be loaded ({reason}). Go online once, or give them as a CSV file: --prompts FILE."
         ) from error
 
 

@@ -23,7 +23,7 @@ class ClipScorer:
         """Load both towers of CLIP from the hub or a folder.
 
         Raises:
-            EnvironmentProblem: they cannot be had.
+            EnvironmentProblem: they cannot be loaded.
         """
         try:
             with quiet():
@@ -32,7 +32,7 @@ class ClipScorer:
                 self._tokenizer = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             problem = str(error).splitlines()[0]
-            raise EnvironmentProblem(f"CLIP cannot be had from '{source}': {problem} Go online once.") from error
+            raise EnvironmentProblem(f"CLIP cannot be loaded from '{source}': {problem} Go online once.") from error
 
     def image(self, images: torch.Tensor) -> torch.Tensor:
         """Images (n, 3, h, w) in [-1, 1] as (n, width), on their device."""

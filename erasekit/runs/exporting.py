@@ -50,7 +50,7 @@ def export(
 
     Raises:
         UsageError: there is no such erasure, form or concept; the erasure changes no weights; or `out` exists.
-        EnvironmentProblem: the base cannot be had, or the disk is full.
+        EnvironmentProblem: the base cannot be loaded, or the disk is full.
     """
     registries, folder = registries or default(), Path(folder)
     exporter: Exporter = registries.exporters.get(to)()

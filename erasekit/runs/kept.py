@@ -27,7 +27,7 @@ class Kept:
         """The plan's model, loaded unless it is at hand; another one goes first, so that there is never room for two needed.
 
         Raises:
-            EnvironmentProblem: its weights cannot be had.
+            EnvironmentProblem: its weights cannot be loaded.
         """
         if self._backbone is not None and self.has(plan):
             self._backbone.renew()

@@ -52,7 +52,7 @@ def merge(
 
     Raises:
         UsageError: they are of different bases, share a concept, or change no weights.
-        EnvironmentProblem: a file is damaged, or the base cannot be had.
+        EnvironmentProblem: a file is damaged, or the base cannot be loaded.
     """
     registries = registries or default()
     erasures = [Erasure.load(folder) for folder in folders]

@@ -61,7 +61,7 @@ def lpips(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
     """LPIPS (AlexNet) between the student's image and the target's.
 
     Raises:
-        EnvironmentProblem: the network's weights cannot be had.
+        EnvironmentProblem: the network's weights cannot be loaded.
     """
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -69,7 +69,7 @@ def lpips(ctx: RunContext, concept: Concept, pool: Pool) -> Divergence:
         distance = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(ctx.backbone.device)
     except Exception as error:
         raise EnvironmentProblem(
-            f"The weights of LPIPS cannot be had ({type(error).__name__}). Go online once, or choose 'probe'."
+            f"The weights of LPIPS cannot be loaded ({type(error).__name__}). Go online once, or choose 'probe'."
         ) from error
     distance.requires_grad_(False)
     return lambda student, goal: distance(*(ctx.backbone.decode(x0).clamp(-1, 1) for x0 in (student, goal)))

@@ -93,7 +93,7 @@ def checked(path: Path, digest: str, *, remedy: str) -> Path:
 
 
 def downloaded(url: str) -> tuple[Path, str]:
-    """Where torch keeps the weights of an address, and what to do if they are not to be had; those that are there are checked.
+    """Where torch keeps the weights of an address, and what to do if they cannot be loaded; those that are there are checked.
 
     Raises:
         EnvironmentProblem: they are there and damaged: torch looks at the hash in a file's name only when it downloads it.
@@ -118,7 +118,7 @@ def had(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # a download fails in as many ways as there are libraries
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EnvironmentProblem(f"{what} cannot be had: {first.rstrip('.')}. {remedy}") from error
+        raise EnvironmentProblem(f"{what} cannot be loaded: {first.rstrip('.')}. {remedy}") from error
 
 
 def pictures(folder: Path) -> list[Path]:
