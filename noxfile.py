@@ -48,7 +48,7 @@ def third_party(session: nox.Session) -> None:
 
 @nox.session
 def cluster(session: nox.Session) -> None:
-    """Sweeps on a Ray cluster of two nodes, both on this machine."""
+    """Sweeps on a Ray cluster of two nodes, both on this machine, and in a queue of Slurm (its packages are Debian's)."""
     session.install("-e", ".[dev,ray,slurm]")
     session.run("pytest", "tests/cluster", *session.posargs)
 
