@@ -25,7 +25,8 @@ Settings = Annotated[
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        help="A setting of every cell, e.g. protocol.steps=20, or of the launcher, e.g. launcher.threads=2.",
+        help="A setting of every cell (protocol.steps=20), of one task's, method's or backbone's (on.objects.protocol.steps=20), "
+        "or of the launcher (launcher.threads=2).",
         show_default=False,
     ),
 ]

@@ -93,16 +93,27 @@ def of_method(method: str, registries: Registries, *, rows: Sequence[str] = (), 
 
 
 def adjusted(suite: Suite, *, limit: int | None = None, options: Mapping[str, Any] | None = None) -> Suite:
-    """The suite with settings for every cell that go over its own; a row's own, which make it what it is, stay.
+    """The suite with settings that go over its own; a row's own, which make it what it is, stay.
 
     Args:
         suite: as it was read.
         limit: the most images per prompt set.
-        options: settings of the method, the backbone, the protocol, evaluators.
+        options: settings of the method, the backbone, the protocol, evaluators; under `on`, by name, those for the cells
+            of one backbone, task or method only.
+
+    Raises:
+        UsageError: what stands under `on` is no setting of something.
     """
-    given: dict[str, Any] = {"options": dict(options)} if options else {}
+    everywhere = dict(options or {})
+    some = everywhere.pop("on", {})
+    if not isinstance(some, dict) or not all(isinstance(each, dict) for each in some.values()):
+        raise UsageError("Settings for some cells have the form on.NAME.KEY=VALUE, e.g. on.uce.method.ridge=0.1.")
+    given: dict[str, Any] = {"options": everywhere} if everywhere else {}
     given |= {"limit": limit} if limit else {}
-    layers = {name: merge(layer, given) for name, layer in suite.on.items()}
+    layers = {
+        name: merge(merge(suite.on.get(name, {}), given), {"options": some[name]} if name in some else {})
+        for name in dict.fromkeys((*suite.on, *some))
+    }
     return suite.model_copy(update={"run": merge(suite.run, given), "on": layers})
 
 
