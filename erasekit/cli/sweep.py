@@ -25,7 +25,7 @@ Settings = Annotated[
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        help="A setting of every cell (protocol.steps=20), of one task's, method's or backbone's (on.objects.protocol.steps=20), "
+        help="A setting of every cell (protocol.steps=20), of one task, method or backbone (on.objects.protocol.steps=20), "
         "or of the launcher (launcher.threads=2).",
         show_default=False,
     ),
