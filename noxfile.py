@@ -74,12 +74,12 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def page(session: nox.Session) -> None:
-    """The pages in a real browser: needs chromium (or CHROMIUM, its path) and npm, which gets axe-core."""
-    session.install("-e", ".[dev]", "playwright")
+    """The pages and the playground in a real browser: needs chromium (or CHROMIUM, its path) and npm, which gets axe-core."""
+    session.install("-e", ".[dev,play]", "playwright")
     target = session.create_tmp()
     session.run("npm", "install", "--silent", "--prefix", target, "axe-core", external=True)
     axe = os.path.join(target, "node_modules", "axe-core", "axe.min.js")
-    session.run("pytest", "-n0", "tests/page", *session.posargs, env={"AXE": axe})
+    session.run("pytest", "-n0", "tests/page", "tests/play", *session.posargs, env={"AXE": axe})
 
 
 @nox.session

@@ -104,6 +104,11 @@ class PipelineParts(HeldPipeline):
         take = self._part if shared else self._load
         return self._from_folder(**(dict.fromkeys(self.encoders) | {name: take(name) for name in named}))
 
+    def keep_encoders(self) -> None:
+        """Keep the text encoders, in RAM where the denoiser needs their room, for prompts that go on coming."""
+        if self._held.encoders == "released":
+            self._held = self._held._replace(encoders="cpu")
+
     def unchanged(self) -> bool:
         """Whether the denoiser, if it is loaded, still is what was loaded: the same tensors, with the same bits."""
         return self.prefix not in self._parts or _sum_of(self.denoiser) == self._sum

@@ -21,6 +21,7 @@ COMMANDS = (  # in the order of the help, each a module with a function `command
     "run",
     "erase",
     "generate",
+    "play",
     "evaluate",
     "attack",
     "verify",

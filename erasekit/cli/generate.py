@@ -12,10 +12,8 @@ from erasekit.cli import options
 from erasekit.cli.progress import listener
 from erasekit.erasures.strength import Strength, parse
 from erasekit.errors import UsageError
-from erasekit.evaluation.tasks import Protocol
 from erasekit.events import StageStarted, heard
 from erasekit.runs.config import settings_of
-from erasekit.runs.resolve import DEFAULT_TASKS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,6 +68,7 @@ def _draw(
     from erasekit.erasures.loading import load_into
     from erasekit.erasures.manifest import read_manifest
     from erasekit.evaluation.sampling import generate
+    from erasekit.runs.playground import usual_protocol
     from erasekit.safety import reject_unsafe
 
     if (concepts or strength is not None) and erasure is None:
@@ -77,18 +76,10 @@ def _draw(
     reject_unsafe(prompts)
     name = backbone or (read_manifest(erasure)["backbone"] if erasure else "sd15-mini")
     kind = registries.backbones.get(name)
-    usual = _usual(kind.domain, registries).model_dump() | dict(kind.sampling)
-    protocol = settings_of(Protocol, usual | chosen.get("protocol", {}), "protocol.")
+    protocol = usual_protocol(kind, chosen.get("protocol", {}), registries)
     loaded = kind.load(settings_of(kind.Config, chosen.get("backbone", {}), "backbone."))
     loaded.encode([*prompts, ""])  # before the denoiser comes, which may need the room of the text encoders
     pipe = loaded.pipeline(encoders=False, shared=True)
     if erasure:
         load_into(pipe, erasure, concepts or None, strength=strength, base=loaded, component=registries.components.get)
     return generate(loaded, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts), protocol)
-
-
-def _usual(domain: str, registries: Registries) -> Protocol:
-    """How images of a domain are drawn: as its default task does."""
-    from erasekit.evaluation.finding import find_task
-
-    return find_task(DEFAULT_TASKS[domain], domain, registries).protocol
