@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """A run begins, or goes on where it was stopped."""
+    """A run begins, or goes on where it was stopped; `settings` are the method's and the protocol's, `method.KEY`."""
 
     method: str
     backbone: str
@@ -46,6 +46,8 @@ class RunStarted(Event):
     concepts: tuple[str, ...]
     config_hash: str
     resumed: bool
+    tracker: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,19 @@ class StepEnd(Event):
     step: int
     total: int
     values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Watched(Event):
+    """A training method's images after a step, the base's above them, lie in `samples/` as `file`.
+
+    `blurred` says that they are not to be seen, nor sent anywhere.
+    """
+
+    step: int
+    file: str
+    prompts: tuple[str, ...]
+    blurred: bool
 
 
 @dataclass(frozen=True)

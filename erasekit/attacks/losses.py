@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from erasekit.backbones.protocol import Backbone, Conditioning
-
-# (x, tau, cond) -> prediction in the model's own form
-Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+from erasekit.backbones.protocol import Backbone, Conditioning, Predict
 
 
 def denoise_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -302,15 +303,28 @@ class Backbone(Protocol):
         """Free the memory of a part that is not needed any more."""
 
 
+# (x, tau, cond) -> a prediction
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+
+
 def guided(
-    backbone: Backbone, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning, *, uncond: Conditioning, scale: float
+    backbone: Backbone,
+    x: torch.Tensor,
+    tau: torch.Tensor,
+    cond: Conditioning,
+    *,
+    uncond: Conditioning,
+    scale: float,
+    predict: Predict | None = None,
 ) -> torch.Tensor:
     """A guided prediction: the model's own if it has embedded guidance, else f(x, 0) + scale (f(x, c) - f(x, 0)).
 
-    Both passes of classifier-free guidance run in one batch.
+    Both passes of classifier-free guidance run in one batch. `predict` stands in for the backbone's own prediction (a
+    student's, which is told a scale if it takes one).
     """
+    f = predict or partial(backbone.predict, guidance=scale)
     if backbone.embedded_guidance:
-        return backbone.predict(x, tau, cond, guidance=scale)
+        return f(x, tau, cond)
     both = concatenate([uncond.repeat(len(x)) if len(uncond) == 1 else uncond, cond])
-    empty, full = backbone.predict(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
+    empty, full = f(torch.cat([x, x]), torch.cat([tau, tau]), both).chunk(2)
     return empty + scale * (full - empty)

@@ -74,6 +74,19 @@ Strength = Annotated[
         show_default=False,
     ),
 ]
+SampleEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--sample-every",
+        metavar="STEPS",
+        help="Training steps between images in samples/; 0 draws none.  [default: five times, on small models]",
+        show_default=False,
+    ),
+]
+Tracker = Annotated[
+    str | None,
+    typer.Option("--tracker", metavar="NAME", help="Who follows the run: tensorboard, wandb, ...", show_default=False),
+]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file of settings.", show_default=False)]
 Set = Annotated[
     list[str] | None,

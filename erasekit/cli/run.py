@@ -31,6 +31,8 @@ def command(
     limit: options.Limit = None,
     preset: options.Preset = None,
     files: options.Files = None,
+    sample_every: options.SampleEvery = None,
+    tracker: options.Tracker = None,
     attack: options.Attack = None,
     keep_texts: options.KeepTexts = False,
     config: options.Config = None,
@@ -50,8 +52,9 @@ def command(
     names = {"method": method, "backbone": backbone, "task": task, "concepts": tuple(concept or ())}
     names |= {"kind": kind, "neutral": neutral, "preserve": tuple(preserve or ())}
     attacks = {"attacks": tuple(attack or ()), "keep_texts": keep_texts or None}
+    watched = {"sample_every": sample_every, "tracker": tracker}
     wanted = build(
-        {**names, **attacks, "seed": seed, "limit": limit, "preset": preset, "files": files},
+        {**names, **attacks, **watched, "seed": seed, "limit": limit, "preset": preset, "files": files},
         file=config,
         overrides=options.overrides(settings, vram, prompts),
     )

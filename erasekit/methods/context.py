@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from erasekit.backbones.protocol import Backbone, BackboneConfig, Conditioning
+from erasekit.backbones.protocol import Backbone, BackboneConfig, Conditioning, Predict
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError
 from erasekit.evaluation.tasks import Prompt, Protocol, Split, Task
@@ -48,6 +48,8 @@ class RunContext:
         seed: the run's seed; use `generator(name)`.
         directory: the run directory, None outside of a run; checkpoints go to `directory / "checkpoints"`.
         log: called with (step, total, {name: value}) once per training step.
+        watch: called with (name, step, total, predict) before the first step and after each step of a training that has a
+            name: whoever wants to see what the student draws by then.
         component: looks up what is registered for a slot, e.g. component("refine", "whitened").
         protocol: how images will be drawn, so that a method can train on what sampling meets; the task's, if left out.
         shared: what is drawn once in a run and used by several of its parts.
@@ -60,6 +62,7 @@ class RunContext:
     seed: int = 0
     directory: Path | None = None
     log: Callable[[int, int, Mapping[str, float]], None] = field(default=lambda step, total, values: None)
+    watch: Callable[[str, int, int, Predict], None] = field(default=lambda name, step, total, predict: None)
     component: Callable[[str, str], Any] = field(default=_unregistered)
     protocol: Protocol = None  # type: ignore[assignment]  # the task's, see below
     shared: dict[str, Any] = field(default_factory=dict)

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-from erasekit.backbones.protocol import Conditioning, guided
+from erasekit.backbones.protocol import Conditioning, Predict, guided
 from erasekit.backbones.sampler import follow
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import preserve_prompts
 
 
 @torch.no_grad()
-def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
-    """Finished latents x0 (n, ...) of encoded prompts, one seed each, drawn under the run's protocol."""
+def draw(ctx: RunContext, cond: Conditioning, seeds: Sequence[int], *, predict: Predict | None = None) -> torch.Tensor:
+    """Finished latents x0 (n, ...) of encoded prompts, one seed each, under the run's protocol; `predict` as in `guided`."""
     backbone, protocol = ctx.backbone, ctx.protocol
     empty = backbone.encode([""])
 
     def direction(x: torch.Tensor, tau: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance)
+        return guided(backbone, x, tau, cond[rows], uncond=empty, scale=protocol.guidance, predict=predict)
 
     return follow(backbone, seeds, direction, steps=protocol.steps, size=protocol.size, batch=protocol.batch, what="images")
 

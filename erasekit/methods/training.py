@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from erasekit.atomic import replacing
+from erasekit.backbones.protocol import Predict
 from erasekit.erasures.deltas import LowRank
 from erasekit.errors import ErasekitError
 from erasekit.methods.adapters import Init
@@ -59,6 +60,7 @@ def train(
     *,
     ctx: RunContext,
     name: str,
+    predict: Predict | None = None,
 ) -> None:
     """Minimise the sum of `losses(batch, generator)` over `parameters`, in place.
 
@@ -71,6 +73,7 @@ def train(
         config: steps, rate and so on.
         ctx: the run; checkpoints are written if it has a directory.
         name: names the checkpoint and the generators.
+        predict: the student's prediction, if it is not the context's, for those who watch what it draws.
 
     Raises:
         ErasekitError: a loss or a gradient is not finite; the last checkpoint stays.
@@ -78,6 +81,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     path = None if ctx.directory is None else ctx.directory / "checkpoints" / f"{name}.safetensors"
     done = 0 if path is None else _restore(path, parameters, optimizer)
+    ctx.watch(name, done, config.steps, predict or ctx.predict)
     for step in range(done, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _rate(step, config)
@@ -97,6 +101,7 @@ def train(
         ctx.log(step + 1, config.steps, values)
         if path is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _save(path, step + 1, parameters, optimizer)
+        ctx.watch(name, step + 1, config.steps, predict or ctx.predict)
 
 
 def train_lora(

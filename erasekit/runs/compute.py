@@ -18,6 +18,7 @@ from erasekit.methods.context import RunContext
 from erasekit.methods.validation import remains_of
 from erasekit.registration.plugins import Registries
 from erasekit.runs.plan import Plan
+from erasekit.runs.watching import wanted, watched_prompts
 
 
 def compute(
@@ -27,8 +28,17 @@ def compute(
     *,
     directory: Path | None = None,
     log: Callable[[int, int, Mapping[str, float]], None] = lambda step, total, values: None,
+    watching: Callable[[RunContext], Any] | None = None,
 ) -> Erasure:
     """The method's own work: the erasure of the plan's concepts.
+
+    Args:
+        plan: what is erased, and how.
+        backbone: from what.
+        registries: what names stand for.
+        directory: of the run, where there is one.
+        log: called once per training step.
+        watching: makes of the context what watches the training (`RunContext.watch`).
 
     Raises:
         EnvironmentProblem: the GPU ran out of memory.
@@ -37,6 +47,8 @@ def compute(
     torch.manual_seed(plan.config.seed)  # methods name their generators; this is for libraries that draw from the global one
     ctx = context(plan, backbone, registries, directory=directory, log=log)
     expect(plan, ctx)
+    if watching is not None and wanted(plan):
+        ctx.watch = watching(ctx)
     try:
         erasure: Any = plan.method(plan.method_config).erase(ctx)
         if not isinstance(erasure, Erasure):
@@ -71,7 +83,8 @@ def context(plan: Plan, backbone: Backbone, registries: Registries, **more: Any)
 def expect(plan: Plan, ctx: RunContext) -> None:
     """Tell the backbone all that the method and the certificate will ask for, before the encoders may have to go."""
     method = plan.method(plan.method_config)
-    ctx.backbone.expect(lambda: [*method.texts(ctx), *certificate_texts(plan.concepts, plan.task)])
+    seen = [p.text for p in watched_prompts(ctx)] if wanted(plan) else []
+    ctx.backbone.expect(lambda: [*method.texts(ctx), *certificate_texts(plan.concepts, plan.task), *seen])
 
 
 def named(error: Exception, plan: Plan) -> Exception:

@@ -58,6 +58,13 @@ class RunConfig(BaseModel):
     limit: int | None = Field(None, ge=1, description="the most images per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
     files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
+    sample_every: int | None = Field(
+        None,
+        ge=0,
+        description="training steps between images of validation prompts in samples/; 0 draws none; left out, five times on "
+        "small models, never on others",
+    )
+    tracker: str = Field("", description="who follows the run: tensorboard, wandb, or another of accelerate's trackers")
     attacks: tuple[str, ...] = Field((), description="what tries to bring the concepts back, once they are erased")
     keep_texts: bool = Field(False, description="keep the texts that attacks find, and not only their hashes")
     options: Options = Field(

@@ -15,7 +15,7 @@ from erasekit.events import Event, Progressed, RunFailed, RunFinished, RunStarte
 from erasekit.runs.plan import Plan
 from erasekit.runs.rundir import path_of, read_status
 
-STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "report")
+STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "attack", "report")
 DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images, and which
 BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
 POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
@@ -130,7 +130,7 @@ class Forecast:
 
     def _of_stage(self) -> float | None:
         """Seconds until the stage at work is done."""
-        if self._stage not in STAGES:
+        if not self._stage:
             return 0.0
         part, done, total = self._part
         now = time.monotonic()

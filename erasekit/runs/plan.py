@@ -78,6 +78,11 @@ class Plan:
         """Name, version and settings of every attack."""
         return [(name, attack.version, config.model_dump(mode="json")) for name, attack, config in self.attacks]
 
+    def settings(self) -> dict[str, Any]:
+        """The settings of the method and of the protocol, resolved: {"method.KEY": value, "protocol.KEY": value}."""
+        parts = {"method": self.method_config, "protocol": self.protocol}
+        return {f"{part}.{key}": v for part, values in parts.items() for key, v in values.model_dump(mode="json").items()}
+
     def singles(self) -> list[Plan]:
         """One plan per concept of a separate plan."""
         names = [c.name for c in self.concepts]

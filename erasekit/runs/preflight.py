@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasekit.backbones.memory import USABLE, VRAM_GB, Footprint, Prediction, budget_gb, predict, there_gb
-from erasekit.errors import EnvironmentProblem
+from erasekit.errors import EnvironmentProblem, unknown
 
 if TYPE_CHECKING:
     from erasekit.runs.plan import Plan
@@ -79,6 +79,24 @@ def preflight(plan: Plan, out: Path | None = None) -> None:
     _check_memory(plan, gb, device)
     _check_patience(plan, device)
     _check_download(plan)
+
+
+def check_tracker(name: str) -> None:
+    """See that a tracker is one of accelerate's, and that its package is installed.
+
+    Raises:
+        UsageError: there is no such tracker.
+        EnvironmentProblem: its package is missing.
+    """
+    if not name:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise unknown("tracker", name, LOGGER_TYPE_TO_CLASS, "docs/how-to.md")
+    if name in map(str, LoggerType) and name not in map(str, get_available_trackers()):
+        raise EnvironmentProblem(f"The tracker '{name}' is not installed. Run 'pip install {name}', or leave --tracker out.")
 
 
 def _check_memory(plan: Plan, gb: int | None, device: Any) -> None:

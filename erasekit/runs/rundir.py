@@ -66,6 +66,10 @@ class RunDirectory:
             self.timings_s[name] = round(self.timings_s.get(name, 0.0) + time.monotonic() - start, 3)
             self.write_status("running")
 
+    def leave_out(self, stage: str, seconds: float) -> None:
+        """Take seconds off the stage at work: what they went into is not what it is timed for."""
+        self.timings_s[stage] = self.timings_s.get(stage, 0.0) - seconds
+
     def write_status(self, state: str, error: str = "") -> None:
         """Write status.json: `running`, `failed` or `finished`, and what is done so far."""
         done = {"state": state, "finished": self._finished, "timings_s": self.timings_s, "starts": self.starts}

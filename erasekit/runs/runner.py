@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ from erasekit.runs.config import RunConfig
 from erasekit.runs.kept import Kept
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
-from erasekit.runs.preflight import preflight
+from erasekit.runs.preflight import check_tracker, preflight
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import RunDirectory, open_run, write_json
+from erasekit.runs.watching import watch
 from erasekit.safety import reject_unsafe
 
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
@@ -87,6 +88,7 @@ def run(
     plan = planned(config, registries, erasure=erasure, only_attacks=only_attacks)
     if plan.separate:
         return _run_each(plan, out, force=force, listener=listener, registries=registries, kept=kept)
+    check_tracker(plan.config.tracker)
     with open_run(out, plan, force=force) as directory:
         if directory.state == "finished":
             return read_result(directory.path / "results.json")
@@ -168,7 +170,8 @@ def _announced(this: Run) -> Iterator[None]:
     """Tell everybody that a run begins, and how it ends."""
     plan, directory, emit = this.plan, this.directory, this.emit
     config, names = plan.config, tuple(c.name for c in plan.concepts)
-    emit(RunStarted(config.method, config.backbone, plan.task_name, names, plan.hash, resumed=directory.state == "partial"))
+    what = (config.method, config.backbone, plan.task_name, names, plan.hash)
+    emit(RunStarted(*what, directory.state == "partial", config.tracker, plan.settings()))
     try:
         with heard(emit):
             yield
@@ -243,7 +246,9 @@ def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
             def log(step: int, total: int, values: Mapping[str, float]) -> None:
                 this.emit(StepEnd(step, total, dict(values)))
 
-            erasure = compute(this.plan, backbone, this.registries, directory=this.directory.path, log=log)
+            watching = partial(watch, this.plan, this.directory, this.emit, this.prompts)
+            path = this.directory.path
+            erasure = compute(this.plan, backbone, this.registries, directory=path, log=log, watching=watching)
             erasure.save(folder, dtype=this.plan.config.files)
         else:
             _copy(given, folder, backbone)

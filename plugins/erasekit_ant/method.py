@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from erasekit.backbones.memory import GIB, LORA_GB, Footprint
-from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.backbones.protocol import Conditioning, Predict, concatenate
 from erasekit.backbones.schedule import is_late
 from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Deltas, LowRank
@@ -25,7 +25,6 @@ from erasekit_ant import maths
 
 # For each weight that `single` trains: change, gradient, moments, mask, the changed weight, and that twice in bf16.
 BYTES = 4 + 4 + 8 + 1 + 4 + 2 * 2
-Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 
 KEYS_AND_VALUES = {"unet": "kv", "dit": "add_kv"}  # scopes
@@ -223,7 +222,7 @@ class Ant(Method):
         student = masked(ctx, ctx.backbone.lora_targets("all"), mask)
         losses = self.losses(student.predict, pools, ctx.backbone.encode([""]))
         mask |= self.saliency(ctx, student, losses, len(pools))
-        train(losses, student.parameters, self.config, ctx=ctx, name="ant")
+        train(losses, student.parameters, self.config, ctx=ctx, name="ant", predict=student.predict)
         return student.deltas()
 
     def saliency(self, ctx: RunContext, student: Student, losses: Any, concepts: int) -> dict[str, torch.Tensor]:

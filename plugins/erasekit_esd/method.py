@@ -109,7 +109,7 @@ class Esd(Method):
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
         pools = [self.pool(ctx, concept) for concept in ctx.concepts]
         with self.student(ctx) as student:
-            train(self.losses(student, pools), student.parameters, self.config, ctx=ctx, name="esd")
+            train(self.losses(student, pools), student.parameters, self.config, ctx=ctx, name="esd", predict=student.predict)
             deltas = student.deltas()
         entry = ctx.concepts[0].name if len(ctx.concepts) == 1 else "shared"
         return self.erasure(ctx, deltas={entry: {"weights": deltas}})

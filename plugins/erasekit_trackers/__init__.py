@@ -1,0 +1,1 @@
+"""Trackers: TensorBoard, W&B and what else accelerate knows, hear of runs."""
