@@ -102,7 +102,7 @@ def test_public_names(name):
 
 def test_events():
     names = [n for n, c in vars(events).items() if inspect.isclass(c) and issubclass(c, events.Event) and c is not events.Event]
-    assert len(names) == 10
+    assert len(names) == 11
     assert all(said(name) for name in names)
 
 
