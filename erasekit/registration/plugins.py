@@ -77,8 +77,8 @@ class Registries:
 _Importer = Callable[[], ModuleType]
 
 
-def load(plugin_files: Sequence[str | Path] = ()) -> Registries:
-    """Load the built-in plugins, those of installed distributions (group `erasekit`), and single files.
+def load(plugin_files: Sequence[str | Path] = (), *, modules: Sequence[str] = BUILT_IN) -> Registries:
+    """Load the built-in plugins (`modules`), those of installed distributions (group `erasekit`), and single files.
 
     `ERASEKIT_DISABLED_PLUGINS` (names, comma-separated) blocks plugins; `ERASEKIT_TRACE_PLUGINS=1` writes hook calls to stderr.
 
@@ -92,7 +92,7 @@ def load(plugin_files: Sequence[str | Path] = ()) -> Registries:
         manager.enable_tracing()
     registries = Registries(manager)
     disabled = {n.strip() for n in os.environ.get("ERASEKIT_DISABLED_PLUGINS", "").split(",")}
-    for name, source, importer in _candidates(plugin_files):
+    for name, source, importer in _candidates(modules, plugin_files):
         if name in disabled:
             registries.found.append(PluginInfo(name, source, "disabled"))
         else:
@@ -106,11 +106,11 @@ def default() -> Registries:
     return load()
 
 
-def _candidates(plugin_files: Sequence[str | Path]) -> list[tuple[str, str, _Importer]]:
+def _candidates(modules: Sequence[str], plugin_files: Sequence[str | Path]) -> list[tuple[str, str, _Importer]]:
     """(name, source, importer) of every plugin, in the order in which they may take names."""
     found: list[tuple[str, str, _Importer]] = []
-    for module in BUILT_IN:
-        found.append(("builtin", "erasekit", _importer(module)))
+    for module in modules:
+        found.append((module.rpartition(".")[2], "erasekit", _importer(module)))
     points = importlib.metadata.entry_points(group="erasekit")
     for point in sorted(points, key=lambda p: (p.dist is None or p.dist.name != "erasekit", p.name)):
         source = f"{point.dist.name} {point.dist.version}" if point.dist else point.value

@@ -1,4 +1,4 @@
-"""A whole world in one plugin, small enough for tests: two backbones, a task, an evaluator and a method that trains."""
+"""A whole world in one plugin, small enough for tests: three backbones, a task, an evaluator and a method that trains."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from erasekit.methods.training import Losses, TrainingConfig, train
 from erasekit.registration.hookspecs import Register, hookimpl
 from erasekit.testing.tiny import TinySD
 from erasekit.testing.tiny_flux import TinyFlux
+from erasekit.testing.tiny_xl import TinyXL
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 100, "evaluation": 200}
 
@@ -132,9 +133,10 @@ class Pull(Method):
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Register both models."""
+    """Register the models."""
     register("tiny", TinySD, aliases=("tiny-sd",), summary="random weights")
     register("tiny-flux", TinyFlux, summary="random weights")
+    register("tiny-xl", TinyXL, summary="random weights")
 
 
 @hookimpl
