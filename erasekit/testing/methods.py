@@ -18,9 +18,17 @@ from erasekit.runs.compute import compute
 from erasekit.runs.config import build
 from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
-from erasekit.testing.worlds import SAVED, Plugins, base_settings, check_fields, check_settings, owe, owe_none, with_world
-
-BACKBONES = ("tiny", "tiny-flux")
+from erasekit.testing.worlds import (
+    BACKBONES,
+    SAVED,
+    Plugins,
+    base_settings,
+    check_fields,
+    check_settings,
+    owe,
+    owe_none,
+    with_world,
+)
 
 
 def check_method(

@@ -16,6 +16,7 @@ from erasekit.registration import plugins
 from erasekit.registration.plugins import Registries
 from erasekit.testing import tiny, tiny_flux, tiny_xl
 
+BACKBONES = ("tiny", "tiny-flux")  # what methods and attacks are tried on: one of each family
 Plugins = str | Path | Sequence[str | Path]
 SAVED: dict[str, Callable[[Path], Path]] = {
     "tiny": tiny.save_pipeline,
