@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
-from erasekit.evaluation.evaluators import Batch, Evaluator, Side
+from erasekit.evaluation.evaluators import Batch, Evaluator, Scores, Side
 from erasekit.evaluation.judgement import FIELDS, Judgement, judgement_in, merged
 from erasekit.evaluation.metrics import MEASURES, split
 from erasekit.evaluation.results import Metric
@@ -70,9 +70,26 @@ def evaluate(
     usable = {str(side): [r for r in rows if r["side"] == side and not r["failed"]] for side in paths}
     tags = {e.name: e.tag for e in evaluators}
     asked = {p.set for p in prompts}
-    metrics = {**task.aggregate(usable, concepts), **metrics}
+    metrics = {**_aggregated(task, usable, concepts), **metrics}
     metrics = {name: _tagged(m, tags) for name, m in metrics.items() if m.value is not None or _rests_on(name) <= asked}
     return Evaluation(rows, metrics, _counts(rows, judged=bool(evaluators)))
+
+
+def _aggregated(task: Task, rows: Mapping[str, list[dict[str, Any]]], concepts: Sequence[Concept]) -> dict[str, Metric]:
+    """The task's own metrics.
+
+    Raises:
+        ErasekitError: the task fails, or gives something else.
+    """
+    try:
+        found = task.aggregate(rows, concepts)
+        if other := [name for name, metric in dict(found).items() if not isinstance(metric, Metric)]:
+            raise TypeError(f"'{other[0]}' is no erasekit.evaluation.results.Metric")
+    except Exception as error:
+        keys = ", ".join(next(iter(rows["base"]), {})) or "nothing: every image failed"
+        line = f"The task '{task.name}' fails in 'aggregate': {type(error).__name__}: {error}. Its rows have {keys}"
+        raise ErasekitError(f"{line}. Correct it; the images are kept.") from error
+    return found
 
 
 def _rests_on(metric: str) -> set[str]:
@@ -121,7 +138,7 @@ def _merge(
         if rows and not taken:
             why = problems.get(evaluator.name, "every image is unreadable or black")
             raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every image: {why}")
-        scores = evaluator.compute()
+        scores = _computed(evaluator, len(taken))
         for i, found in zip(taken, scores.rows, strict=True):
             _add(rows[i], found, evaluator.name, judged.setdefault(i, {}))
         for i in set(range(len(rows))) - set(taken):
@@ -131,6 +148,22 @@ def _merge(
         if given:
             rows[i].update(merged(given, [e.name for e in evaluators]))
     return metrics
+
+
+def _computed(evaluator: Evaluator, images: int) -> Scores:
+    """What an evaluator says of the images that it has taken.
+
+    Raises:
+        ErasekitError: it says something of fewer or more, or gives something else.
+    """
+    scores: Any = evaluator.compute()
+    if not isinstance(scores, Scores):
+        line = f"Evaluator '{evaluator.name}' returns {type(scores).__name__} from 'compute', not Scores"
+        raise ErasekitError(f"{line}. End it with 'return Scores(rows)'.")
+    if len(scores.rows) != images:
+        line = f"Evaluator '{evaluator.name}' gives {len(scores.rows)} rows for {images} images"
+        raise ErasekitError(f"{line}. Give a row for each, {{}} where there is no score.")
+    return scores
 
 
 def _add(row: dict[str, Any], found: Mapping[str, Any], evaluator: str, judged: dict[str, Judgement]) -> None:

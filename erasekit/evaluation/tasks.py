@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from erasekit.concepts import Concept
-from erasekit.errors import unknown
+from erasekit.errors import ErasekitError, UsageError, unknown
 from erasekit.evaluation.metrics import measured
 
 Split = Literal["train", "validation", "evaluation"]
@@ -160,3 +160,22 @@ class Task:
     def pictures(self, prompts: Sequence[Prompt]) -> Any:
         """Images (n, 3, h, w), uint8, of what prompts ask for, where no model draws it; None if the models do."""
         return None
+
+
+def asked(task: Task, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
+    """A task's `prompts`, whoever wrote them.
+
+    Raises:
+        UsageError: the task fails, or gives something else than prompts; says for which set.
+    """
+    try:
+        prompts = task.prompts(which, concepts, split, limit)
+    except ErasekitError:
+        raise
+    except Exception as error:
+        line = f"The task '{task.name}' fails in prompts('{which}', ..., '{split}'): {type(error).__name__}: {error}"
+        raise UsageError(f"{line}. A set that there is not is empty: return [].") from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        line = f"The task '{task.name}' gives no list of erasekit.Prompt for prompts('{which}', ..., '{split}')"
+        raise UsageError(f"{line}. A set that there is not is empty: return [].")
+    return prompts

@@ -14,7 +14,7 @@ import torch
 from erasekit.backbones.protocol import Backbone, BackboneConfig, Conditioning, Predict
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError
-from erasekit.evaluation.tasks import Prompt, Protocol, Split, Task
+from erasekit.evaluation.tasks import Prompt, Protocol, Split, Task, asked
 
 
 def _unregistered(slot: str, name: str) -> Any:
@@ -94,4 +94,4 @@ class RunContext:
         """
         if split == "evaluation":
             raise ValueError("Evaluation prompts are for measuring only; use 'train' or 'validation'.")
-        return self.task.prompts(which, self.concepts, split)
+        return asked(self.task, which, self.concepts, split)

@@ -24,7 +24,7 @@ from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.evaluation.sampling import base_key, sample
-from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt
+from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt, asked
 from erasekit.events import (
     Dispatcher,
     Evaluated,
@@ -210,7 +210,7 @@ def evaluation_prompts(plan: Plan) -> list[Prompt]:
         UsageError: there is no prompt of what is erased, or a prompt is one that erasekit refuses to draw.
     """
     sets = ("erase",) if plan.only_attacks else DRAWN
-    prompts = [p for which in sets for p in plan.task.prompts(which, plan.concepts, "evaluation", plan.config.limit)]
+    prompts = [p for which in sets for p in asked(plan.task, which, plan.concepts, "evaluation", plan.config.limit)]
     for which in {name for name, prompts in PROMPT_SETS.items() if prompts.needed} - {p.set for p in prompts}:
         raise UsageError(f"The task '{plan.task.name}' has no prompts in the set '{which}'. Give it at least one.")
     reject_unsafe(p.text for p in prompts)
@@ -307,8 +307,8 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
     measured_on = (plan.task.name, plan.task.version, this.prompts, judges)
     hashes: dict[str, Any] = {"hash": plan.protocol.hash(*measured_on)}
     if plan.attacks:  # what they may spend decides their numbers, and no others
-        asked = [p for p in this.prompts if p.set == "erase"]
-        hashes[ATTACKS_HASH] = plan.protocol.hash(*measured_on[:2], asked, judges, plan.budgets())
+        own = [p for p in this.prompts if p.set == "erase"]
+        hashes[ATTACKS_HASH] = plan.protocol.hash(*measured_on[:2], own, judges, plan.budgets())
         hashes["attacks"] = {name: settings for name, _, settings in plan.budgets()}
     result = RunResult(
         method=config.method,

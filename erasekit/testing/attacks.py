@@ -18,7 +18,7 @@ from erasekit.attacks.judge import Judge
 from erasekit.attacks.outcomes import Outcome
 from erasekit.attacks.target import ErasedModel
 from erasekit.backbones.protocol import Backbone
-from erasekit.erasures.deltas import LowRank
+from erasekit.erasures.deltas import Deltas, LowRank
 from erasekit.erasures.erasure import Erasure
 from erasekit.evaluation.evaluators import Batch, Evaluator, Scores
 from erasekit.evaluation.tasks import Prompt
@@ -81,8 +81,8 @@ def edit(ctx: RunContext) -> Erasure:
     site = ctx.backbone.text_sites()[0].name
     rows, columns = ctx.backbone.weight(site).shape
     down = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
-    deltas = {ctx.concepts[0].name: {"edit": {site: LowRank(0.05 * torch.ones(rows, 2), down)}}}
-    return Erasure.of(ctx.backbone, ctx.concepts, method="pull", config={}, deltas=deltas)
+    layers: Deltas = {site: LowRank(0.05 * torch.ones(rows, 2), down)}
+    return Erasure.of(ctx.backbone, ctx.concepts, method="pull", config={}, deltas={ctx.concepts[0].name: {"edit": layers}})
 
 
 def campaigns(

@@ -93,9 +93,9 @@ def check_time(what: str, loaded: Backbone, size: int | None) -> None:
 def check_sites(what: str, loaded: Backbone, size: int | None) -> None:
     """Text enters at the sites and nowhere else, and their weights are read without the denoiser."""
     sites = [site.name for site in loaded.text_sites()]
-    read = {name: loaded.weight(name).clone() for name in sites}
     layers = dict(loaded.denoiser.named_modules())
     owe_none([name for name in sites if name not in layers], f"{what}: the text site '{{}}' is no layer of the denoiser.")
+    read = {name: loaded.weight(name).clone() for name in sites}
     other = [name for name in sites if not torch.equal(read[name].to(layers[name].weight), layers[name].weight)]
     owe_none(other, f"{what}: weight('{{}}') is not that layer's weight.")
     try:

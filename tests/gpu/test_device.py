@@ -12,7 +12,10 @@ from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.runner import run
 from erasekit.testing.tiny_flux import TinyFlux
-from tests.contracts.test_matrix import METHODS, REGISTRIES, SHORT
+from erasekit.testing.worlds import with_world
+from tests.contracts.test_methods import FILE, METHODS, SHORT
+
+REGISTRIES = with_world(FILE)
 
 
 @pytest.fixture(params=["tiny", "tiny-flux"])
@@ -26,7 +29,8 @@ def planned(method, base, device, *overrides, vram="141"):
     backbone, folder = base
     flags = {"method": method, "backbone": backbone, "task": "words", "concepts": ("cat",)}
     place = [f"backbone.path={folder}", f"backbone.device={device}", f"backbone.vram={vram}"]
-    return build(flags, overrides=[*place, *SHORT.get(method, []), *overrides])
+    options = {"method": SHORT.get(method, {})}
+    return build(flags | {"options": options}, overrides=[*place, *overrides])
 
 
 def drawn(backbone, pipe, plan):
