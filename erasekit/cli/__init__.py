@@ -28,6 +28,7 @@ COMMANDS = (  # in the order of the help, each a module with a function `command
     "strength",
     "export",
     "merge",
+    "push",
     "report",
     "sweep",
     "ablate",

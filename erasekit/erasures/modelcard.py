@@ -60,7 +60,7 @@ def hub_id(record: Mapping[str, Any]) -> str:
     return ""
 
 
-def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str = "") -> str:
+def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str = "", on_hub: bool = False) -> str:
     """The lines of Python that load an erasure and draw: in plain diffusers, unless it acts while images are drawn.
 
     Args:
@@ -68,6 +68,7 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str 
         folder: what to write for the folder that holds it.
         base: what to write for the base model: its folder or single file, if the reader has it there. Left out, as in files
             that travel: its id on the hub, or how a shipped one is found.
+        on_hub: `folder` is a name on the hub.
     """
     imports, model = ["from diffusers import DiffusionPipeline"], _model(record, base)
     if model.startswith("where("):
@@ -76,6 +77,11 @@ def load_lines(record: Mapping[str, Any], folder: str = "erasure", *, base: str 
     load = f'pipe.load_lora_weights({place}, weight_name="all.safetensors", adapter_name="erased")'
     if record.get("kind") == "guidance":
         imports, load = sorted([*imports, "from erasekit import load"]), f"load(pipe, {place})"
+        if on_hub:
+            imports, load = (
+                [*imports, "from huggingface_hub import snapshot_download"],
+                f"load(pipe, snapshot_download({place}))",
+            )
     pipe = f"DiffusionPipeline.from_pretrained({model})"
     if base.endswith(".safetensors"):
         imports[0], pipe = "from diffusers import StableDiffusionPipeline", f"StableDiffusionPipeline.from_single_file({model})"
