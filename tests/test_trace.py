@@ -112,6 +112,21 @@ def test_the_empty_prompt_is_held(wide, refine):
         assert moved.norm() < 0.1 * meant.norm()
 
 
+def test_a_concept_weighs_the_same_however_many_words_the_encoder_names(wide):
+    """One word told and three named: as if what is held had four times the weight."""
+    task = Words()
+    concept = task.concept("cat").model_copy(update={"phrases": ("a cat", "a dog", "a red cat", "two cats")})
+    named, held = (
+        Trace(TraceConfig(eta=1.0, rank_error=0, **settings)).refine(
+            RunContext(wide, (concept,), task, component=COMPONENT, shared=shared)
+        )["cat"]
+        for shared, settings in (({"told": {"cat": 0.25}}, {}), ({}, {"preserve_scale": 4.0, "caption_scale": 0.04}))
+    )
+    for site in wide.text_sites():
+        mine, theirs = (to_dense(side[site.name]).double() for side in (named, held))
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
 @pytest.mark.parametrize("neutral", ["a red thing", ""])
 @pytest.mark.parametrize("refine", ["eq1", "delta"])
 def test_the_papers_refinements_are_of_one_vector_per_concept(wide, refine, neutral):

@@ -127,7 +127,8 @@ def site_embeddings(
             token, the `suffix` from there through the last pad, or `all` that the concept reaches. A pooled embedding
             has no positions and is one row for each prompt.
         guides: what takes the concept's place instead of its neutral words; several of them share it.
-        shares: {concept: the share of each guide}, which sum to one; left out, they are equal.
+        shares: {concept: how much each guide counts}; left out, they are equal and sum to one. Less than that makes the
+            concept's prompts weigh less against what is preserved.
         bare: of the concepts' prompts there are only their phrases by themselves, whose `last` token is paired with the
             guide's last one, as in UCE's code.
         preserve: what the concepts and the task ask to keep must not change; if not, the empty prompt alone.

@@ -43,7 +43,7 @@ class Trace(Method):
     """
 
     name = "trace"
-    version = 2  # the empty prompt and all pads of preserved prompts are held; eq1 and delta take one vector
+    version = 3  # words that the text encoder names take no weight from what is preserved
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual"},
@@ -134,6 +134,7 @@ class Trace(Method):
                 f"No other words for '{concept.name}' are looked for: nothing of its kind is preserved. Name some: --preserve."
             )
         words = near_words(ctx.backbone, concept, self.config.near_words)
+        ctx.shared.setdefault("told", {})[concept.name] = len(concept.phrases) / (len(concept.phrases) + len(words))
         note(f"Erased with '{concept.name}', as the text encoder reads them alike: {', '.join(words) or 'nothing'}.")
         return concept.model_copy(update={"phrases": (*concept.phrases, *words)})
 
@@ -143,7 +144,9 @@ class Trace(Method):
         """The closed-form part of each concept, damped by eta; empty without a refinement."""
         solve = ctx.component("refine", self.config.refine)
         shares: dict[str, list[TextEdit]] = {}
-        for reads, embeddings in site_embeddings(ctx).items():
+        # A concept weighs as much as before its words were added, so that they take nothing from what is preserved.
+        weights = {name: [told] for name, told in ctx.shared.get("told", {}).items()}
+        for reads, embeddings in site_embeddings(ctx, shares=weights).items():
             edits = solve(embeddings, self.config)
             if edits is None:
                 return {}
