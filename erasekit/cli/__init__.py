@@ -35,6 +35,7 @@ COMMANDS = (  # in the order of the help, each a module with a function `command
     "ls",
     "where",
     "plugins",
+    "new",
     "doctor",
 )
 
