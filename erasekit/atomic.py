@@ -71,6 +71,32 @@ def remove(folder: Path, *, then: Path | None = None) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """What has the name `path` is out of the way within the block: gone after it, and back if the block ends with an error.
+
+    What a killed process left of this is put back by `sweep_beside`.
+    """
+    aside = _beside(path, "old")
+    if path.exists():
+        path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            _remove(path)
+            aside.rename(path)
+        raise
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sweep(folder: Path, name: str = "", *, locked: bool = False) -> None:
     """Remove the temporary files and folders that processes left in `folder` when they were killed.
 
@@ -88,10 +114,15 @@ def sweep(folder: Path, name: str = "", *, locked: bool = False) -> None:
             continue
         if found[4] == "old" and not (folder / found[1]).exists():
             path.rename(folder / found[1])  # killed between moving the old one aside and giving its name to the new one
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def sweep_beside(path: Path) -> None:
+    """`sweep` for one name, wherever it is: what a killed process left of it is removed or put back."""
+    whole = Path(os.path.realpath(path))
+    if whole.parent.is_dir() and whole.name:
+        sweep(whole.parent, whole.name)
 
 
 def sweep_below(folder: Path) -> None:

@@ -1,15 +1,44 @@
-"""Settings from TOML: reading a file, laying one table over another, and a line for every mistake."""
+"""Settings: their base class, read from TOML, one table laid over another, and a line for every mistake."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from erasekit.errors import UsageError
+from erasekit.texts import one_line
+
+LARGEST = 1e9  # a setting that is larger is a slip: it would take all memory, or last for ever
+
+
+class Settings(BaseModel):
+    """Frozen settings; what a user gives is checked when they are made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _sensible(cls, value: Any) -> Any:
+        for part in _parts(value):
+            if isinstance(part, str):
+                one_line(part)
+            elif isinstance(part, int | float) and abs(part) > LARGEST:
+                raise ValueError(f"a number beyond {LARGEST:.0e} makes no sense here")
+        return value
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The values in a value, however deep."""
+    inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    if isinstance(inner, list | tuple | set | frozenset):
+        for part in inner:
+            yield from _parts(part)
+    else:
+        yield value
 
 
 def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def test_from_a_run_to_every_other_command(call, names, tmp_path):
     assert "neutral_drift" in out
     assert "--drift does it" in out
     code, out, _ = call("verify", folder / "erasure", *shared, "--vram", "8", "--json")
-    assert json.loads(out).keys() == {"max", "mean", "sites"}
+    assert json.loads(out).keys() == {"schema_version", "max", "mean", "sites"}
     assert json.loads(out) == json.loads((folder / "certificate.json").read_text())
     steps = ("-s", "protocol.steps=3", "--vram", "8")
     code, out, _ = call("verify", folder / "erasure", *shared, "--drift", *steps, "--json")

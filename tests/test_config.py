@@ -10,8 +10,8 @@ from erasekit.methods.method import Method, MethodConfig
 from erasekit.registration import plugins
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig, build, parse_overrides, to_toml
+from erasekit.runs.ready import judges
 from erasekit.runs.resolve import resolve
-from erasekit.runs.runner import judges
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from erasekit.concepts import Concept
+from erasekit.erasures.manifest import ALL, digest, file_stems, write_manifest
 from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import UsageError
 from erasekit.evaluation.curves import Curve, Interference, Point, Strength
@@ -55,13 +57,28 @@ class Reader(HTMLParser):
 
 
 def record() -> dict:
+    parts = {"cat": {"refine": "parts/cat.refine.safetensors"}, HOSTILE: {"refine": "parts/x.refine.safetensors"}}
+    whole = (ALL, *(f"{stem}.safetensors" for stem in file_stems(list(parts)).values()))
+    files = dict.fromkeys((*whole, *(file for part in parts.values() for file in part.values())), "0" * 64)
     return {
-        "base": {"repo": "owner/base", "revision": None, "sha256": "0" * 64},
+        "schema_version": 1,
+        "kind": "weights",
+        "base": {"repo": "owner/base", "revision": "", "sha256": "0" * 64, "modules": ["a.b"]},
         "backbone": "tiny",
+        "denoiser": "unet",
         "method": "trace",
+        "config": {},
         "config_hash": "12345678",
-        "concepts": [{"name": "cat"}, {"name": HOSTILE}],
-        "files": {"cat.safetensors": "0", "parts/cat.refine.safetensors": "0", "all.safetensors": "0"},
+        "concepts": [Concept(name=name, phrases=(name,)).model_dump(mode="json") for name in parts],
+        "residual": None,
+        "drift": None,
+        "figures": {},
+        "warnings": [],
+        "parts": parts,
+        "files": files,
+        "erasure_sha256": digest(files),
+        "environment": {},
+        "created": "2026-01-01",
     }
 
 
@@ -105,10 +122,11 @@ def write_run(folder: Path, *, pairs: int = 20, side: int = 16, still: tuple[int
     lines = [json.dumps(e) for e in ({"event": "RunStarted"}, *steps)]
     (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"event": "StepE')
     (folder / "config.toml").write_text(f"task = 'objects'  # {HOSTILE}")
+    over = {"schema_version": 1, "max": {"to_neutral": 0.2}, "mean": {"to_neutral": 0.2}}
     site = {"site": "a.b", "to_neutral": 0.2, "other_drift": 0.00012345}
-    (folder / "certificate.json").write_text(json.dumps({"sites": [site, site | {"site": HOSTILE}]}))
+    (folder / "certificate.json").write_text(json.dumps({"sites": [site, site | {"site": HOSTILE}]} | over))
     (folder / "erasure").mkdir()
-    (folder / "erasure" / "erasure.json").write_text(json.dumps(record()))
+    write_manifest(folder / "erasure", record())
     return folder
 
 

@@ -7,12 +7,14 @@ import tomllib
 
 import pytest
 
-from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
+from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.evaluation.results import write_result
 from erasekit.events import StepEnd
 from erasekit.registration import plugins
 from erasekit.runs.config import RunConfig, build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import AtWork, open_run, path_of
+from tests.test_results import result
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_a_run_goes_from_new_over_partial_to_finished(tmp_path, plan):
         assert run.done("load")
         assert not run.done("erase")
         assert set(run.timings_s) == {"load", "erase"}
-        (run.path / "results.json").write_text("{}")
+        write_result(result(), run.path / "results.json")
         run.write_status("finished")
     with open_run(tmp_path, plan) as run:
         assert run.state == "finished"
@@ -122,17 +124,25 @@ def test_other_errors_pass_through(tmp_path, plan):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_a_damaged_status_is_named(tmp_path, plan, text):
-    with open_run(tmp_path, plan) as run:
+def test_a_damaged_status_is_no_dead_end(tmp_path, plan, text):
+    with open_run(tmp_path, plan) as run, run.stage("load"):
         pass
     (run.path / "status.json").write_text(text)
-    with (
-        pytest.raises(ErasekitError, match=r"status\.json' is damaged\. Start the run anew with --force"),
-        open_run(tmp_path, plan),
-    ):
-        pass
-    with open_run(tmp_path, plan, force=True) as run:
-        assert run.state == "new"
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "new"  # what is done shows by the files that are there
+        with run.stage("load"):
+            pass
+    with open_run(tmp_path, plan) as run:
+        assert run.done("load")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 9}'])
+def test_damaged_results_are_measured_again(tmp_path, plan, text):
+    with open_run(tmp_path, plan) as run:
+        (run.path / "results.json").write_text(text)
+        run.write_status("finished")
+    with open_run(tmp_path, plan) as run:
+        assert run.state == "partial"
 
 
 def test_a_written_claim_is_respected_and_a_dead_holders_is_taken_over(tmp_path, plan, monkeypatch):

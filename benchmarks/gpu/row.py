@@ -22,8 +22,8 @@ from erasekit.registration.plugins import default
 from erasekit.runs.compute import compute
 from erasekit.runs.config import build
 from erasekit.runs.plan import Plan
+from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.resolve import resolve
-from erasekit.runs.runner import evaluation_prompts
 
 STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and images, training steps
 USABLE = 0.96  # share of a GPU's memory that its driver and the context of CUDA leave

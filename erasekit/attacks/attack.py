@@ -6,20 +6,19 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from erasekit.attacks.draw import Draw, Knows
 from erasekit.attacks.target import Target
 from erasekit.concepts import Concept
 from erasekit.evaluation.tasks import Prompt
+from erasekit.settings import Settings
 
 
-class AttackConfig(BaseModel):
+class AttackConfig(Settings):
     """Base of every attack's settings, its budget among them: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    queries: int = Field(8, ge=1, description="images that are drawn and judged for a prompt at most")
+    queries: int = Field(8, ge=1, le=100_000, description="images that are drawn and judged for a prompt at most")
 
 
 class Attack:

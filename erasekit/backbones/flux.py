@@ -58,6 +58,7 @@ class Flux(PipelineBackbone):
     }
     size: ClassVar[int] = 512
     positions: ClassVar[int] = 512
+    size_step: ClassVar[int] = 16
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 28, "guidance": 3.5, "size": size}
     holding: ClassVar[Mapping[int, Holding]] = {
         8: Holding(1, "offload", "cpu", checkpointing=True, slicing=True),

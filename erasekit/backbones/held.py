@@ -29,6 +29,7 @@ class HeldPipeline:
         on_cpu: how it is held on a CPU, unless a size is asked for.
         sizes_gb: of the denoiser, the text encoders and the VAE on the hub, at 16 bits.
         architecture: the denoiser's class and its public configuration.
+        size_step: what the side of an image is a multiple of.
         cpu_dtype: what `dtype = "auto"` means on a CPU.
     """
 
@@ -39,6 +40,7 @@ class HeldPipeline:
     on_cpu: ClassVar[Holding] = Holding(rows=4)
     sizes_gb: ClassVar[tuple[float, float, float]]
     architecture: ClassVar[tuple[Any, Mapping[str, Any]]]
+    size_step: ClassVar[int] = 8
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
 
     @classmethod
@@ -115,8 +117,11 @@ def find_device(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        there = torch.empty(0, device=name).device
+        if there.type == "meta":
+            raise RuntimeError("it holds no values")
+        return there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EnvironmentProblem(
             f"Device '{name}' cannot be used ({first_line(error)}); 'backbone.device' takes auto, cpu, cuda, cuda:1, mps."
         ) from error

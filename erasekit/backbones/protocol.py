@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from erasekit.backbones.memory import Needs
 from erasekit.backbones.schedule import Schedule
+from erasekit.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,8 @@ class Capabilities:
         return frozenset(getattr(self, f.name) for f in fields(self))
 
 
-class BackboneConfig(BaseModel):
+class BackboneConfig(Settings):
     """Where a backbone comes from and how it is held."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field("", description="hub id or local diffusers folder; empty means the backbone's own")
     revision: str | None = Field(None, description="revision on the hub")

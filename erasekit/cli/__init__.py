@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 import typer
 
 from erasekit import __version__
-from erasekit.errors import ErasekitError
-from erasekit.registration.registry import BrokenPlugin
+from erasekit.cli.ends import INTERRUPTED, code_of, delivered, guarded, put
 
-INTERRUPTED = 130
-FAILED = 4
+UNCHANGED = "Nothing was changed."
 COMMANDS = (  # in the order of the help, each a module with a function `command`
     "run",
     "erase",
@@ -49,14 +44,15 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name in COMMANDS:
-        app.command(name)(import_module(f"erasekit.cli.{name}").command)
+        module = import_module(f"erasekit.cli.{name}")
+        app.command(name)(guarded(module.command, getattr(module, "KEPT", UNCHANGED)))
     add_commands(default(), app)
     return app
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"erasekit {__version__}")
+        put(f"erasekit {__version__}")
         raise typer.Exit
 
 
@@ -67,33 +63,15 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. Whatever stops it is one line on stderr."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two remarks about torchvision begin every command
     try:
-        typer.main.get_command(build()).main(args=arguments, prog_name="erasekit")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else FAILED
-    except ErasekitError as error:
-        if isinstance(error, BrokenPlugin) and error.details:
-            typer.echo(error.details, err=True)
-        typer.secho(str(error), err=True, fg="red")
-        return error.exit_code
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. Run the same command again to go on from here.", err=True)
+        try:
+            ended = typer.main.get_command(build()).main(args=arguments, prog_name="erasekit", standalone_mode=False)
+            with delivered():
+                pass
+            return ended if isinstance(ended, int) else 0
+        except BaseException as error:
+            return code_of(error)
+    except KeyboardInterrupt:  # a second time, while the first one was told
         return INTERRUPTED
-    except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        typer.secho(f"This should not have happened: {line}. The traceback is in {_keep_traceback()}.", err=True, fg="red")
-        return FAILED
-    return 0
-
-
-def _keep_traceback() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="erasekit-", suffix=".txt", delete=False) as file:
-        traceback.print_exc(file=file)
-    return file.name
-
-
-def entry_point() -> None:
-    """The console script. Without torchvision, transformers would begin every command with two remarks about it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.exit(main())

@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.evaluate import of_manifest
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
 from erasekit.errors import UsageError
 from erasekit.runs.config import build
 from erasekit.runs.rundir import path_of
+
+KEPT = "What was finished is kept: the same command goes on with the next prompt."
 
 
 def command(
@@ -47,10 +50,10 @@ def command(
     with listener() as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries, erasure=erasure, only_attacks=True)
     if not told.started:
-        typer.echo("Finished before: these are its numbers. Begin anew with --force.", err=True)
+        say("Finished before: these are its numbers. Begin anew with --force.")
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        put_json(result.model_dump(mode="json"))
         return
     plan = planned(wanted, registries, erasure=erasure, only_attacks=True)
     show(*table(result), title=f"Attacks on {', '.join(result.concepts)}, erased by {result.method} from {result.backbone}")
-    typer.echo(f"\nReport: {path_of(out, plan) / 'report.html'}")
+    put(f"\nReport: {path_of(out, plan) / 'report.html'}")

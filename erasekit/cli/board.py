@@ -8,12 +8,12 @@ from statistics import median
 from types import TracebackType
 from typing import Self
 
-import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from erasekit.cli.ends import say
 from erasekit.cli.progress import duration
 from erasekit.sweeps.cells import Cell, Seen
 
@@ -114,4 +114,4 @@ def _time_left(cells: Cells) -> str:
 
 
 def _write(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line)

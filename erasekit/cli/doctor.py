@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put_json
 from erasekit.cli.tables import show
 from erasekit.errors import EnvironmentProblem
 
@@ -29,7 +29,7 @@ def command(
 
     checks = diagnose(options.registries(plugin), out)
     if as_json:
-        typer.echo(json.dumps([c._asdict() for c in checks], indent=1))
+        put_json([c._asdict() for c in checks])
     else:
         show(["check", "status", "detail"], [list(c) for c in checks])
     if problems := [c.name for c in checks if c.status == "problem"]:
@@ -43,7 +43,7 @@ def _show_plan(plugin: options.Plugin, *, as_json: bool) -> None:
 
     found = table(options.registries(plugin))
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        put_json(found)
         return
     lines: dict[tuple[str, str], list[str]] = {}
     for row in found:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from erasekit.atomic import sweep_beside
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import tell
 from erasekit.errors import UsageError
 from erasekit.events import StageStarted, StepEnd, heard
+from erasekit.places import check_place
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
+
+KEPT = "The checkpoints of a training are kept: the same command goes on from there. What trains nothing starts again."
 
 
 def command(
@@ -49,31 +54,40 @@ def command(
     from erasekit.backbones.memory import check_disk
     from erasekit.erasures.contents import check_replaceable
     from erasekit.erasures.manifest import read_manifest
-    from erasekit.erasures.modelcard import load_lines, model_card
+    from erasekit.erasures.modelcard import load_lines
     from erasekit.runs.compute import compute
     from erasekit.runs.preflight import preflight
+    from erasekit.runs.workplace import kept, place_of, workplace
 
+    sweep_beside(out)
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
+    for place in (out, place_of(out)):
+        check_place(place)
     check_replaceable(out)
     preflight(plan)
     check_disk(out, images=0, size=0)
-    with listener() as told, heard(told):
+    with listener() as told, heard(told), workplace(out, plan.hash) as work:
+        if kept(work):
+            say("Going on with what an interrupted 'erase' has left.")
         told(StageStarted("erase"))
         loaded = plan.backbone.load(plan.backbone_config)
-        erasure = compute(plan, loaded, registries, log=lambda step, total, values: told(StepEnd(step, total, values)))
+
+        def log(step: int, total: int, values: Mapping[str, float]) -> None:
+            told(StepEnd(step, total, values))
+
+        erasure = compute(plan, loaded, registries, directory=work, log=log)
         sha256 = erasure.save(out, dtype=wanted.files)
     manifest = read_manifest(out)
-    (out / "README.md").write_text(model_card(manifest), encoding="utf-8")
     remains = erasure.remains.model_dump() if erasure.remains else {"residual": None, "drift": None}
     names = ", ".join(concept.name for concept in plan.concepts)
     summary = {"erasure": str(out), "concepts": [c.name for c in plan.concepts], "sha256": sha256} | remains
     tell(erasure)
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        put_json(summary)
     else:
         lines = load_lines(manifest, str(out), base=plan.backbone_config.path or getattr(plan.backbone, "path", ""))
-        typer.echo(f"{out}  {names}  {sha256[:8]}{_size(manifest)}\n\n{lines}", nl=False)
+        put(f"{out}  {names}  {sha256[:8]}{_size(manifest)}\n\n{lines.rstrip()}")
 
 
 def _size(manifest: dict[str, Any]) -> str:
@@ -82,6 +96,6 @@ def _size(manifest: dict[str, Any]) -> str:
     if not ranks:
         return ""
     bound = manifest["config"].get("rank_error")
-    cut = f", cut below an error of {bound:.0e}" if bound else ""
+    cut = f", cut below an error of {bound:.0e}" if isinstance(bound, float) and bound else ""
     rounded = f"; {manifest['dtype']} costs {manifest['rounding']:.0e}" if manifest["rounding"] else ""
     return f"  rank {max(ranks)}{cut}{rounded}"

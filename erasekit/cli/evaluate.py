@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put_json, say
 from erasekit.cli.progress import listener
 from erasekit.cli.run import show_results
-from erasekit.runs.config import build
+from erasekit.errors import UsageError
+from erasekit.runs.config import build, parse_overrides
+
+KEPT = "What was finished is kept: the same command goes on from there."
 
 
 def command(
@@ -29,15 +33,17 @@ def command(
     from erasekit.erasures.manifest import read_manifest
     from erasekit.runs.runner import planned, run
 
+    if "method" in parse_overrides(settings or ()):
+        raise UsageError("An erasure keeps the settings that it was made with. Set backbone, protocol or evaluators here.")
     flags = of_manifest(read_manifest(erasure)) | {"task": task, "seed": seed, "limit": limit}
     wanted = build(flags, overrides=options.overrides(settings, None, prompts))
     registries = options.registries(plugin)
     with listener() as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries, erasure=erasure)
     if not told.started:
-        typer.echo("Finished before: these are its numbers. Begin anew with --force.", err=True)
+        say("Finished before: these are its numbers. Begin anew with --force.")
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        put_json(result.model_dump(mode="json"))
     else:
         show_results(planned(wanted, registries, erasure=erasure), out)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json
 
 
 def command(
@@ -44,7 +44,7 @@ def command(
         registries=options.registries(plugin),
     )
     if as_json:
-        typer.echo(json.dumps({"path": str(written.path), **written.costs}, indent=1))
+        put_json({"path": str(written.path), **written.costs})
         return
     costs = [f"{name} costs {cost:.1e} of the edit" for name, cost in written.costs.items() if cost]
-    typer.echo(f"{written.path}{'  ' if costs else ''}{'; '.join(costs)}\n\n{written.load}")
+    put(f"{written.path}{'  ' if costs else ''}{'; '.join(costs)}\n\n{written.load}")

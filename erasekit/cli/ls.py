@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put_json
 from erasekit.cli.tables import show
 from erasekit.errors import unknown
 
@@ -29,9 +29,7 @@ def command(
         for k, entries in chosen.items()
     }
     if as_json:
-        typer.echo(
-            json.dumps({k: [dict(zip(COLUMNS, row, strict=True)) for row in rows] for k, rows in cells.items()}, indent=1)
-        )
+        put_json({k: [dict(zip(COLUMNS, row, strict=True)) for row in rows] for k, rows in cells.items()})
         return
     for k, rows in cells.items():
         used = [i for i, column in enumerate(COLUMNS) if column in ("name", "summary", "plugin") or any(row[i] for row in rows)]

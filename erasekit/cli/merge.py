@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from erasekit.atomic import sweep_beside
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
 from erasekit.errors import UsageError
 from erasekit.events import StageStarted, heard
+from erasekit.places import check_place
 
 if TYPE_CHECKING:
     from erasekit.runs.together import Together
@@ -34,15 +36,17 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Put erasures of one base together, and measure what they do to one another."""
+    sweep_beside(out)
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
     if out.resolve() in {folder.resolve() for folder in erasures}:
         raise UsageError(f"'{out}' is one of the erasures. Give another folder with --out.")
-    from erasekit.erasures.manifest import read_manifest
-    from erasekit.erasures.modelcard import model_card
+    from erasekit.erasures.contents import check_replaceable
     from erasekit.runs.interference import interference
     from erasekit.runs.together import merge
 
+    check_place(out)
+    check_replaceable(out)
     registries, backbone = options.registries(plugin), options.chosen(settings, None).get("backbone", {})
     with listener() as told, heard(told):
         told(StageStarted("merge"))
@@ -52,11 +56,10 @@ def command(
             measured = interference([*erasures, out], images, task=task or "", backbone=backbone, registries=registries)
             figures = {**found.erasure.figures, "interference": measured.model_dump(mode="json")}
             replace(found.erasure, figures=figures).save(out, dtype=files or "float32")
-        (out / "README.md").write_text(model_card(read_manifest(out)), encoding="utf-8")
     if as_json:
         together = found.erasure.remains.model_dump() if found.erasure.remains else None
         alone = [remains.model_dump() for remains in found.alone]
-        typer.echo(json.dumps({"erasure": str(out), "together": together, "alone": alone}, indent=1))
+        put_json({"erasure": str(out), "together": together, "alone": alone})
         return
     _show(found, out)
     if images:
@@ -69,7 +72,7 @@ def _show(found: Together, out: Path) -> None:
     """Print what of each concept is left alone and with the others, and how far the rest moves."""
     together = found.erasure.remains
     if together is None:
-        typer.echo(str(out))
+        put(str(out))
         return
     rows = []
     for remains in found.alone:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from erasekit.cli.ends import say
 from erasekit.errors import UsageError
 from erasekit.registration.plugins import Registries, default, load
 from erasekit.runs.config import parse_overrides
@@ -131,7 +132,5 @@ def registries(files: list[Path] | None) -> Registries:
     """What is registered, the given plugin files included; broken plugins are named on stderr."""
     found = load(files) if files else default()
     for plugin in found.broken():
-        typer.secho(
-            f"Plugin '{plugin.name}' is broken: {plugin.error}. See 'erasekit plugins {plugin.name}'.", err=True, fg="red"
-        )
+        say(f"Plugin '{plugin.name}' is broken: {plugin.error}. See 'erasekit plugins {plugin.name}'.", "red")
     return found

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import say
 
 
 def command(
@@ -41,5 +42,5 @@ def command(
         registries=options.registries(plugin),
     )
     app = page(playground)
-    typer.echo(f"http://{host}:{port}  (Ctrl-C ends it)", err=True)
+    say(f"http://{host}:{port}  (Ctrl-C ends it)")
     serve(app, host=host, port=port)

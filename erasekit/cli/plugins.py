@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,8 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from erasekit.cli import options
+from erasekit.cli.ends import delivered, put_json
 from erasekit.errors import unknown
 from erasekit.registration.plugins import PluginInfo, default, load
+from erasekit.texts import shown
 
 COLOURS = {"ok": "green", "broken": "red", "disabled": "yellow"}
 
@@ -29,15 +30,16 @@ def command(
         if not found:
             raise unknown("plugin", name, [p.name for p in default().found], "erasekit plugins")
     if as_json:
-        typer.echo(json.dumps([asdict(p) for p in found], indent=1))
+        put_json([asdict(p) for p in found])
         return
-    console = Console(soft_wrap=True)
-    for info in found:
-        console.print(_line(info))
-        if name and info.details:
-            console.print(Text(info.details))
+    with delivered():
+        console = Console(soft_wrap=True)
+        for info in found:
+            console.print(_line(info))
+            if name and info.details:
+                console.print(Text(shown(info.details)))
 
 
 def _line(info: PluginInfo) -> Text:
     reason = f"  {info.error}" if info.error else ""
-    return Text(f"{info.name}  {info.source}  {info.status}{reason}", style=COLOURS[info.status])
+    return Text(shown(f"{info.name}  {info.source}  {info.status}{reason}"), style=COLOURS[info.status])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from erasekit.backbones.memory import peak_memory_mb
 from erasekit.events import Event, Noted, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
 from erasekit.runs.forecast import Forecast
+from erasekit.texts import shown
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -212,8 +214,9 @@ def _comma(text: str) -> str:
 
 
 def _write(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may be listening any more, which must not cost a run
+        sys.stderr.write(f"{shown(line)}\n")
+        sys.stderr.flush()
 
 
 def _title(event: RunStarted) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json, say
 from erasekit.errors import UsageError
 
 
@@ -36,18 +36,18 @@ def command(
         if not dry_run and (yes or _agreed(repo, len(parcel.files), public=public)):
             address = push(parcel, repo, public=public)
         if as_json:
-            typer.echo(json.dumps({"repo": repo, "public": public, "address": address, "files": parcel.files}, indent=1))
+            put_json({"repo": repo, "public": public, "address": address, "files": parcel.files})
         else:
-            typer.echo(address or "Nothing was uploaded.")
+            put(address or "Nothing was uploaded.")
 
 
 def _show(files: dict[str, int], left_out: tuple[str, ...], remarks: tuple[str, ...]) -> None:
     for name, size in files.items():
-        typer.echo(f"{size / 2**20:10.2f} MiB  {name}", err=True)
+        say(f"{size / 2**20:10.2f} MiB  {name}")
     if left_out:
-        typer.echo(f"Left out: {', '.join(left_out)}.", err=True)
+        say(f"Left out: {', '.join(left_out)}.")
     for line in remarks:
-        typer.secho(line, err=True, fg="yellow")
+        say(line, "yellow")
 
 
 def _agreed(repo: str, count: int, *, public: bool) -> bool:

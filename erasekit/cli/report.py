@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put_json, say
 from erasekit.cli.tables import show
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.registration.plugins import Registries
@@ -30,7 +30,7 @@ def task_of(folder: Path, registries: Registries, result: RunResult) -> Task:
         config = build({}, file=written) if written.is_file() else RunConfig(task=result.task)
         return find_task(config.task or result.task, result.domain, registries, config.options.task)
     except ErasekitError as error:
-        typer.secho(f"{error} The images of '{folder}' are blurred unless --reveal is given.", err=True, fg="yellow")
+        say(f"{error} The images of '{folder}' are blurred unless --reveal is given.", "yellow")
         task = Task()
         task.__dict__.update(name=result.task, blurred=True)
         return task
@@ -55,13 +55,13 @@ def command(
         raise UsageError("--page compares runs: give two or more. A run has a page of its own, report.html.")
     known = list(zip(runs, (task_of(f, registries, r) for f, r in zip(runs, results, strict=True)), strict=True))
     if page:
-        typer.echo(f"Page: {write_comparison(compared(known), out, reveal=reveal)}", err=True)
+        say(f"Page: {write_comparison(compared(known), out, reveal=reveal)}")
     for (folder, task), result in zip(known, results, strict=True) if not page else ():
         if (folder / "scores.parquet").is_file():
             path = write_report(folder, task, reveal=reveal, meanings=meanings_of(registries, result.method))
-            typer.echo(f"Report: {path}", err=True)
+            say(f"Report: {path}")
     if as_json:
-        typer.echo(json.dumps([r.model_dump(mode="json") for r in results], indent=1))
+        put_json([r.model_dump(mode="json") for r in results])
     else:
         show(*(table(results[0]) if len(results) == 1 else compare(results)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show, tell
 from erasekit.runs.config import RunConfig, build
@@ -17,6 +17,8 @@ from erasekit.runs.forecast import earlier, forecast
 from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
+
+KEPT = "What was finished is kept: the same command goes on from there."
 
 
 def command(
@@ -60,17 +62,23 @@ def command(
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
+    from erasekit.runs.preflight import check_tracker
+    from erasekit.runs.ready import evaluation_prompts, ready
+    from erasekit.runs.runner import run
+
     if dry_run:
         _show_plan(plan, out, as_json=as_json)
+        check_tracker(plan.config.tracker)
+        for each in plan.singles() if plan.separate else [plan]:
+            ready(each, evaluation_prompts(each), out, registries)
         return
-    from erasekit.runs.runner import run
 
     with listener(forecast(plan, out, _images(plan))) as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
     if not told.started:
-        typer.echo("Finished before: these are its numbers. Begin anew with --force.", err=True)
+        say("Finished before: these are its numbers. Begin anew with --force.")
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        put_json(result.model_dump(mode="json"))
     else:
         show_results(plan, out)
 
@@ -96,7 +104,7 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
     if as_json:
         settings = {part: values.model_dump(mode="json") for part, values in parts.items()}
-        typer.echo(json.dumps({**names, "options": settings, "stages": stages, "runs": runs}, indent=1))
+        put_json({**names, "options": settings, "stages": stages, "runs": runs})
         return
     rows = [[name, str(value), RunConfig.model_fields[name].description or ""] for name, value in names.items()]
     for part, values in parts.items():
@@ -108,18 +116,12 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
 
 
 def _memory(plan: Plan) -> str:
-    """The predicted peak, and what stands in the way of a run."""
-    from erasekit.errors import EnvironmentProblem
-    from erasekit.runs.preflight import prediction, preflight
+    """The predicted peak."""
+    from erasekit.runs.preflight import prediction
 
     found = prediction(plan)
     stages = ", ".join(f"{stage} {gb:.1f}" for stage, gb in found._asdict().items())
-    text = f"predicted peak {found.peak:.1f} GB ({stages})"
-    try:
-        preflight(plan)
-    except EnvironmentProblem as problem:
-        return f"{text}. {problem}"
-    return text
+    return f"predicted peak {found.peak:.1f} GB ({stages})"
 
 
 def _about(seconds: list[float]) -> str:
@@ -131,7 +133,7 @@ def _about(seconds: list[float]) -> str:
 
 def _images(plan: Plan) -> int:
     """How many images a run of the plan draws of each side."""
-    from erasekit.runs.runner import evaluation_prompts
+    from erasekit.runs.ready import evaluation_prompts
 
     return len(evaluation_prompts(plan.singles()[0] if plan.separate else plan))
 
@@ -154,11 +156,11 @@ def show_results(plan: Plan, out: Path) -> None:
     if result.metrics:
         show(*table(result), title=heading)
     else:
-        typer.echo(f"{heading}. Nothing judged the images: look at them.")
+        put(f"{heading}. Nothing judged the images: look at them.")
     if plan.separate:
-        typer.echo(f"\nThe reports are beside {folder}")
+        put(f"\nThe reports are beside {folder}")
         return
     tell(Erasure.load(folder / "erasure"))
     base = plan.backbone_config.path or getattr(plan.backbone, "path", "")
     lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"), base=base)
-    typer.echo(f"\nReport: {folder / 'report.html'}\n\n{lines}", nl=False)
+    put(f"\nReport: {folder / 'report.html'}\n\n{lines.rstrip()}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put_json
 from erasekit.cli.progress import listener
 from erasekit.cli.report import meanings_of, task_of
 from erasekit.cli.tables import show
@@ -38,7 +39,7 @@ def command(
     if (run / "scores.parquet").is_file():
         write_report(run, task_of(run, registries, result), meanings=meanings_of(registries, result.method))
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        put_json(found.model_dump(mode="json"))
         return
     strengths = sorted({point.strength for curve in found.curves for point in curve.points})
     values = {curve.metric: {point.strength: point.value for point in curve.points} for curve in found.curves}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from erasekit.cli import options
 from erasekit.cli.board import board, failure, summary
+from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.tables import show
 from erasekit.errors import ErasekitError
 from erasekit.registration.plugins import Registries
@@ -30,6 +30,8 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+KEPT = "Finished runs are kept, and the others go on where they were with the same command."
 
 
 def command(
@@ -97,10 +99,10 @@ def _show_cells(suite: Any, registries: Registries, out: Path, *, as_json: bool)
     cells = [(cell, seen(cell, out)) for cell in cells_of(suite, registries, out)]
     if as_json:
         records = [{"row": c.row, "path": c.path, "config": c.config, **how._asdict()} for c, how in cells]
-        typer.echo(json.dumps(records, indent=1))
+        put_json(records)
         return
     show(["row", "cell", "state", "run"], [[c.row, c.place(), how.error or how.state, c.path] for c, how in cells])
-    typer.echo(summary(cells))
+    put(summary(cells))
 
 
 def _show_table(swept: Any, *, as_json: bool) -> None:
@@ -123,5 +125,5 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     with replacing(swept.folder / "table.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(content, indent=1))
-    typer.echo(f"Table: {swept.folder / 'table.md'}", err=True)
+        put_json(content)
+    say(f"Table: {swept.folder / 'table.md'}")

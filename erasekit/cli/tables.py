@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from erasekit.cli.ends import delivered, say
+from erasekit.texts import shown
 
 if TYPE_CHECKING:
     from erasekit.erasures.erasure import Erasure
@@ -19,9 +22,9 @@ WIDTH_OF_A_FILE = 200
 
 def tell(erasure: Erasure) -> None:
     """Print to stderr what an erasure leaves, and its warnings."""
-    typer.echo(erasure.remains.line() if erasure.remains else "residual: not measured", err=True)
+    say(erasure.remains.line() if erasure.remains else "residual: not measured")
     for line in erasure.warnings:
-        typer.secho(f"Warning: {line}", err=True, fg="yellow")
+        say(f"Warning: {line}", "yellow")
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
@@ -31,7 +34,14 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
     for column in columns:
         table.add_column(Text(column, style="bold"))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    if title:
-        console.print(Text(f"\n{title}", style="bold italic"))
-    console.print(table)
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    with delivered():
+        if title:
+            console.print(Text(f"\n{shown(title)}", style="bold italic"))
+        if Measurement.get(console, console.options, table).minimum <= console.width:
+            console.print(table)
+            return
+        for row in rows:  # the terminal is too narrow for a table: a line for each cell
+            for column, cell in zip(columns, row, strict=True):
+                console.print(Text.assemble((f"{column}: ", "bold"), shown(cell)), soft_wrap=True)
+            console.print()

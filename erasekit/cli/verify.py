@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put, put_json
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
 from erasekit.events import StageStarted, heard
@@ -45,9 +45,9 @@ def command(
         content = certify(loaded, saved, wanted, protocol, drift=drift) if saved.kind == "weights" else {"kind": saved.kind}
     title = f"{', '.join(c.name for c in saved.concepts)}: every file is whole and belongs to '{saved.backbone}'"
     if as_json:
-        typer.echo(json.dumps(content, indent=1))
+        put_json(content)
     elif saved.kind == "guidance":
-        typer.echo(f"{title}; it changes no weights, so there is no certificate")
+        put(f"{title}; it changes no weights, so there is no certificate")
     else:
         _show(content, title)
 
@@ -62,7 +62,7 @@ def _show(content: dict[str, Any], title: str) -> None:
     ]
     show(["per site", "max", "mean", "relative to |W(e_w - e_u)|"], rows, title=title)
     if "prediction_drift" not in content:
-        typer.echo("How far predictions drift was not measured: --drift does it.")
+        put("How far predictions drift was not measured: --drift does it.")
         return
     drift = [[f"{row['tau']:.3f}", f"{row['clean']:.2e}", f"{row['concept']:.2e}"] for row in content["prediction_drift"]]
     early = content["early_drift"]

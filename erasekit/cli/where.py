@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from erasekit.cli import options
+from erasekit.cli.ends import put
 
 
 def command(
@@ -16,4 +17,4 @@ def command(
     """Print what diffusers' `from_pretrained` takes for a backbone: the folder of a shipped model, or an id on the hub."""
     from erasekit.backbones.where import where
 
-    typer.echo(where(backbone, options.registries(plugin)))
+    put(where(backbone, options.registries(plugin)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from erasekit.backbones.alignment import align
 from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.backbones.sampler import follow
 from erasekit.concepts import Concept
+from erasekit.documents import Damaged, read_document
 from erasekit.erasures.deltas import Deltas, merged, norm, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.evaluation.tasks import Protocol, Task
@@ -27,6 +30,29 @@ MEANING = {
     "drift_pads": "other_drift at what fills a prompt up",
 }
 PER_POSITION = ("drift_words", "drift_end", "drift_pads")  # of sites that read tokens
+
+
+class Certificate(BaseModel):
+    """The content of certificate.json: see `certificate`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1]
+    max: dict[str, float]
+    mean: dict[str, float]
+    sites: list[dict[str, str | float]]
+    prediction_drift: list[dict[str, float]] = Field(default_factory=list)
+    early_drift: dict[str, float] = Field(default_factory=dict)
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """The content of certificate.json, {} if it is missing or damaged: it can be made again."""
+    try:
+        found = read_document(Certificate, path).model_dump(exclude_unset=True)
+    except (OSError, Damaged):
+        return {}
+    whole = all(isinstance(site.get("site"), str) and MEANING.keys() & site.keys() for site in found["sites"])
+    return found if whole and found["max"] else {}
 
 
 @torch.no_grad()
@@ -56,10 +82,10 @@ def certificate(
         drift: compare predictions too, which takes four passes of up to as many rows as clean prompts at every step.
 
     Returns:
-        `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|, `neutral_drift`
-        |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|; over those that read tokens, the drift
-        of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads` (left out where
-        no prompt has any);
+        `schema_version`, 1; `max`, `mean`: over the sites of `to_neutral` |W'e_w - W e_u|, `equal` |W'e_w - W'e_u|,
+        `neutral_drift` |W'e_u - W e_u|, `other_drift` |W'e_o - W e_o| and `delta` |Delta| / |W|; over those that read tokens,
+        the drift of e_o by position: `drift_words` (and the begin token), `drift_end` (the end token), `drift_pads` (left out
+        where no prompt has any);
         `sites`: [{"site", ...}], the same for each site; and with `drift`
         `prediction_drift`: [{"tau", "clean", "concept"}], |f' - f| / |f| at every step;
         `early_drift`: {"tau0", "clean", "concept"}, the mean of those with tau < tau0 (with `LateGate` it is 0).
@@ -72,6 +98,7 @@ def certificate(
     keys = [key for key in MEANING if any(key in row for row in sites.values())]
     over_sites = {key: [row[key] for row in sites.values() if key in row] for key in keys}
     content: dict[str, Any] = {
+        "schema_version": 1,
         "max": {key: max(values) for key, values in over_sites.items()},
         "mean": {key: _mean(values) for key, values in over_sites.items()},
         "sites": [{"site": name} | row for name, row in sites.items()],

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from erasekit.backbones.protocol import Backbone
 from erasekit.documents import Damaged, plain_file
 from erasekit.erasures import tensors
@@ -90,7 +88,7 @@ def read_deltas(folder: Path, manifest: Mapping[str, Any], base: Backbone | None
 
 def _read(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, LowRank]:
     try:
-        deltas = tensors.read(folder / name, manifest["denoiser"], dtype=getattr(torch, manifest["dtype"]))
+        deltas = tensors.read(folder / name, manifest["denoiser"], dtype=tensors.dtype_of(manifest["dtype"]))
     except ValueError as error:
         raise Damaged(f"'{folder / name}' is damaged: {error}. {ADVICE}") from error
     if max(low.rank for low in deltas.values()) != manifest["ranks"].get(name):

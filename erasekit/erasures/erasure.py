@@ -25,7 +25,8 @@ from erasekit.erasures import tensors
 from erasekit.erasures.contents import check_folder, check_replaceable, read_deltas
 from erasekit.erasures.deltas import Deltas, summed
 from erasekit.erasures.guidance import Guidance
-from erasekit.erasures.manifest import ALL, SCHEMA_VERSION, digest, file_stems, read_manifest, slug, write_manifest
+from erasekit.erasures.manifest import ALL, CARD, SCHEMA_VERSION, digest, file_stems, read_manifest, slug, write_manifest
+from erasekit.erasures.modelcard import model_card
 from erasekit.erasures.remains import Remains
 from erasekit.erasures.tensors import Written
 from erasekit.errors import EnvironmentProblem, ErasekitError
@@ -136,11 +137,12 @@ class Erasure:
                 if self.guidance:
                     files = self.guidance.write(temporary)
                 else:
-                    written, parts = self._write_tensors(temporary, getattr(torch, dtype))
+                    written, parts = self._write_tensors(temporary, tensors.dtype_of(dtype))
                     files = {name: of.sha256 for name, of in written.items()}
                     ranks = {name: of.rank for name, of in written.items()}
                     record = {"parts": parts, "ranks": ranks, "dtype": dtype, "rounding": written[ALL].rounding}
                 write_manifest(temporary, self._manifest(files, record))
+                (temporary / CARD).write_text(model_card(read_manifest(temporary)), "utf-8")
             progress("writing", 1, 1)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)

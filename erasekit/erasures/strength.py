@@ -42,6 +42,8 @@ def parse(texts: Sequence[str]) -> Strength | None:
             factor = float(value)
         except ValueError:
             raise UsageError(f"Cannot read the strength '{text}'. Write a number, or CONCEPT=NUMBER, e.g. cat=0.5.") from None
+        if not math.isfinite(factor):
+            raise UsageError(f"A strength is a finite number, given {text}. 0 is the base, 1 the erasure as it is.")
         if not equals:
             if len(texts) > 1:
                 raise UsageError(f"The strength {text} is of all concepts: give it alone, or CONCEPT=NUMBER for each.")

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from erasekit.erasures.deltas import Deltas, Dense, LowRank, compress, distance
-from erasekit.errors import ErasekitError
+from erasekit.errors import ErasekitError, unknown
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LORA_KEYS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
 
 
@@ -32,6 +33,17 @@ class Written:
     sha256: str
     rank: int
     rounding: float
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A type that files are written in, by name.
+
+    Raises:
+        UsageError: there is no such type.
+    """
+    if name not in DTYPES:
+        raise unknown("type of tensors", name, DTYPES, "docs/reference.md")
+    return DTYPES[name]
 
 
 def write(path: Path, deltas: Deltas, prefix: str, dtype: torch.dtype = torch.float32) -> Written:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from erasekit.evaluation.results import Metric
 from erasekit.evaluation.tasks import Prompt
+from erasekit.settings import Settings
 
 Side = Literal["base", "erased"]
 
@@ -44,10 +44,8 @@ class Scores:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
-class EvaluatorConfig(BaseModel):
+class EvaluatorConfig(Settings):
     """Base of every evaluator's settings: frozen, and unknown keys are errors. They are part of the protocol."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Evaluator:

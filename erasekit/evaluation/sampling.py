@@ -7,21 +7,24 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from erasekit.atomic import replacing
 from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.errors import ErasekitError, UsageError
-from erasekit.evaluation.tasks import Prompt, Protocol
+from erasekit.evaluation.tasks import Prompt, Protocol, Sampler
 from erasekit.events import progress
 from erasekit.safety import reject_unsafe
 
-SAMPLERS = ("default", "ddim", "dpm")
-PIL_ERRORS = (OSError, SyntaxError, ValueError)  # what Pillow raises for a file that is not a whole image
+SAMPLERS = get_args(Sampler)
+# What Pillow raises for a file that is not a whole image, or one of absurd size.
+PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+KEY = "erasekit"  # of what an image was drawn from, in its file
 
 
 def set_sampler(pipe: Any, sampler: str) -> None:
@@ -128,15 +131,75 @@ def generate(
     """
     reject_unsafe(prompts)
     set_sampler(pipe, protocol.sampler)
-    empty = backbone.encode([""])
     images: list[Image.Image] = []
     for start in range(0, len(prompts), protocol.batch):
         progress("images", start, len(prompts))
-        here = slice(start, start + protocol.batch)
-        arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
-        images += _draw(pipe, seeds[here], protocol, arguments)
+        images += _batch(backbone, pipe, prompts, seeds, protocol, start)
     progress("images", len(prompts), len(prompts))
     return images
+
+
+def generate_to(
+    paths: Sequence[Path],
+    keys: Sequence[str],
+    backbone: Backbone,
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    protocol: Protocol,
+) -> None:
+    """`generate` into files, each batch written as soon as it is drawn; images that are there with their key are kept.
+
+    Args:
+        paths: a PNG for each prompt.
+        keys: what each is drawn from, of `keys_of`; it is written into the file.
+        backbone: says how its pipeline takes encoded prompts.
+        pipe: a diffusers pipeline.
+        prompts: what to draw.
+        seeds: of each prompt.
+        protocol: how to draw.
+    """
+    reject_unsafe(prompts)
+    set_sampler(pipe, protocol.sampler)
+    for start in range(0, len(prompts), protocol.batch):
+        progress("images", start, len(prompts))
+        here = slice(start, start + protocol.batch)
+        if any(key_in(path) != key or not intact(path) for path, key in zip(paths[here], keys[here], strict=True)):
+            images = _batch(backbone, pipe, prompts, seeds, protocol, start)
+            for path, key, image in zip(paths[here], keys[here], images, strict=True):
+                note = PngInfo()
+                note.add_text(KEY, key)
+                with replacing(path) as temporary:
+                    image.save(temporary, format="PNG", pnginfo=note)
+    progress("images", len(prompts), len(prompts))
+
+
+def keys_of(prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol, *drawn_by: Any) -> list[str]:
+    """A key for each image over all that decides its bytes: what draws it, the protocol, its batch and its place there."""
+    held = [version("torch"), version("diffusers"), protocol.model_dump(), *drawn_by]
+    keys = []
+    for i in range(len(prompts)):
+        start = i - i % protocol.batch
+        batch = [list(prompts[start : start + protocol.batch]), list(seeds[start : start + protocol.batch]), i - start]
+        keys.append(hashlib.sha256(json.dumps([held, batch], sort_keys=True, default=str).encode()).hexdigest()[:16])
+    return keys
+
+
+def key_in(path: Path) -> str:
+    """The key of an image that `generate_to` drew; "" of any other file, and of none."""
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get(KEY, ""))
+    except PIL_ERRORS:
+        return ""
+
+
+def _batch(
+    backbone: Backbone, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], protocol: Protocol, start: int
+) -> list[Image.Image]:
+    here, empty = slice(start, start + protocol.batch), backbone.encode([""])
+    arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
+    return _draw(pipe, seeds[here], protocol, arguments)
 
 
 def _draw(pipe: Any, seeds: Iterable[int], protocol: Protocol, arguments: dict[str, Any]) -> list[Image.Image]:

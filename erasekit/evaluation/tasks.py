@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError, UsageError, unknown
 from erasekit.evaluation.metrics import measured
+from erasekit.settings import Settings
 
 Split = Literal["train", "validation", "evaluation"]
+Sampler = Literal["default", "ddim", "dpm"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 
 
@@ -80,16 +82,14 @@ class Prompt(NamedTuple):
     height: int | None = None
 
 
-class Protocol(BaseModel):
+class Protocol(Settings):
     """How images are drawn. Two numbers may stand in one column only if the hashes of their protocols agree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sampler: str = Field("ddim", description="the sampler: default (the pipeline's own), ddim, dpm")
-    steps: int = Field(15, ge=1, description="sampling steps")
-    guidance: float = Field(4.0, ge=0, description="classifier-free guidance scale")
-    size: int = Field(64, ge=8, description="side of the image in pixels")
-    batch: int = Field(30, ge=1, description="images per batch")
+    sampler: Sampler = Field("ddim", description="the sampler: default (the pipeline's own), ddim, dpm")
+    steps: int = Field(15, ge=1, le=1000, description="sampling steps")
+    guidance: float = Field(4.0, ge=0, le=1000, description="classifier-free guidance scale")
+    size: int = Field(64, ge=8, le=8192, description="side of the image in pixels")
+    batch: int = Field(30, ge=1, le=10_000, description="images per batch")
 
     def hash(self, *parts: Any) -> str:
         """Eight hex digits over the protocol and everything else that decides a number (prompts, evaluators)."""

@@ -36,6 +36,10 @@ class Planned(typing.Protocol):
     def concepts(self) -> tuple[Concept, ...]:
         """What is to be erased."""
 
+    @property
+    def protocol(self) -> Protocol:
+        """How images will be drawn."""
+
 
 @dataclass
 class RunContext:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.erasures.deltas import Deltas
@@ -14,6 +14,7 @@ from erasekit.erasures.guidance import Guidance
 from erasekit.methods.checks import check_deltas
 from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.prompts import training_texts
+from erasekit.settings import Settings
 
 # A setting that takes one name or several.
 OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -21,10 +22,8 @@ OneOrSeveral = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,)
 OrNone = BeforeValidator(lambda value: None if value == "none" else value)
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """Base of every method's settings: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Method:
@@ -64,6 +63,13 @@ class Method:
         config = self.config
         rows = getattr(config, "batch", 1) if getattr(config, "steps", 0) else 0
         return Footprint(rows=rows, trained_gb=LORA_GB * len(plan.concepts))
+
+    def check(self, plan: Planned) -> None:
+        """See that the settings make sense together, and with how images will be drawn; nothing is loaded for it.
+
+        Raises:
+            UsageError: they do not.
+        """
 
     def texts(self, ctx: RunContext) -> list[str]:
         """All prompts that `erase` may encode once the denoiser is loaded: on most GPUs the text encoders are gone by then.

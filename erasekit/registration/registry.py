@@ -68,7 +68,7 @@ class Entry:
         module, _, attribute = self.target.partition(":")
         try:
             found = getattr(import_module(module), attribute)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"'{self.name}' of {self.source} cannot be loaded: {type(error).__name__}: {error}"
             raise BrokenPlugin(" ".join(message.split()), traceback.format_exc()) from error
         return self._named(found)

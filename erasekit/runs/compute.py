@@ -87,8 +87,10 @@ def expect(plan: Plan, ctx: RunContext) -> None:
     ctx.backbone.expect(lambda: [*method.texts(ctx), *certificate_texts(plan.concepts, plan.task), *seen])
 
 
-def named(error: Exception, plan: Plan) -> Exception:
+def named(error: BaseException, plan: Plan) -> BaseException:
     """The error that a user is shown: one that says which way is out, where there is one."""
     if isinstance(error, torch.OutOfMemoryError):
         return out_of_memory(error, vram_gb(plan.backbone_config.vram, torch.device("cuda")))
+    if isinstance(error, SystemExit):
+        return ErasekitError(f"A plugin called sys.exit({error.code!r}) in the midst of the run.")
     return error

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
+from erasekit.atomic import set_aside, sweep_beside
+from erasekit.erasures import tensors
 from erasekit.erasures.deltas import reduced, scale, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.exporting import Exported, Exporter, Order
 from erasekit.erasures.manifest import MANIFEST, file_stems, read_manifest
 from erasekit.erasures.strength import Strength, factors
 from erasekit.errors import EnvironmentProblem, UsageError, unknown
+from erasekit.places import check_place
 from erasekit.registration.plugins import Registries, default
 from erasekit.runs.config import settings_of
 
@@ -69,10 +71,11 @@ def export(
     config = settings_of(kind.Config, backbone or {}, "backbone.")
     stems = "-".join(file_stems([c.name for c in chosen.concepts]).values())
     target = Path(out) if out else Path(f"erased-{stems}-{record['backbone']}{exporter.suffix}")
-    _make_way(target, folder, force=force)
-    order = Order(chosen, record, target, getattr(torch, dtype) if dtype else None, kind, config, cut)
+    _see_free(target, folder, force=force)
+    order = Order(chosen, record, target, tensors.dtype_of(dtype) if dtype else None, kind, config, cut)
     try:
-        return exporter.write(order)
+        with set_aside(target):
+            return exporter.write(order)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise EnvironmentProblem(f"Cannot write '{target}': {reason}. Free disk space or choose another place.") from error
@@ -90,19 +93,32 @@ def _chosen(erasure: Erasure, concepts: Sequence[str] | None, strength: Strength
     return replace(erasure, concepts=own, deltas=parts)
 
 
-def _make_way(out: Path, folder: Path, *, force: bool) -> None:
-    """See that `out` is free.
+def _see_free(out: Path, folder: Path, *, force: bool) -> None:
+    """See that `out` can be written, and that what is there may be replaced.
 
     Raises:
-        UsageError: something is there that is not to be replaced.
+        UsageError: something is in the way.
     """
-    if not out.exists():
+    sweep_beside(out)
+    check_place(out)
+    if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise UsageError(f"'{out}' exists. Give another name with --out, or --force to replace it.")
     if out.resolve() in (folder.resolve(), *folder.resolve().parents, Path.home()):
         raise UsageError(f"'{out}' holds the erasure itself. Give another name with --out.")
-    if out.is_dir():
-        shutil.rmtree(out)
-    else:
-        out.unlink()
+    if strange := _strange(out):
+        raise UsageError(f"'{strange}' was not exported by erasekit, and is not touched. Give another name with --out.")
+
+
+def _strange(out: Path) -> Path | None:
+    """What of a file or folder no export writes."""
+    if not out.is_dir() or out.is_symlink():
+        return None if out.suffix == ".safetensors" and out.is_file() else out
+    index, names = out / "model_index.json", {"model_index.json", "README.md"}
+    try:
+        names |= set(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else set()
+    except (OSError, ValueError):
+        return index
+    whole = (path for path in out.iterdir() if path.name not in names and path.suffix != ".safetensors")
+    return next(whole, None)

@@ -17,7 +17,7 @@ from erasekit.evaluation.sampling import sample
 from erasekit.evaluation.tasks import Prompt
 from erasekit.registration.plugins import Registries, default
 from erasekit.runs.plan import Plan
-from erasekit.runs.runner import judges
+from erasekit.runs.ready import judges
 from erasekit.runs.together import plan_of
 
 

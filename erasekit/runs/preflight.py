@@ -56,7 +56,7 @@ def fitted(plan: Plan) -> Plan:
     return parts
 
 
-def preflight(plan: Plan, out: Path | None = None) -> None:
+def preflight(plan: Plan) -> None:
     """See that a plan can work on this machine; nothing is loaded or downloaded for it.
 
     Raises:
@@ -68,6 +68,8 @@ def preflight(plan: Plan, out: Path | None = None) -> None:
         from erasekit.backbones.held import check_nf4
 
         check_nf4(held, gb)
+    if path := plan.backbone_config.path:
+        _check_base(path)
     if plan.backbone.domain == "mini":
         return
     step = footprint(plan)
@@ -97,6 +99,14 @@ def check_tracker(name: str) -> None:
         raise unknown("tracker", name, LOGGER_TYPE_TO_CLASS, "docs/how-to.md")
     if name in map(str, LoggerType) and name not in map(str, get_available_trackers()):
         raise EnvironmentProblem(f"The tracker '{name}' is not installed. Run 'pip install {name}', or leave --tracker out.")
+
+
+def _check_base(path: str) -> None:
+    """See that a local base is there: a folder or a file of weights; ids of the hub are for the download to find."""
+    from erasekit.backbones.folders import local_folder
+
+    if not Path(path).expanduser().is_file():
+        local_folder(path)
 
 
 def _check_memory(plan: Plan, gb: int | None, device: Any) -> None:

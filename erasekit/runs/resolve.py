@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError, unknown
@@ -14,6 +14,10 @@ from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import fitted
 from erasekit.safety import is_unsafe, reject_unsafe
 from erasekit.settings import merge
+
+if TYPE_CHECKING:  # they import torch
+    from erasekit.backbones.protocol import Backbone
+    from erasekit.evaluation.tasks import Protocol
 
 DEFAULT_TASKS = {"mini": "objects", "natural": "free"}
 
@@ -72,7 +76,24 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     canonical = config.model_copy(update=names)
     parts = (backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
     plan = Plan(canonical, *parts, attacks=attacks)
+    check_drawing(backbone, protocol)
+    method(method_config).check(plan)
     return fitted(plan)
+
+
+def check_drawing(backbone: type[Backbone], protocol: Protocol) -> None:
+    """See that a backbone can draw as a protocol says.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if protocol.sampler != "default" and backbone.capabilities.prediction == "velocity":
+        advice = "Use '-s protocol.sampler=default'."
+        raise UsageError(f"The sampler '{protocol.sampler}' cannot draw with '{backbone.name}'. {advice}")
+    step = getattr(backbone, "size_step", 1)
+    if protocol.size % step:
+        near = max(step, protocol.size - protocol.size % step)
+        raise UsageError(f"'{backbone.name}' draws images whose side is a multiple of {step}; use '-s protocol.size={near}'.")
 
 
 def _sampling(task: Any, backbone: Any) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from typing import Any, Literal
 from filelock import Timeout
 
 from erasekit.atomic import lock_of, remove, replacing, sweep, sweep_below
-from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
+from erasekit.errors import EnvironmentProblem, UsageError
+from erasekit.evaluation.results import read_result
 from erasekit.events import Event
 from erasekit.runs.config import to_toml
 from erasekit.runs.plan import Plan
+from erasekit.runs.records import Status, read_whole
 
 RECORDS = ("status.json", "config.toml")  # a folder with one of them is a run's
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "numpy", "pillow")
@@ -46,7 +48,7 @@ class RunDirectory:
         self.starts: int = status.get("starts", 0)
         self._finished: list[str] = status.get("finished", [])
         self.state: Literal["new", "partial", "finished"] = "partial" if status else "new"
-        if status.get("state") == "finished" and (path / "results.json").is_file():
+        if status.get("state") == "finished" and _has_results(path):
             self.state = "finished"
 
     def done(self, stage: str) -> bool:
@@ -73,7 +75,7 @@ class RunDirectory:
     def write_status(self, state: str, error: str = "") -> None:
         """Write status.json: `running`, `failed` or `finished`, and what is done so far."""
         done = {"state": state, "finished": self._finished, "timings_s": self.timings_s, "starts": self.starts}
-        write_json(self.path / "status.json", done | ({"error": error} if error else {}))
+        write_json(self.path / "status.json", {"schema_version": 1} | done | ({"error": error} if error else {}))
 
     def log(self, event: Event) -> None:
         """Append an event to log.jsonl."""
@@ -95,7 +97,6 @@ def open_run(out: Path, plan: Plan, *, force: bool = False) -> Iterator[RunDirec
         UsageError: the folder cannot be written to.
         AtWork: another process is at work in it.
         EnvironmentProblem: the disk is full.
-        ErasekitError: its status.json is damaged.
     """
     path = path_of(out, plan)
     with _full_disk_reported(out), _writable(out):
@@ -132,33 +133,28 @@ def _prepared(path: Path, plan: Plan, force: bool) -> RunDirectory:
     return run
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """What a run directory says of itself; {} if nobody has begun.
-
-    Raises:
-        ErasekitError: its status.json is damaged.
-    """
+def _has_results(path: Path) -> bool:
+    """Whether the numbers of a run can be read; those that cannot are measured again."""
     try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        status = None
-    if not isinstance(status, dict):
-        raise ErasekitError(f"'{path / 'status.json'}' is damaged. Start the run anew with --force.")
-    return status
+        read_result(path / "results.json")
+    except UsageError:
+        return False
+    return True
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a run directory says of itself; {} if nobody has begun, or if its status.json is damaged: what is done shows."""
+    status = read_whole(Status, path / "status.json")
+    return status.model_dump(exclude={"schema_version"}) if status else {}
 
 
 def mark(path: Path, state: Literal["running", "failed"], error: str = "") -> None:
     """Say of a run that nobody has open that it has failed, or that it may be gone on with; what is done stays."""
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        status = read_status(path)
-    except ErasekitError:
-        status = {}
+    status = read_status(path)
     done = {key: status[key] for key in ("finished", "timings_s") if key in status}
     told: dict[str, Any] = {"error": error} if error else {}
-    write_json(path / "status.json", {"state": state, **done, "starts": 0, **told})
+    write_json(path / "status.json", {"schema_version": 1, "state": state, **done, "starts": 0, **told})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -194,6 +190,7 @@ def environment() -> dict[str, Any]:
     """Versions and the kind of machine, without names of hosts, users or folders."""
     versions = {name: _version(name) for name in ("erasekit", *LIBRARIES)}
     return {
+        "schema_version": 1,
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),

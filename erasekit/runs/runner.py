@@ -9,22 +9,21 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import linked, lock_of, replacing, replacing_folder
-from erasekit.backbones.memory import check_disk, peak_memory_mb, reset_peak
+from erasekit.atomic import linked, lock_of, replacing, replacing_folder, sweep
+from erasekit.backbones.memory import peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
-from erasekit.erasures.certificate import certify
+from erasekit.erasures.certificate import certify, content_of
 from erasekit.erasures.contents import copy_erasure
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
-from erasekit.errors import UsageError
 from erasekit.evaluation.curves import INTERFERENCE, Interference
 from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
 from erasekit.evaluation.sampling import base_key, sample
-from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt, asked
+from erasekit.evaluation.tasks import Prompt
 from erasekit.events import (
     Dispatcher,
     Evaluated,
@@ -38,6 +37,7 @@ from erasekit.events import (
     StepEnd,
     heard,
 )
+from erasekit.places import check_place
 from erasekit.registration.plugins import Registries, default
 from erasekit.runs.attacking import Stage, attack_texts
 from erasekit.runs.compute import compute, context, expect, named
@@ -45,11 +45,11 @@ from erasekit.runs.config import RunConfig
 from erasekit.runs.kept import Kept
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
-from erasekit.runs.preflight import check_tracker, preflight
+from erasekit.runs.preflight import check_tracker
+from erasekit.runs.ready import evaluation_prompts, ready
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import RunDirectory, open_run, write_json
 from erasekit.runs.watching import watch
-from erasekit.safety import reject_unsafe
 
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
 
@@ -86,6 +86,7 @@ def run(
     """
     out, registries, kept = Path(out), registries or default(), kept or Kept()
     plan = planned(config, registries, erasure=erasure, only_attacks=only_attacks)
+    check_place(out)
     if plan.separate:
         return _run_each(plan, out, force=force, listener=listener, registries=registries, kept=kept)
     check_tracker(plan.config.tracker)
@@ -95,10 +96,7 @@ def run(
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
         reset_peak()
         with _announced(this):
-            if erasure is None:
-                preflight(plan)
-            check_disk(directory.path, images=2 * len(this.prompts), size=plan.protocol.size)
-            evaluators = judges(plan, registries)  # what they lack shows now
+            evaluators = ready(plan, this.prompts, out, registries)
             with _stage("load", this):
                 backbone = kept.load(plan)
             with _stage("encode", this):
@@ -113,6 +111,10 @@ def run(
             with _stage("sample", this):
                 erased = erased_images(this, backbone)
             with _stage("evaluate", this):
+                if not all(path.is_file() for path in base):  # somebody has cleared the folder meanwhile
+                    base = base_images(this, backbone, cache=out / "cache" / "base")
+                if not all(path.is_file() for path in erased):
+                    erased = erased_images(this, backbone)
                 evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts)
             if plan.attacks:
                 with _stage("attack", this):
@@ -175,11 +177,11 @@ def _announced(this: Run) -> Iterator[None]:
     try:
         with heard(emit):
             yield
-    except (KeyboardInterrupt, SystemExit):  # somebody wants it to stop: that is no sign of a run that ends its process
+    except KeyboardInterrupt:  # somebody wants it to stop: that is no sign of a run that ends its process
         directory.starts -= 1
         directory.write_status("running")
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a plugin may call sys.exit, which is an error of its own
         shown = named(error, plan)
         with suppress(OSError):  # the disk may be full; the error that matters is the first one
             directory.write_status("failed", str(shown))
@@ -198,33 +200,16 @@ def _stage(name: str, this: Run) -> Iterator[None]:
         yield
 
 
-def judges(plan: Plan, registries: Registries) -> list[Evaluator]:
-    """The task's evaluators, each with its settings."""
-    return [registries.evaluators.get(name)(**settings.model_dump()) for name, settings in plan.evaluators.items()]
-
-
-def evaluation_prompts(plan: Plan) -> list[Prompt]:
-    """The prompts that are measured on, all sets one after the other.
-
-    Raises:
-        UsageError: there is no prompt of what is erased, or a prompt is one that erasekit refuses to draw.
-    """
-    sets = ("erase",) if plan.only_attacks else DRAWN
-    prompts = [p for which in sets for p in asked(plan.task, which, plan.concepts, "evaluation", plan.config.limit)]
-    for which in {name for name, prompts in PROMPT_SETS.items() if prompts.needed} - {p.set for p in prompts}:
-        raise UsageError(f"The task '{plan.task.name}' has no prompts in the set '{which}'. Give it at least one.")
-    reject_unsafe(p.text for p in prompts)
-    return prompts
-
-
 def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
     """Images of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
     folder = cache / base_key(backbone, this.plan.protocol, this.prompts)
     pipe = backbone.pipeline(encoders=False, shared=True)
     kept = this.directory.path / "images" / "base"
     with lock_of(folder):  # who comes second finds them drawn
+        if folder.is_dir():
+            sweep(folder, locked=True)
         paths = _sampled(this, backbone, pipe, folder, which="base")
-    return [linked(path, kept / path.name) for path in paths]
+        return [linked(path, kept / path.name) for path in paths]
 
 
 def _sampled(this: Run, backbone: Backbone, pipe: Any, folder: Path, *, which: str) -> list[Path]:
@@ -271,7 +256,7 @@ def _copy(given: Path, folder: Path, backbone: Backbone) -> None:
 def write_certificate(this: Run, backbone: Backbone) -> None:
     """Write certificate.json: what the theory says of the erasure, measured on its weights, if it changes any."""
     path, erasure = this.directory.path / "certificate.json", Erasure.load(this.directory.path / "erasure")
-    if erasure.kind == "weights" and not path.is_file():
+    if erasure.kind == "weights" and not content_of(path):
         write_json(path, certify(backbone, erasure, this.plan.task, this.plan.protocol))
 
 

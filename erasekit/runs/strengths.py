@@ -19,7 +19,8 @@ from erasekit.events import Listener, Sampled
 from erasekit.registration.plugins import Registries, default
 from erasekit.runs.config import build
 from erasekit.runs.plan import Plan
-from erasekit.runs.runner import evaluation_prompts, judges, planned
+from erasekit.runs.ready import evaluation_prompts, judges
+from erasekit.runs.runner import planned
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 

@@ -10,10 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, RootModel
+
+from erasekit.documents import read_document
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.finding import find_task
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig
+from erasekit.runs.records import LogLine
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import mark, path_of, read_status, write_json
 from erasekit.sweeps.suite import Suite, config_of, grid
@@ -43,6 +47,21 @@ class Cell:
         config = self.config
         words = [config["backbone"], config.get("task", ""), "+".join(config.get("concepts", ())), f"seed {config['seed']}"]
         return " ".join(filter(None, words))
+
+
+class _Record(BaseModel):
+    """A cell as it is written down."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    row: str
+    config: dict[str, Any]
+    path: str = ""
+    refused: str = ""
+
+
+class _Cells(RootModel[list[_Record]]):
+    """The content of cells.json."""
 
 
 class Seen(NamedTuple):
@@ -138,8 +157,12 @@ def write_cells(cells: Sequence[Cell], out: Path, name: str) -> Path:
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """What `write_cells` wrote."""
-    return [Cell(**record) for record in json.loads((folder / CELLS).read_text(encoding="utf-8"))]
+    """What `write_cells` wrote.
+
+    Raises:
+        EnvironmentProblem: it is damaged.
+    """
+    return [Cell(**record.model_dump()) for record in read_document(_Cells, folder / CELLS, advice="Run the sweep again.").root]
 
 
 def run_config(cell: Cell) -> RunConfig:
@@ -151,10 +174,7 @@ def seen(cell: Cell, out: Path) -> Seen:
     """How far a cell is, read from its run directory."""
     if cell.refused:
         return Seen("failed", error=cell.refused)
-    try:
-        status = read_status(out / cell.path)
-    except ErasekitError as error:
-        return Seen("failed", error=str(error))
+    status = read_status(out / cell.path)
     if not status:
         return Seen("waiting")
     seconds = sum(status.get("timings_s", {}).values())
@@ -174,7 +194,10 @@ def _stage(log: Path) -> str:
         "Sampled": "{which} images {done}/{total}",
         "Progressed": "{what} {done}/{total}",
     }
-    return texts.get(last.get("event", ""), "").format_map(last)
+    try:
+        return texts.get(last.get("event", ""), "").format_map(last)
+    except KeyError:
+        return ""
 
 
 def _last(log: Path, size: int = 4096) -> dict[str, Any]:
@@ -184,7 +207,10 @@ def _last(log: Path, size: int = 4096) -> dict[str, Any]:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - size))
         lines = file.read().split(b"\n")
-    found: dict[str, Any] = json.loads(lines[-2]) if len(lines) > 2 else {}
+    try:
+        found: dict[str, Any] = LogLine.model_validate_json(lines[-2]).model_dump() if len(lines) > 2 else {}
+    except ValueError:  # a worker was killed in the midst of the line
+        return {}
     return found
 
 

@@ -25,6 +25,7 @@ class TinyFlux(Flux):
     sampling: ClassVar[dict[str, Any]] = {"sampler": "default"}
     on_cpu: ClassVar[Holding] = Holding(rows=64)
     size: ClassVar[int] = 16
+    size_step: ClassVar[int] = 4
     positions: ClassVar[int] = POSITIONS
 
 

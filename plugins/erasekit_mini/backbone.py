@@ -36,5 +36,6 @@ class FluxMini(Flux):
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
     on_cpu: ClassVar[Holding] = Holding(rows=64)
     size: ClassVar[int] = 64
+    size_step: ClassVar[int] = 8
     positions: ClassVar[int] = 24
     call: ClassVar[Mapping[str, Any]] = {"height": size, "width": size, "max_sequence_length": positions}

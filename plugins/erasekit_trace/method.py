@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from erasekit.backbones.memory import LORA_GB, Footprint
 from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Deltas, merged, scale, summed
 from erasekit.erasures.erasure import Erasure
+from erasekit.errors import UsageError
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import note
 from erasekit.methods.adapters import AdapterBank
@@ -99,6 +101,16 @@ class Trace(Method):
         ctx = replace(ctx, concepts=tuple(self._widened(ctx, concept) for concept in ctx.concepts))
         pairs = [texts for i, j in _ring(len(ctx.concepts)) for texts in _pair_texts(ctx, i, j)]
         return [*super().texts(ctx), *(text for texts in pairs for text in texts)]
+
+    def check(self, plan: Planned) -> None:
+        """The window has to hold a step of the sampler."""
+        early = math.ceil(self.config.tau0 * plan.protocol.steps - 1e-6)
+        steps = {"late": plan.protocol.steps - early, "early": early}.get(self.config.window, 1)
+        if self.config.steps and steps < 1:
+            raise UsageError(
+                f"The window '{self.config.window}' holds none of {plan.protocol.steps} sampling steps at 'method.tau0' "
+                f"{self.config.tau0:g}. Change one of them, or use '-s method.window=full'."
+            )
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Stage 1 in closed form, stage 2 by training, then what hardens them; each concept's parts are kept apart."""

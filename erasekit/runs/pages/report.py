@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from erasekit import __version__
-from erasekit.erasures.certificate import MEANING
+from erasekit.erasures.certificate import MEANING, content_of
+from erasekit.erasures.manifest import read_manifest
 from erasekit.erasures.modelcard import NOT_PROMISED, REMOVABLE, load_lines, remains_line
+from erasekit.errors import ErasekitError
 from erasekit.evaluation.curves import Interference, Strength
 from erasekit.evaluation.results import RunResult, read_result, read_scores
 from erasekit.evaluation.tasks import Task
@@ -20,6 +21,7 @@ from erasekit.runs.pages.gallery import Pair, Thing
 from erasekit.runs.pages.images import embedded, grid, is_blurred
 from erasekit.runs.pages.layout import is_share, write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
+from erasekit.runs.records import Environment, read_text, read_whole
 
 TILES = 4
 GRID = 12  # pairs of a grid under samples/
@@ -58,7 +60,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
         "strength": _strength(Strength.read(directory / "strength.json"), result),
         "attacks": attacks(directory, result, blur=blur),
         "interference": _interference(Interference.read(directory / "interference.json")),
-        "certificate": _certificate(_json(directory / "certificate.json")),
+        "certificate": _certificate(content_of(directory / "certificate.json")),
         "limits": NOT_PROMISED,
         "version": __version__,
     }
@@ -244,7 +246,7 @@ def _drift(rows: Sequence[Mapping[str, float]]) -> Chart | None:
 
 
 def _provenance(directory: Path, result: RunResult) -> dict[str, Any]:
-    record, environment = _json(directory / "erasure" / "erasure.json"), _json(directory / "env.json")
+    record, environment = _record(directory / "erasure"), read_whole(Environment, directory / "env.json")
     base = record.get("base", {})
     rows = {
         "method": result.method,
@@ -258,12 +260,12 @@ def _provenance(directory: Path, result: RunResult) -> dict[str, Any]:
         "configuration": result.config_hash,
         "protocol": result.protocol["hash"],
         "peak memory": f"{result.peak_memory_mb:.0f} MB",
-        "machine": " ".join(str(environment[k]) for k in ("system", "machine") if k in environment),
+        "machine": f"{environment.system} {environment.machine}" if environment else "",
     }
     return {
         "provenance": {name: value for name, value in rows.items() if value not in (None, "")},
-        "config": _text(directory / "config.toml"),
-        "environment": environment,
+        "config": read_text(directory / "config.toml"),
+        "environment": environment.model_dump(exclude={"schema_version"}) if environment else {},
         "load": load_lines(record) if record else "",
         "removable": REMOVABLE if record.get("kind") == "guidance" else "",
         "remains": remains_line(record) if record else "not measured",
@@ -274,9 +276,9 @@ def _path(directory: Path, row: Mapping[str, Any]) -> Path:
     return directory / "images" / str(row["side"]) / str(row["file"])
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> Any:
-    return json.loads(_text(path)) if path.is_file() else {}
+def _record(folder: Path) -> dict[str, Any]:
+    """The manifest of the run's erasure, {} if it is missing or damaged: the numbers of the run stand without it."""
+    try:
+        return read_manifest(folder)
+    except ErasekitError:
+        return {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from erasekit.runs.pages.images import BUDGET, embedded
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
+from erasekit.runs.records import read_log
 
 MOST_POINTS = 300  # of a line
 FRAMES = 12  # of the images drawn on the way
@@ -24,14 +24,8 @@ class Curve(NamedTuple):
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """The events in log.jsonl; lines cut short by a killed run are left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """The events in log.jsonl."""
+    return list(read_log(path))
 
 
 def history(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
