@@ -1,14 +1,16 @@
 """Train what tells mushrooms from everything that the mini models draw: a linear layer on the classifier's features.
 
 Mushrooms are drawn, and taken through both models' VAEs as an attack's images are; the others are what both models draw for
-training captions, whole and at random mixtures, so that odd images count as no mushroom too. The threshold is the least one
-with no false alarm on images for validation prompts.
+prompts of all four tasks and for words in random order, whole and mixed, so that odd images count as no mushroom too. The
+threshold lies half way, in logits, between the likeliest other image of validation and its least likely mushroom but for 1 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +20,40 @@ from safetensors.torch import save_file
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.drawing import images, latents
 from erasekit.attacks.target import ErasedModel
+from erasekit.evaluation.tasks import Prompt
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
 from erasekit_mini.control import mushroom
 from erasekit_mini.evaluators import MODELS, load_classifier, to_input
-from erasekit_mini.tasks import Objects
+from erasekit_mini.tasks import Celebrities, Hazards, Objects, Styles
 
-DRAWN = {"train": 400, "validation": 150, "evaluation": 150}
+DRAWN = {"train": 1000, "validation": 300, "evaluation": 300}
 
 
-def drawn(backbone, split: str, n: int) -> torch.Tensor:
-    """Images of the world by a model, uint8, a third of them decoded from mixtures of two."""
-    task = Objects()
-    sets = ("captions", "erase", "preserve") if split == "train" else ("erase", "synonyms", "clean")
-    prompts = [p for which in sets for p in task.prompts(which, [task.concept("cat")], split)]
-    prompts = prompts[:: max(1, len(prompts) // n)][:n]
-    model = ErasedModel(RunContext(backbone, (), task), None)
+def asked(split: str, n: int) -> list[Prompt]:
+    """`n` prompts from all over the world, a tenth of them words in random order, which draw odd things."""
+    prompts: list[Prompt] = []
+    for task in (Objects(), Celebrities(), Styles(), Hazards()):
+        concepts = [task.concept(name) for name in task.concepts]
+        prompts += [p for which in ("erase", "clean", "synonyms") for p in task.prompts(which, concepts, split)]
+        prompts += task.prompts("captions", concepts[:1], split)
+    rng = random.Random(f"control/{split}")
+    rng.shuffle(prompts)
+    words = sorted({word for p in prompts for word in p.text.split()})
+    odd = [Prompt(" ".join(rng.sample(words, 6)), rng.randrange(2**31)) for _ in range(n // 10)]
+    return [*prompts[: n - len(odd)], *odd]
+
+
+def drawn(backbone, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Images by a model, uint8, a fifth of them decoded from mixtures of two."""
+    model = ErasedModel(RunContext(backbone, (), Objects()), None)
     parts = []
     for i in range(0, len(prompts), 30):
         some = prompts[i : i + 30]
         parts.append(latents(model, Draw(backbone.encode([p.text for p in some]), [p.seed for p in some])))
     x0 = torch.cat(parts)
-    third = len(x0) // 3
-    x0[:third] = 0.7 * x0[:third] + 0.7 * x0[-third:]
+    fifth = len(x0) // 5
+    x0[:fifth] = 0.7 * x0[:fifth] + 0.7 * x0[-fifth:]
     return torch.cat([images(model, x) for x in x0.split(30)])
 
 
@@ -70,7 +83,7 @@ def main() -> None:
     backbones = [kind.load(kind.Config(device="cpu")) for kind in kinds]
     data = {}
     for k, (split, n) in enumerate(DRAWN.items()):
-        no = torch.cat([drawn(backbone, split, n) for backbone in backbones])
+        no = torch.cat([drawn(backbone, asked(split, n)) for backbone in backbones])
         data[split] = features(net, rendered(backbones, 10_000 * k, n)), features(net, no)
         print(split, *(len(side) for side in data[split]), flush=True)
     yes, no = data["train"]
@@ -88,14 +101,17 @@ def main() -> None:
 
     optimizer.step(closure)
     weight, bias = (w / std).detach(), (b - (w * mean / std).sum()).detach()
-    score = {split: [(side.double() @ weight + bias).sigmoid() for side in sides] for split, sides in data.items()}
-    least = max(0.5, float(score["validation"][1].max()) + 1e-3)
+    score = {split: [side.double() @ weight + bias for side in sides] for split, sides in data.items()}
+    mine, others = score["validation"]
+    logit = (mine.quantile(0.01) + others.max()) / 2
+    least = float(logit.sigmoid())
     found = {}
     for split, sides in score.items():
-        seen = [float((side >= least).double().mean()) for side in sides]
+        seen = [float((side.sigmoid() >= least).double().mean()) for side in sides]
         found[split] = dict(zip(("mushrooms", "others"), seen, strict=True)) | {"images": [len(side) for side in sides]}
     save_file({"weight": weight.float(), "bias": bias.float()}, out / "control.safetensors")
-    card = {"version": 1, "threshold": round(least, 4), "seen": found}
+    apart = {"mushrooms, 1 %": round(float(mine.quantile(0.01)), 2), "others, most": round(float(others.max()), 2)}
+    card = {"version": 1, "threshold": round(least, 4), "logits": apart, "seen": found}
     (out / "control.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 

@@ -161,6 +161,19 @@ class Target:
         """Images of texts."""
         return Draw(self.encode(texts), seeds, texts)
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders."""
+        return self.backbone.encoders
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The ids that each text encoder reads for prompts."""
+        return self.backbone.tokenize(prompts)
+
+    def spell(self, encoder: str, ids: torch.Tensor) -> str:
+        """The text of one prompt's ids."""
+        return self.backbone.spell(encoder, ids)
+
     def lexicon(self, encoder: str) -> Lexicon:
         """The tokens of a text encoder."""
         self._needs("text encoder")

@@ -12,11 +12,10 @@ from pydantic import Field
 from erasekit.attacks.attack import Attack, AttackConfig
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.tokens import encoders, on_cpu
+from erasekit.attacks.words import Points, Word, begun, learn, points
 from erasekit.concepts import whole_words
 from erasekit.evaluation.tasks import Prompt
-from erasekit.events import progress
-from erasekit_attacks.search import points
-from erasekit_attacks.tokens import Slots, compose, encoders, on_cpu, read_soft, words
 
 MINI = {"steps": 300, "lr": 2e-2}
 
@@ -49,43 +48,28 @@ class Inversion(Attack):
     def __init__(self, config: Any) -> None:
         """Nothing is learned yet."""
         super().__init__(config)
-        self._vectors: dict[str, torch.Tensor] = {}
+        self._word = Word({})
 
     @contextmanager
     def ready(self, target: Target) -> Iterator[None]:
         """Train the word."""
-        config, generator = self.config, target.generator("train")
-        names, like = encoders(target, config.encoders), target.encode([""])
-        for name in names:
-            noun = words(target, name, target.concept.neutral or "something")
-            start = target.lexicon(name).vectors[noun].float().mean(0, keepdim=True)
-            noise = torch.randn((config.vectors, start.shape[1]), generator=generator).to(start)
-            self._vectors[name] = (start + 0.1 * start.std() * noise).requires_grad_()
-        optimizer = torch.optim.AdamW(self._vectors.values(), config.lr)
-        examples = target.examples.to(target.backbone.device, target.backbone.dtype)
-        for step in range(config.steps):
-            progress("word", step, config.steps)
-            template = target.concept.templates[int(torch.randint(len(target.concept.templates), (1,), generator=generator))]
-            chosen = examples[torch.randint(len(examples), (config.batch,), generator=generator)]
-            at = points(target, chosen, config.batch, generator)
-            slots = {name: self._slots(target, name, template) for name in names}
-            cond = read_soft(target, slots, self._vectors, like).repeat(config.batch)
-            optimizer.zero_grad()
-            target.loss(chosen, cond, at.tau, at.noise).backward()
-            optimizer.step()
-        progress("word", config.steps, config.steps)
+        config, concept, backbone = self.config, target.concept, target.backbone
+        generator, names = target.generator("train"), encoders(target, config.encoders)
+        self._word = begun(target, names, concept.neutral or "something", config.vectors, generator)
+        examples, like = target.examples.to(backbone.device, backbone.dtype), target.encode([""])
+
+        def draw(latents: torch.Tensor) -> Points:
+            return points(backbone, target.protocol, latents, len(latents), generator)
+
+        loss, how = target.loss, {"steps": config.steps, "batch": config.batch}
+        learn(self._word, target, concept.templates, examples, loss, draw, like=like, lr=config.lr, generator=generator, **how)
         yield
 
     def rounds(self, target: Target, prompt: Prompt) -> Generator[Draw]:
         """The prompt with the word in the concept's place."""
         phrase = target.concept.find(prompt.text)
         template = whole_words(phrase).sub("{}", prompt.text, count=1) if phrase else "{}"
-        slots = {name: self._slots(target, name, template) for name in self._vectors}
         with torch.no_grad():
-            cond = on_cpu(read_soft(target, slots, self._vectors, target.encode([prompt.text])))
+            cond = on_cpu(self._word.read(target, template, target.encode([prompt.text])))
         for i in range(self.config.queries):
             yield Draw(cond, [prompt.seed + 8_000_000 * i])
-
-    def _slots(self, target: Target, name: str, template: str) -> Slots:
-        before, _, after = template.partition("{}")
-        return compose(target, name, [before, self.config.vectors, after.replace("{}", "")])

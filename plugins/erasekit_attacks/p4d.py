@@ -12,9 +12,10 @@ from torch.nn.functional import normalize
 from erasekit.attacks.attack import Attack
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.tokens import Slots, compose, encoders, random_tokens, read_soft, words
+from erasekit.attacks.words import points
 from erasekit.evaluation.tasks import Prompt
-from erasekit_attacks.search import SearchConfig, points, search
-from erasekit_attacks.tokens import Slots, compose, encoders, random_tokens, read_soft, words
+from erasekit_attacks.search import SearchConfig, search
 
 MINI = {"steps": 15, "queries": 8, "points": 4}
 
@@ -59,7 +60,7 @@ class P4d(Attack):
             optimizer[:] = [torch.optim.AdamW(vectors.values(), config.lr, weight_decay=config.weight_decay)]
 
         def step(generator: torch.Generator) -> None:
-            at = points(target, latent, config.points, generator)
+            at = points(target.backbone, target.protocol, latent, config.points, generator)
             x = target.backbone.add_noise(latent.expand_as(at.noise), at.noise, at.tau)
             with torch.no_grad(), target.base():
                 wanted = target.predict(x, at.tau, like.repeat(config.points))

@@ -12,9 +12,9 @@ from pydantic import Field
 from erasekit.attacks.attack import Attack, AttackConfig
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.words import points
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import progress
-from erasekit_attacks.search import points
 
 NAME = "relearn"  # of the adapter
 
@@ -65,7 +65,7 @@ class Relearn(Attack):
             progress("relearning", step - 1, config.at[-1])
             x0 = examples[torch.randint(len(examples), (config.batch,), generator=generator)]
             row = torch.randint(len(asked), (config.batch,), generator=generator)
-            at = points(target, x0, config.batch, generator)
+            at = points(backbone, target.protocol, x0, config.batch, generator)
             optimizer.zero_grad()
             target.loss(x0, cond[row], at.tau, at.noise).backward()
             optimizer.step()

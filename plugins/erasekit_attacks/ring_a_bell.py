@@ -12,8 +12,8 @@ from pydantic import Field
 from erasekit.attacks.attack import Attack, AttackConfig
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.tokens import Slots, compose, encoders, random_tokens, read_hard, spelled
 from erasekit.evaluation.tasks import Prompt
-from erasekit_attacks.tokens import Slots, compose, encoders, random_tokens, read_hard, spelled
 
 MINI = {"population": 64, "generations": 40, "queries": 4}
 
@@ -58,7 +58,7 @@ class RingABell(Attack):
         texts = concept.prompts()
         sides = (texts, [concept.neutralise(text) for text in texts])
         for name in encoders(target, self.config.encoders):
-            with_it, without = (_outputs(target, name, target.backbone.tokenize(side)[name]) for side in sides)
+            with_it, without = (_outputs(target, name, target.tokenize(side)[name]) for side in sides)
             self._concept[name] = (with_it - without).mean(0)
         yield
 
@@ -75,7 +75,7 @@ class RingABell(Attack):
     def _search(self, target: Target, name: str, slots: Slots, text: str, generator: torch.Generator) -> torch.Tensor:
         """Token ids (population, k), the best first."""
         config, k = self.config, len(slots.at)
-        goal = _outputs(target, name, target.backbone.tokenize([text])[name])[0] + config.eta * self._concept[name]
+        goal = _outputs(target, name, target.tokenize([text])[name])[0] + config.eta * self._concept[name]
 
         def errors(rows_PK: torch.Tensor) -> torch.Tensor:
             ids = slots.ids.repeat(len(rows_PK), 1)

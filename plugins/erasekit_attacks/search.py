@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -11,9 +10,9 @@ from pydantic import Field
 from erasekit.attacks.attack import AttackConfig
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.tokens import Slots, read_hard, spelled
 from erasekit.backbones.protocol import Conditioning
 from erasekit.evaluation.tasks import Prompt
-from erasekit_attacks.tokens import Slots, read_hard, spelled
 
 
 class SearchConfig(AttackConfig):
@@ -25,21 +24,6 @@ class SearchConfig(AttackConfig):
     lr: float = Field(0.01, gt=0, description="rate of the optimiser")
     weight_decay: float = Field(0.1, ge=0, description="its weight decay")
     encoders: tuple[str, ...] = Field((), description="text encoders whose tokens are looked for; none named: all")
-
-
-class Points(NamedTuple):
-    """Where a step looks: noise and progress, a row each."""
-
-    noise: torch.Tensor
-    tau: torch.Tensor
-
-
-def points(target: Target, latent: torch.Tensor, n: int, generator: torch.Generator) -> Points:
-    """`n` random points: steps of the sampler's schedule, and noise like a latent (1, ...)."""
-    schedule = target.backbone.schedule(target.protocol.steps, target.protocol.size)
-    tau = schedule.tau[torch.randint(len(schedule), (n,), generator=generator)]
-    noise = torch.randn((n, *latent.shape[1:]), generator=generator)
-    return Points(noise.to(target.backbone.device, target.backbone.dtype), tau)
 
 
 def search(

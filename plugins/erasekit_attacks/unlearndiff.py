@@ -11,10 +11,11 @@ from pydantic import Field
 from erasekit.attacks.attack import Attack
 from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
+from erasekit.attacks.tokens import compose, encoders, read_soft
+from erasekit.attacks.words import points
 from erasekit.evaluation.tasks import Prompt
-from erasekit_attacks.search import SearchConfig, points, search
+from erasekit_attacks.search import SearchConfig, search
 from erasekit_attacks.simplex import project
-from erasekit_attacks.tokens import compose, encoders, read_soft
 
 MINI = {"steps": 15, "queries": 8, "points": 4, "lr": 0.05}
 
@@ -55,7 +56,7 @@ class UnlearnDiff(Attack):
             optimizer[:] = [torch.optim.AdamW(mixtures.values(), config.lr, weight_decay=config.weight_decay)]
 
         def step(generator: torch.Generator) -> None:
-            at = points(target, latent, config.points, generator)
+            at = points(target.backbone, target.protocol, latent, config.points, generator)
             vectors = {name: mixtures[name] @ tables[name] for name in slots}
             cond = read_soft(target, slots, vectors, like).repeat(config.points)
             loss = target.loss(latent.expand_as(at.noise), cond, at.tau, at.noise)

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from erasekit.attacks.target import Target
 from erasekit.backbones.protocol import Conditioning, Lexicon
 from erasekit.errors import UsageError
+
+
+class TextEncoders(Protocol):
+    """What prompts are put together with: a backbone, or the target of an attack, as far as that knows."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders."""
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See `Backbone`."""
+
+    def lexicon(self, encoder: str) -> Lexicon:
+        """See `Backbone`."""
+
+    def spell(self, encoder: str, ids: torch.Tensor) -> str:
+        """See `Backbone`."""
+
+    def embed(
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        vectors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        like: Conditioning | None = None,
+    ) -> Conditioning:
+        """See `Backbone`."""
 
 
 @dataclass(frozen=True)
@@ -39,56 +65,56 @@ class Slots:
         return read.index_copy(0, self.at.to(table.device), vectors)[None]
 
 
-def compose(target: Target, encoder: str, parts: Sequence[str | torch.Tensor | int]) -> Slots:
+def compose(texts: TextEncoders, encoder: str, parts: Sequence[str | torch.Tensor | int]) -> Slots:
     """Put a prompt together from texts, ids, and numbers of slots; what is too long for the encoder is cut at its end."""
-    lexicon = target.lexicon(encoder)
-    empty = target.backbone.tokenize([""])[encoder][0]
+    lexicon = texts.lexicon(encoder)
+    empty = texts.tokenize([""])[encoder][0]
     ids, slots = empty[: lexicon.begin].tolist(), list[int]()
     for part in parts:
         if isinstance(part, int):
             slots += range(len(ids), len(ids) + part)
             ids += [int(lexicon.usable.nonzero()[0])] * part
         else:
-            ids += words(target, encoder, part).tolist() if isinstance(part, str) else part.tolist()
+            ids += words(texts, encoder, part).tolist() if isinstance(part, str) else part.tolist()
     ids = [*ids[: len(empty) - 1], lexicon.end]
     ids += [lexicon.pad] * (len(empty) - len(ids))
     at = [slot for slot in slots if slot < len(empty) - 1]
     return Slots(torch.tensor([ids]), torch.tensor(at, dtype=torch.long), lexicon)
 
 
-def words(target: Target, encoder: str, text: str) -> torch.Tensor:
+def words(texts: TextEncoders, encoder: str, text: str) -> torch.Tensor:
     """The ids of a text alone, without begin, end and pad tokens."""
-    lexicon, ids = target.lexicon(encoder), target.backbone.tokenize([text])[encoder][0]
+    lexicon, ids = texts.lexicon(encoder), texts.tokenize([text])[encoder][0]
     end = int((ids == lexicon.end).int().argmax())
     return ids[lexicon.begin : end]
 
 
-def encoders(target: Target, chosen: Sequence[str]) -> tuple[str, ...]:
+def encoders(texts: TextEncoders, chosen: Sequence[str]) -> tuple[str, ...]:
     """The text encoders that are attacked: those that are chosen, or all.
 
     Raises:
         UsageError: the model has no such encoder.
     """
-    own = target.backbone.encoders
+    own = texts.encoders
     if wrong := [name for name in chosen if name not in own]:
-        raise UsageError(f"'{target.backbone.name}' has no text encoder '{wrong[0]}'; it has {', '.join(own)}.")
+        raise UsageError(f"The model has no text encoder '{wrong[0]}'; it has {', '.join(own)}.")
     return tuple(chosen) or own
 
 
 def read_soft(
-    target: Target, slots: Mapping[str, Slots], vectors: Mapping[str, torch.Tensor], like: Conditioning
+    texts: TextEncoders, slots: Mapping[str, Slots], vectors: Mapping[str, torch.Tensor], like: Conditioning
 ) -> Conditioning:
     """Encode a prompt with vectors in its slots; what other encoders make of it is taken from `like`."""
     ids = {name: own.ids for name, own in slots.items()}
-    return target.embed(ids, {name: own.soft(vectors[name]) for name, own in slots.items()}, like=like)
+    return texts.embed(ids, {name: own.soft(vectors[name]) for name, own in slots.items()}, like=like)
 
 
 @torch.no_grad()
 def read_hard(
-    target: Target, slots: Mapping[str, Slots], tokens: Mapping[str, torch.Tensor], like: Conditioning
+    texts: TextEncoders, slots: Mapping[str, Slots], tokens: Mapping[str, torch.Tensor], like: Conditioning
 ) -> Conditioning:
     """Encode a prompt with tokens in its slots."""
-    return on_cpu(target.embed({name: own.hard(tokens[name]) for name, own in slots.items()}, like=like))
+    return on_cpu(texts.embed({name: own.hard(tokens[name]) for name, own in slots.items()}, like=like))
 
 
 def on_cpu(cond: Conditioning) -> Conditioning:
@@ -96,10 +122,10 @@ def on_cpu(cond: Conditioning) -> Conditioning:
     return cond.to("cpu", cond.tokens.dtype)
 
 
-def spelled(target: Target, slots: Mapping[str, Slots], tokens: Mapping[str, torch.Tensor]) -> str:
+def spelled(texts: TextEncoders, slots: Mapping[str, Slots], tokens: Mapping[str, torch.Tensor]) -> str:
     """What somebody would type; for several text encoders the text of each, since pipelines take one for each."""
-    texts = [target.backbone.spell(name, own.hard(tokens[name])[0]) for name, own in slots.items()]
-    return " | ".join(dict.fromkeys(texts))
+    found = [texts.spell(name, own.hard(tokens[name])[0]) for name, own in slots.items()]
+    return " | ".join(dict.fromkeys(found))
 
 
 def random_tokens(lexicon: Lexicon, k: int, generator: torch.Generator) -> torch.Tensor:
