@@ -14,7 +14,7 @@ from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
 from erasekit.attacks.tokens import encoders, on_cpu
 from erasekit.attacks.words import Points, Word, begun, learn, points
-from erasekit.concepts import whole_words
+from erasekit.concepts import NEUTRAL, whole_words
 from erasekit.evaluation.tasks import Prompt
 
 MINI = {"steps": 300, "lr": 2e-2}
@@ -55,7 +55,7 @@ class Inversion(Attack):
         """Train the word."""
         config, concept, backbone = self.config, target.concept, target.backbone
         generator, names = target.generator("train"), encoders(target, config.encoders)
-        self._word = begun(target, names, concept.neutral or "something", config.vectors, generator)
+        self._word = begun(target, names, NEUTRAL[concept.kind], config.vectors, generator)
         examples, like = target.examples.to(backbone.device, backbone.dtype), target.encode([""])
 
         def draw(latents: torch.Tensor) -> Points:

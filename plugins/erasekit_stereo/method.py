@@ -1,0 +1,237 @@
+"""STEREO (CVPR 2025): search thoroughly for words that bring an erased concept back, then robustly erase all of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from erasekit.attacks.losses import denoise_loss
+from erasekit.attacks.tokens import on_cpu
+from erasekit.attacks.words import Points, Word, begun, learn, points
+from erasekit.backbones.memory import GIB, LORA_GB, Footprint
+from erasekit.backbones.protocol import Conditioning, concatenate
+from erasekit.concepts import NEUTRAL, Concept
+from erasekit.erasures.deltas import Deltas, merged, summed
+from erasekit.erasures.erasure import Erasure
+from erasekit.methods.context import Planned, RunContext
+from erasekit.methods.images import images_of
+from erasekit.methods.method import Method, OrNone
+from erasekit.methods.prompts import concept_prompts
+from erasekit.methods.students import Student, lora, whole
+from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
+
+NO_TEXT = "no-text"
+TEXT = {"unet": "cross", "dit": "all_attn"}  # the scope of the layers that read text
+# Chosen on validation prompts of the mini world.
+MINI: dict[str, Any] = {
+    "scope": "cross",
+    "guidance": None,
+    "batch": 8,
+    "lr": 3e-4,
+    "search_lr": 3e-4,
+    "word_lr": 2e-2,
+    "word_steps": 300,
+}
+MINI |= {"images": 16, "schedule": "cosine", "warmup": 10, "clip": 1.0, "composition": 1.0, "eta": 0.5}
+BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
+
+
+class StereoConfig(LoraTrainingConfig):
+    """Settings of STEREO; the defaults are those of the published code (koushiksrivats/robust-concept-erasing, 2025)."""
+
+    loops: int = Field(2, ge=0, description="how often the concept is erased and a word for it learned (published: 2 to 4)")
+    steps: int = Field(200, ge=0, description="training steps of each erasing (published: 200)")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate of the last erasing (published: 2e-5)")
+    search_lr: float = Field(5e-6, gt=0, description="the same of those in the loops (published: 5e-6)")
+    batch: int = Field(1, ge=1, description="points of trajectories in a step (published: 1)")
+    scope: str = Field(
+        NO_TEXT, description="linear layers that are trained: no-text are all that do not read text (published), or a scope"
+    )
+    weights: Literal["full", "lora"] = Field("full", description="train whole weights or a LoRA")
+    rank: int = Field(8, ge=1, description="rank of the LoRA")
+    eta: float = Field(1.0, ge=0, description="in the loops, how far the target is pushed away from the word (published: 1)")
+    composition: float = Field(
+        2.0, ge=1, description="s of the last target: + (s - 1) for a sentence, - (s + 1) for the words (published: 2)"
+    )
+    guidance: Annotated[float | None, OrNone] = Field(
+        3.0, ge=0, description="classifier-free guidance of the trajectories trained on (published: 3); none, the protocol's"
+    )
+    trajectories: int = Field(
+        24, ge=1, description="trajectories per word; the published code draws one of the student's for each step"
+    )
+    images: int = Field(200, ge=1, description="images of the concept that words are learned from (published: about 500)")
+    word_steps: int = Field(3000, ge=1, description="training steps of a word (published: 3000)")
+    word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (published: 5e-3)")
+    word_batch: int = Field(4, ge=1, description="images in a step of a word (published: 1)")
+
+
+@dataclass
+class Hunted:
+    """A concept, and all that has been found to ask for it.
+
+    Attributes:
+        concept: what is erased.
+        sentences: prompts that ask for it in its own words.
+        words: its own words alone, then each that was learned, one prompt each.
+        prompts: of each of these, the prompts that it is erased in.
+        examples: images of it by the base, x0 (n, ...).
+    """
+
+    concept: Concept
+    sentences: Conditioning
+    words: list[Conditioning]
+    prompts: list[Conditioning]
+    examples: torch.Tensor = field(repr=False)
+
+
+class Stereo(Method):
+    """STEREO (arXiv:2408.16807) for any number of concepts, which take turns.
+
+    Each loop trains the model to predict f(0) - eta (f(w) - f(0)) for the last word w, from the model of the loop before, and
+    learns another word that still draws the concept. Then the base is trained once: for each word to predict
+    f(0) + (s - 1)(f(a) - f(0)) - (s + 1) mean_w (f(w) - f(0)), where a is a sentence that holds the concept, so that the scene
+    stays when the words go. The published code rescales both differences (APG), and trains on the student's own
+    trajectories; here they are the base's. It has no form for flows: the equations are used as they stand.
+    """
+
+    name = "stereo"
+    Config = StereoConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dit": {"weights": "lora", "scope": "qk_dual", "lr": 1e-4, "search_lr": 1e-4},
+        "sd15-mini": MINI,
+        "flux-mini": MINI | {"scope": "all_attn"},
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": StereoConfig(trajectories=200).model_dump()}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {"without words": {"loops": 0}}
+    curves: ClassVar[Mapping[str, str]] = {
+        "erase": "how far the prediction for the concept, or for a word that brings it back, is from the target",
+    }
+    config: StereoConfig
+
+    def footprint(self, plan: Planned) -> Footprint:
+        """Points of one concept."""
+        trained = LORA_GB
+        if self.config.weights == "full":
+            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
+        return Footprint(rows=max(self.config.batch, self.config.word_batch), trained_gb=trained)
+
+    def erase(self, ctx: RunContext) -> Erasure:
+        """The loops, then one erasing of all that they have found."""
+        hunted = [self._begin(ctx, concept) for concept in ctx.concepts]
+        found: Deltas = {}
+        for loop in range(self.config.loops):
+            with merged(ctx.backbone.denoiser, found):
+                pools = [self._search_pool(ctx, own, loop) for own in hunted]
+                step = self._trained(ctx, pools, f"stereo-{loop}", self.config.search_lr)
+            found = summed([found, step])
+            with merged(ctx.backbone.denoiser, found):
+                for own in hunted:
+                    self._learn(ctx, own, loop)
+        pools = [pool for own in hunted for pool in self._last_pools(ctx, own)]
+        deltas = self._trained(ctx, pools, "stereo", self.config.lr)
+        entry = ctx.concepts[0].name if len(ctx.concepts) == 1 else "shared"
+        return self.erasure(ctx, deltas={entry: {"weights": deltas}})
+
+    def layers(self, ctx: RunContext) -> list[str]:
+        """The linear layers that are trained."""
+        if self.config.scope != NO_TEXT:
+            return ctx.backbone.lora_targets(self.config.scope)
+        text = set(ctx.backbone.lora_targets(TEXT[ctx.backbone.capabilities.family]))
+        return [name for name in ctx.backbone.lora_targets("all") if name not in text]
+
+    def _begin(self, ctx: RunContext, concept: Concept) -> Hunted:
+        """A concept with its own words and images of it."""
+        sentences = concept_prompts(concept, ctx.prompts("erase"))
+        generator = ctx.generator(f"stereo/images/{concept.name}")
+        x0, _ = images_of(ctx, sentences, self.config.images if self.config.loops else 1, generator)
+        encoded, alone = ctx.backbone.encode(sentences), ctx.backbone.encode([concept.phrases[0]])
+        return Hunted(concept, encoded, [alone], [encoded], x0)
+
+    def _learn(self, ctx: RunContext, own: Hunted, loop: int) -> None:
+        """Learn a word under which the model as it stands draws the concept, and keep it."""
+        config, backbone, concept = self.config, ctx.backbone, own.concept
+        generator, like = ctx.generator(f"stereo/word/{concept.name}/{loop}"), backbone.encode([""])
+        word = begun(backbone, backbone.encoders, NEUTRAL[concept.kind], 1, generator)
+
+        def loss(x0: torch.Tensor, cond: Conditioning, tau: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            return denoise_loss(backbone, x0, cond, tau, noise, predict=ctx.predict)
+
+        def draw(x0: torch.Tensor) -> Points:
+            return points(backbone, ctx.protocol, x0, len(x0), generator)
+
+        how: dict[str, Any] = {
+            "steps": config.word_steps,
+            "batch": config.word_batch,
+            "lr": config.word_lr,
+            "generator": generator,
+        }
+        learn(word, backbone, concept.templates, own.examples, loss, draw, like=like, **how)
+        own.words.append(_read(ctx, word, ["{}"]))
+        own.prompts.append(_read(ctx, word, concept.templates))
+
+    def _search_pool(self, ctx: RunContext, own: Hunted, loop: int) -> Pool:
+        """Points of trajectories of the model as it stands under the last word; `predictions` holds the target."""
+        pool = self._pool(ctx, own.prompts[-1], f"stereo/{own.concept.name}/{loop}")
+        none, full = pool.predictions.unbind(1)
+        return replace(pool, predictions=negative_guidance(none, full, none, self.config.eta)[:, None])
+
+    def _last_pools(self, ctx: RunContext, own: Hunted) -> list[Pool]:
+        """Of the base, for each word; `predictions` holds the composed target."""
+        pools = []
+        for k, prompts in enumerate(own.prompts):
+            name = f"stereo/{own.concept.name}/last/{k}"
+            generator, n = ctx.generator(f"{name}/sentences"), len(prompts)
+            sentences = own.sentences[torch.randint(len(own.sentences), (n,), generator=generator)]
+            pool = self._pool(ctx, prompts, name, [sentences, *(word.repeat(n) for word in own.words)])
+            none, _, scene, *words = pool.predictions.unbind(1)
+            goal = composed(none, scene, torch.stack(words), self.config.composition)
+            pools.append(replace(pool, predictions=goal[:, None]))
+        return pools
+
+    def _pool(self, ctx: RunContext, prompts: Conditioning, name: str, others: Sequence[Conditioning] = ()) -> Pool:
+        seeds = torch.randint(2**31, (self.config.trajectories,), generator=ctx.generator(name)).tolist()
+        return base_pool(ctx.backbone, with_guidance(ctx, self.config.guidance), prompts, seeds, others)
+
+    def _trained(self, ctx: RunContext, pools: Sequence[Pool], name: str, lr: float) -> Deltas:
+        """What training on pools, in turns, adds to the weights as they stand."""
+        config = self.config.model_copy(update={"lr": lr})
+
+        def losses(student: Student, batch: int, generator: torch.Generator) -> Losses:
+            at = pools[batch // config.accumulate % len(pools)].sample(config.batch, generator)
+            return {"erase": squared_error(student.predict(at.x, at.tau, at.cond), at.predictions[:, 0])}
+
+        with self._student(ctx, name) as student:
+            train(partial(losses, student), student.parameters, config, ctx=ctx, name=name)
+            return student.deltas()
+
+    def _student(self, ctx: RunContext, name: str) -> AbstractContextManager[Student]:
+        config, layers = self.config, self.layers(ctx)
+        if config.weights == "full":
+            return nullcontext(whole(ctx, layers))
+        return lora(ctx, name, layers, config.rank, ctx.generator(f"{name}/init"), init=config.init, alpha=config.alpha)
+
+
+def composed(none: torch.Tensor, scene: torch.Tensor, words: torch.Tensor, s: float) -> torch.Tensor:
+    """What the last erasing aims at: f(0) + (s - 1)(f(a) - f(0)) - (s + 1) mean_w (f(w) - f(0)).
+
+    Args:
+        none: f(0), predictions (b, ...) for the empty prompt.
+        scene: f(a), for a sentence that holds the concept.
+        words: f(w), (words, b, ...), for the concept's own words and those that were learned.
+        s: the scale.
+    """
+    return none + (s - 1) * (scene - none) - (s + 1) * (words - none).mean(0)
+
+
+def _read(ctx: RunContext, word: Word, templates: Sequence[str]) -> Conditioning:
+    """Prompts with a learned word in each template."""
+    like = ctx.backbone.encode([""])
+    with torch.no_grad():
+        return concatenate([on_cpu(word.read(ctx.backbone, template, like)) for template in templates])
