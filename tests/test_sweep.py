@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from erasekit.errors import ErasekitError, UsageError
-from erasekit.evaluation.results import read_result
+from erasekit.evaluation.results import Metric, RunResult, read_result, write_result
 from erasekit.registration import plugins
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import open_run, path_of, read_status
 from erasekit.runs.runner import run
-from erasekit.sweeps.cells import cells_of, give_another_chance, run_config, seen, write_cells
+from erasekit.sweeps.cells import Cell, cells_of, give_another_chance, run_config, seen, write_cells
 from erasekit.sweeps.suite import Suite, adjusted, of_method, parse_row, read_suite, rows_of
 from erasekit.sweeps.sweep import How, check_gpus, sweep
+from erasekit.sweeps.table import by_attack, by_row, tables_of
 from erasekit.sweeps.worker import work
 from tests.sweeping import BOTH, FILES, IMAGES, counted, grid_of, lines_of, numbers
 
@@ -257,7 +258,7 @@ def test_cells_on_other_machines_say_for_which_gpu_they_are(suite, registries, t
 
 
 SUITES = {"smoke": 16, "table1-mini": 396, "table2-mini": 75, "objects-mini": 540}
-SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15}
+SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15, "attacks": 20}
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -271,3 +272,28 @@ def test_every_suite_of_ours_can_be_begun(name, tmp_path):
 
 def test_no_suite_of_ours_is_left_out():
     assert {path.stem for path in (ROOT / "benchmarks" / "suites").glob("*.toml")} == set(SUITES)
+
+
+def test_attacks_have_a_table_of_their_own(tmp_path):
+    """Named by the attack, beside the unedited model and the false alarms; their cost is summed over runs."""
+    shown = {"acc_e": (0.1, 1.0), "asr[none]": (0.1, 1.0), "asr[hunt]": (0.6, 0.9), "false_alarm[hunt]": (0.05, None)}
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        metrics = {
+            name: Metric(value=value, base=base, ci95=(value, value), n=10, higher_is_better=False, evaluator="e@1")
+            for name, (value, base) in shown.items()
+        }
+        facts = {"method": "pull", "backbone": "tiny", "task": "words", "domain": "mini", "concepts": ("cat",), "seed": seed}
+        facts |= {"config_hash": "0", "protocol": {"hash": "p"}, "counts": {}, "timings_s": {}, "peak_memory_mb": 1.0}
+        write_result(RunResult(**facts, metrics=metrics, erasure_sha256=str(seed)), folder / "results.json")
+        spent = {"spent": {"prompts": 9, "queries": 30, "passes": 400, "seconds": 1.25}}
+        (folder / "attacks.json").write_text(json.dumps({"attacks": {"hunt": spent}}))
+    [table] = tables_of([Cell("pull", {}, str(seed)) for seed in (0, 1)], tmp_path)
+    assert table["rows"]["pull"]["attacks"] == {"hunt": {"prompts": 18, "queries": 60, "passes": 800, "seconds": 2.5}}
+    attacks = by_attack(table["rows"])
+    assert attacks.columns == ["row", "none", "hunt"]
+    assert attacks.rows[0] == ["pull", "0.10 (0.10 to 0.10)", "0.60 (0.60 to 0.60)"]
+    assert attacks.rows[1:] == [["unedited", "1.00", "0.90"], ["never learned", "", "0.05 (0.05 to 0.05)"]]
+    assert by_row(table["rows"]).columns[:2] == ["row", "acc_e"]
+    assert not any("asr" in column for column in by_row(table["rows"]).columns)

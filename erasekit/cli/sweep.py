@@ -109,7 +109,7 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     """Write the sweep's table into its folder, and print it."""
     from erasekit.atomic import replacing
     from erasekit.runs.rundir import write_json
-    from erasekit.sweeps.table import by_difference, by_row, markdown, tables_of
+    from erasekit.sweeps.table import by_attack, by_difference, by_row, markdown, tables_of
 
     tables = tables_of([cell for cell, _ in swept.cells if cell.path], swept.out)
     content = {"title": swept.suite.title, "suite": swept.suite.model_dump(mode="json"), "tables": tables}
@@ -117,7 +117,7 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     parts = [f"# {swept.suite.title or swept.folder.name}"]
     for table in tables:
         heading = f"{table['task']} on {table['backbone']}"
-        shown = [by_row(table["rows"]), by_difference(table["rows"])]
+        shown = [of(table["rows"]) for of in (by_row, by_difference, by_attack)]
         parts += [f"## {heading}", *(markdown(each) for each in shown if each.rows)]
         for each in shown if not as_json else []:
             if each.rows:

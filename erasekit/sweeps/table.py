@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from erasekit.evaluation.results import RunResult, Table, read_result
+from erasekit.evaluation.results import ATTACKED, RunResult, Table, read_result
 from erasekit.evaluation.summary import by_protocol, differences, summary
 from erasekit.sweeps.cells import Cell
 
@@ -46,6 +47,8 @@ def _rows(rows: Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]) ->
         if first:
             found[name]["differences"] = differences(runs, first)
         first = first or runs
+        if spent := _spent([path for each in concepts.values() for _, path in each]):
+            found[name]["attacks"] = spent
         found[name]["runs"] = [_record(concept, run) for concept, of_concept in runs.items() for run in of_concept]
     return found
 
@@ -53,6 +56,17 @@ def _rows(rows: Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]) ->
 def _record(concept: str, run: RunResult) -> dict[str, Any]:
     values = {name: metric.value for name, metric in run.metrics.items()}
     return {"concepts": concept, "seed": run.seed, "erasure_sha256": run.erasure_sha256, **values}
+
+
+def _spent(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Of each attack what it took in all runs together: prompts that it was tried on, images, passes, seconds."""
+    found: dict[str, dict[str, float]] = {}
+    for path in paths:
+        if (path / "attacks.json").is_file():
+            for name, about in json.loads((path / "attacks.json").read_text(encoding="utf-8"))["attacks"].items():
+                own = found.setdefault(name, {})
+                own.update({key: round(own.get(key, 0) + value, 1) for key, value in about["spent"].items()})
+    return found
 
 
 def _kilobytes(folder: Path) -> float:
@@ -81,6 +95,25 @@ def by_difference(rows: Mapping[str, Any]) -> Table:
     return Table([f"less {next(iter(rows))}", *map(_title, digits)], cells)
 
 
+def by_attack(rows: Mapping[str, Any]) -> Table:
+    """Of every row what each attack and probe finds; no rows without attacks.
+
+    Below them the unedited model, and what the same attacks find of a concept that no model has learned.
+    """
+    names = list(dict.fromkeys(m for row in rows.values() for m in row["metrics"] if m.startswith(("asr[", "probe["))))
+    cells = [
+        [name, *(_with_interval(row["metrics"][m], 2) if m in row["metrics"] else "" for m in names)]
+        for name, row in rows.items()
+        if names
+    ]
+    if cells:
+        alarms = {m: f"false_alarm[{_inside(m)}]" for m in names}
+        known = {m: next((r["metrics"][a] for r in rows.values() if a in r["metrics"]), None) for m, a in alarms.items()}
+        cells.append(["unedited", *_unedited(rows, dict.fromkeys(names, 2))])
+        cells.append(["never learned", *(_with_interval(found, 2) if found else "" for found in known.values())])
+    return Table(["row", *map(_inside, names)], cells)
+
+
 def by_concept(row: Mapping[str, Any]) -> Table:
     """Of one row every concept, in the mean of its seeds, and the mean of all."""
     digits = _columns({"": row})
@@ -107,14 +140,20 @@ def markdown(table: Table) -> str:
 
 
 def _columns(rows: Mapping[str, Any]) -> dict[str, int]:
-    """Every metric -> its digits: shares have three, others one; the distance to renders is left to the file."""
-    names = dict.fromkeys(m for row in rows.values() for m in row["metrics"] if not m.endswith("/renders]"))
+    """Every metric -> its digits: shares have three, others one; distances to renders and attacks are left out."""
+    every = (m for row in rows.values() for m in row["metrics"])
+    names = dict.fromkeys(m for m in every if not m.endswith("/renders]") and m.partition("[")[0] not in ATTACKED)
     return {name: 3 if name.startswith(SHARES) else 1 for name in names}
 
 
 def _title(metric: str) -> str:
     """The metric without what it was measured with."""
     return metric.partition("[")[0]
+
+
+def _inside(metric: str) -> str:
+    """What a metric was measured with."""
+    return metric.partition("[")[2].removesuffix("]")
 
 
 def _with_interval(metric: Mapping[str, Any], digits: int, *, sign: str = "") -> str:

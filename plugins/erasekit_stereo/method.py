@@ -11,21 +11,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from erasekit.attacks.losses import denoise_loss
-from erasekit.attacks.tokens import on_cpu
-from erasekit.attacks.words import Points, Word, begun, learn, points
 from erasekit.backbones.memory import GIB, LORA_GB, Footprint
-from erasekit.backbones.protocol import Conditioning, concatenate
-from erasekit.concepts import NEUTRAL, Concept
+from erasekit.backbones.protocol import Conditioning
+from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Deltas, merged, summed
 from erasekit.erasures.erasure import Erasure
 from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.images import images_of
 from erasekit.methods.method import Method, OrNone
-from erasekit.methods.prompts import concept_prompts
+from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
+from erasekit_stereo.words import learned, read
 
 NO_TEXT = "no-text"
 TEXT = {"unet": "cross", "dit": "all_attn"}  # the scope of the layers that read text
@@ -39,7 +37,7 @@ MINI: dict[str, Any] = {
     "word_lr": 2e-2,
     "word_steps": 300,
 }
-MINI |= {"images": 16, "schedule": "cosine", "warmup": 10, "clip": 1.0, "composition": 1.0, "eta": 0.5}
+MINI |= {"images": 16, "schedule": "cosine", "warmup": 10, "clip": 1.0, "anchor": "neutral", "keep": 0.0, "push": 1.0}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
@@ -57,8 +55,12 @@ class StereoConfig(LoraTrainingConfig):
     weights: Literal["full", "lora"] = Field("full", description="train whole weights or a LoRA")
     rank: int = Field(8, ge=1, description="rank of the LoRA")
     eta: float = Field(1.0, ge=0, description="in the loops, how far the target is pushed away from the word (published: 1)")
-    composition: float = Field(
-        2.0, ge=1, description="s of the last target: + (s - 1) for a sentence, - (s + 1) for the words (published: 2)"
+    anchor: Literal["empty", "neutral"] = Field(
+        "empty", description="what targets start from: the empty prompt (the paper's) or the concept's neutral words"
+    )
+    keep: float = Field(1.0, ge=0, description="in the last target, weight of a sentence that holds the concept (published: 1)")
+    push: float = Field(
+        3.0, ge=0, description="in the last target, weight of the words that it is led away from (published: 3)"
     )
     guidance: Annotated[float | None, OrNone] = Field(
         3.0, ge=0, description="classifier-free guidance of the trajectories trained on (published: 3); none, the protocol's"
@@ -80,7 +82,9 @@ class Hunted:
         concept: what is erased.
         sentences: prompts that ask for it in its own words.
         words: its own words alone, then each that was learned, one prompt each.
-        prompts: of each of these, the prompts that it is erased in.
+        prompts: of each of these, the prompts that it is erased in: first the sentences, then the learned word in templates.
+        neutral: the sentences without the concept.
+        filled: the templates with its neutral words.
         examples: images of it by the base, x0 (n, ...).
     """
 
@@ -88,6 +92,8 @@ class Hunted:
     sentences: Conditioning
     words: list[Conditioning]
     prompts: list[Conditioning]
+    neutral: Conditioning
+    filled: Conditioning
     examples: torch.Tensor = field(repr=False)
 
 
@@ -96,8 +102,8 @@ class Stereo(Method):
 
     Each loop trains the model to predict f(0) - eta (f(w) - f(0)) for the last word w, from the model of the loop before, and
     learns another word that still draws the concept. Then the base is trained once: for each word to predict
-    f(0) + (s - 1)(f(a) - f(0)) - (s + 1) mean_w (f(w) - f(0)), where a is a sentence that holds the concept, so that the scene
-    stays when the words go. The published code rescales both differences (APG), and trains on the student's own
+    f(0) + keep (f(a) - f(0)) - push mean_w (f(w) - f(0)), where a is a sentence that holds the concept, so that the scene stays
+    when the words go. The published code rescales both differences (APG), and trains on the student's own
     trajectories; here they are the base's. It has no form for flows: the equations are used as they stand.
     """
 
@@ -148,39 +154,26 @@ class Stereo(Method):
 
     def _begin(self, ctx: RunContext, concept: Concept) -> Hunted:
         """A concept with its own words and images of it."""
-        sentences = concept_prompts(concept, ctx.prompts("erase"))
+        sentences, neutral = (list(side) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
         generator = ctx.generator(f"stereo/images/{concept.name}")
         x0, _ = images_of(ctx, sentences, self.config.images if self.config.loops else 1, generator)
-        encoded, alone = ctx.backbone.encode(sentences), ctx.backbone.encode([concept.phrases[0]])
-        return Hunted(concept, encoded, [alone], [encoded], x0)
+        encode, phrase = ctx.backbone.encode, concept.phrases[0]
+        encoded, filled = encode(sentences), encode([concept.neutralise(t.format(phrase)) for t in concept.templates])
+        return Hunted(concept, encoded, [encode([phrase])], [encoded], encode(neutral), filled, x0)
 
     def _learn(self, ctx: RunContext, own: Hunted, loop: int) -> None:
         """Learn a word under which the model as it stands draws the concept, and keep it."""
-        config, backbone, concept = self.config, ctx.backbone, own.concept
-        generator, like = ctx.generator(f"stereo/word/{concept.name}/{loop}"), backbone.encode([""])
-        word = begun(backbone, backbone.encoders, NEUTRAL[concept.kind], 1, generator)
-
-        def loss(x0: torch.Tensor, cond: Conditioning, tau: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            return denoise_loss(backbone, x0, cond, tau, noise, predict=ctx.predict)
-
-        def draw(x0: torch.Tensor) -> Points:
-            return points(backbone, ctx.protocol, x0, len(x0), generator)
-
-        how: dict[str, Any] = {
-            "steps": config.word_steps,
-            "batch": config.word_batch,
-            "lr": config.word_lr,
-            "generator": generator,
-        }
-        learn(word, backbone, concept.templates, own.examples, loss, draw, like=like, **how)
-        own.words.append(_read(ctx, word, ["{}"]))
-        own.prompts.append(_read(ctx, word, concept.templates))
+        config = self.config
+        how: dict[str, Any] = {"steps": config.word_steps, "batch": config.word_batch, "lr": config.word_lr}
+        word = learned(ctx, own.concept, own.examples, name=f"stereo/word/{own.concept.name}/{loop}", **how)
+        own.words.append(read(ctx, word, ["{}"]))
+        own.prompts.append(read(ctx, word, own.concept.templates))
 
     def _search_pool(self, ctx: RunContext, own: Hunted, loop: int) -> Pool:
         """Points of trajectories of the model as it stands under the last word; `predictions` holds the target."""
-        pool = self._pool(ctx, own.prompts[-1], f"stereo/{own.concept.name}/{loop}")
-        none, full = pool.predictions.unbind(1)
-        return replace(pool, predictions=negative_guidance(none, full, none, self.config.eta)[:, None])
+        pool = self._pool(ctx, own.prompts[-1], f"stereo/{own.concept.name}/{loop}", [self._anchor(ctx, own, own.prompts[-1])])
+        none, full, anchor = pool.predictions.unbind(1)
+        return replace(pool, predictions=negative_guidance(anchor, full, none, self.config.eta)[:, None])
 
     def _last_pools(self, ctx: RunContext, own: Hunted) -> list[Pool]:
         """Of the base, for each word; `predictions` holds the composed target."""
@@ -189,11 +182,18 @@ class Stereo(Method):
             name = f"stereo/{own.concept.name}/last/{k}"
             generator, n = ctx.generator(f"{name}/sentences"), len(prompts)
             sentences = own.sentences[torch.randint(len(own.sentences), (n,), generator=generator)]
-            pool = self._pool(ctx, prompts, name, [sentences, *(word.repeat(n) for word in own.words)])
-            none, _, scene, *words = pool.predictions.unbind(1)
-            goal = composed(none, scene, torch.stack(words), self.config.composition)
+            others = [self._anchor(ctx, own, prompts), sentences, *(word.repeat(n) for word in own.words)]
+            pool = self._pool(ctx, prompts, name, others)
+            none, _, anchor, scene, *words = pool.predictions.unbind(1)
+            goal = composed(anchor, none, scene, torch.stack(words), keep=self.config.keep, push=self.config.push)
             pools.append(replace(pool, predictions=goal[:, None]))
         return pools
+
+    def _anchor(self, ctx: RunContext, own: Hunted, prompts: Conditioning) -> Conditioning:
+        """What the targets for some prompts start from, a row for each of them."""
+        if self.config.anchor == "empty":
+            return ctx.backbone.encode([""]).repeat(len(prompts))
+        return own.neutral if prompts is own.prompts[0] else own.filled
 
     def _pool(self, ctx: RunContext, prompts: Conditioning, name: str, others: Sequence[Conditioning] = ()) -> Pool:
         seeds = torch.randint(2**31, (self.config.trajectories,), generator=ctx.generator(name)).tolist()
@@ -218,20 +218,17 @@ class Stereo(Method):
         return lora(ctx, name, layers, config.rank, ctx.generator(f"{name}/init"), init=config.init, alpha=config.alpha)
 
 
-def composed(none: torch.Tensor, scene: torch.Tensor, words: torch.Tensor, s: float) -> torch.Tensor:
-    """What the last erasing aims at: f(0) + (s - 1)(f(a) - f(0)) - (s + 1) mean_w (f(w) - f(0)).
+def composed(
+    anchor: torch.Tensor, none: torch.Tensor, scene: torch.Tensor, words: torch.Tensor, *, keep: float, push: float
+) -> torch.Tensor:
+    """What the last erasing aims at: f(anchor) + keep (f(a) - f(0)) - push mean_w (f(w) - f(0)).
 
     Args:
-        none: f(0), predictions (b, ...) for the empty prompt.
+        anchor: predictions (b, ...) to start from; the paper's are f(0).
+        none: f(0), for the empty prompt.
         scene: f(a), for a sentence that holds the concept.
         words: f(w), (words, b, ...), for the concept's own words and those that were learned.
-        s: the scale.
+        keep: how much of the sentence.
+        push: how far away from the words.
     """
-    return none + (s - 1) * (scene - none) - (s + 1) * (words - none).mean(0)
-
-
-def _read(ctx: RunContext, word: Word, templates: Sequence[str]) -> Conditioning:
-    """Prompts with a learned word in each template."""
-    like = ctx.backbone.encode([""])
-    with torch.no_grad():
-        return concatenate([on_cpu(word.read(ctx.backbone, template, like)) for template in templates])
+    return anchor + keep * (scene - none) - push * (words - none).mean(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erasekit.registration.hookspecs import Register, hookimpl
+from erasekit.registration.hookspecs import Register, RegisterComponent, hookimpl
 
 
 @hookimpl
@@ -12,5 +12,17 @@ def register_methods(register: Register) -> None:
         "stereo",
         "erasekit_stereo.method:Stereo",
         summary="learns words that bring the concept back, and erases all of them at once",
+        paper="arXiv:2408.16807",
+    )
+
+
+@hookimpl
+def register_components(register: RegisterComponent) -> None:
+    """Register the words as a stage for other methods."""
+    register(
+        "robustify",
+        "words",
+        "erasekit_stereo.harden:robustify",
+        summary="words are learned that bring the concept back, and edited in closed form",
         paper="arXiv:2408.16807",
     )

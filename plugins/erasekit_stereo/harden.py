@@ -1,0 +1,106 @@
+"""Words that bring a concept back, put into a closed form: a stage that hardens other methods' edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from erasekit.backbones.alignment import align
+from erasekit.backbones.protocol import Conditioning
+from erasekit.concepts import Concept
+from erasekit.erasures.deltas import Deltas, merged, summed, to_dense
+from erasekit.methods.closedform import RANK_ERROR, Pairs, uce
+from erasekit.methods.context import RunContext
+from erasekit.methods.images import images_of
+from erasekit.methods.prompts import concept_prompts
+from erasekit.methods.sites import site_deltas, site_embeddings, site_weights
+from erasekit_stereo.words import learned, read
+
+MINI = {"steps": 300, "lr": 2e-2}
+
+
+class Hardening(BaseModel):
+    """Settings of the rounds; a method's own of the same name go before these."""
+
+    model_config = ConfigDict(frozen=True)
+
+    word_rounds: int = Field(3, ge=0, description="how often words are learned and edited")
+    words: int = Field(2, ge=1, description="words in a round, for each concept")
+    steps: int = Field(3000, ge=1, description="training steps of a word (STEREO: 3000)")
+    lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (STEREO: 5e-3)")
+    batch: int = Field(4, ge=1, description="images in a step of a word")
+    images: int = Field(16, ge=1, description="images of the concept that words are learned from")
+    ridge: float = Field(1e-3, gt=0, description="lambda of the edits, relative to the mean of the system's diagonal")
+    preserve_scale: float = Field(1.0, ge=0, description="weight of what is preserved in the edits")
+    rank_error: float = Field(RANK_ERROR, ge=0, lt=1, description="what a lower rank may cost, relative, root mean square")
+
+
+def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) -> dict[str, Deltas]:
+    """Rounds of learned words and edits against them: the component `words` of the slot `robustify`.
+
+    In each round words are learned that bring the concepts back in the model with all deltas on, as STEREO learns them
+    (arXiv:2408.16807, section 4.1). What the text encoder makes of them in the concept's templates spans a subspace, and one
+    UCE edit of the text sites W', all deltas merged, sends it to what W' makes of the templates with the neutral words. It
+    holds what is preserved, the concepts, their neutral prompts, and the words of earlier rounds.
+
+    Args:
+        ctx: the run.
+        deltas: {concept: deltas of the base weights}; further names, e.g. of an adapter, count and stay as they are.
+        config: the settings of the method that calls, of which `ridge`, `preserve_scale` and `rank_error` are used.
+
+    Returns:
+        The deltas with the rounds' added.
+    """
+    own = {name: getattr(config, name) for name in ("ridge", "preserve_scale", "rank_error") if hasattr(config, name)}
+    settings = Hardening(**(MINI if ctx.backbone.domain == "mini" else {}) | own)
+    embeddings, base, total = site_embeddings(ctx), site_weights(ctx.backbone), dict(deltas)
+    examples = [_examples(ctx, concept, settings.images) for concept in ctx.concepts]  # by the base
+    kept = {reads: settings.preserve_scale * e.preserve.total_DD for reads, e in embeddings.items()}
+    for reads, e in embeddings.items():
+        kept[reads] = sum((pairs.ww_DD + pairs.uu_DD for pairs in e.pairs), kept[reads])
+    how: dict[str, Any] = {"steps": settings.steps, "batch": settings.batch, "lr": settings.lr}
+    for k in range(settings.word_rounds):
+        with merged(ctx.backbone.denoiser, summed(list(total.values()))):
+            found = [
+                [learned(ctx, concept, x0, name=f"harden/{concept.name}/{k}/{i}", **how) for i in range(settings.words)]
+                for concept, x0 in zip(ctx.concepts, examples, strict=True)
+            ]
+        shares = {}
+        prompts = [
+            [read(ctx, word, concept.templates) for word in words] for concept, words in zip(ctx.concepts, found, strict=True)
+        ]
+        for reads in embeddings:
+            pairs = [pairs_of(ctx, concept, each, reads) for concept, each in zip(ctx.concepts, prompts, strict=True)]
+            shares[reads] = uce(pairs, kept[reads], lamb=settings.ridge, error=settings.rank_error)
+            kept[reads] = sum((p.ww_DD for p in pairs), kept[reads])
+        together = summed(list(total.values()))
+        edited = {name: w + to_dense(together[name]).to(w) if name in together else w for name, w in base.items()}
+        added = site_deltas(ctx, shares, edited)
+        total |= {name: summed([total.get(name, {}), delta]) for name, delta in added.items()}
+    return total
+
+
+def pairs_of(ctx: RunContext, concept: Concept, prompts: list[Conditioning], reads: str) -> Pairs:
+    """Sums over the embeddings of words in a concept's templates, each with that of the template with the neutral words."""
+    goals = ctx.backbone.encode([concept.neutralise(t.format(concept.phrases[0])) for t in concept.templates])
+    pairs = Pairs.empty(_rows(goals, reads).shape[-1], ctx.backbone.device)
+    for word in prompts:
+        for i in range(len(word)):
+            mine, goal = word[[i]], goals[[i]]
+            w_ND, u_ND = align(mine, goal) if reads == "tokens" else (_rows(mine, reads)[0], _rows(goal, reads)[0])
+            pairs.add(w_ND, u_ND)
+    return pairs
+
+
+def _rows(cond: Conditioning, reads: str) -> torch.Tensor:
+    """What sites of a kind read of prompts, (n, positions, width)."""
+    return cond.tokens if cond.pooled is None or reads == "tokens" else cond.pooled[:, None]
+
+
+def _examples(ctx: RunContext, concept: Concept, n: int) -> torch.Tensor:
+    """Images of a concept by the base, x0 (n, ...)."""
+    prompts = concept_prompts(concept, ctx.prompts("erase"))
+    return images_of(ctx, prompts, n, ctx.generator(f"harden/images/{concept.name}"))[0]
