@@ -19,7 +19,7 @@ from erasekit.methods.prompts import concept_prompts
 from erasekit.methods.sites import site_deltas, site_embeddings, site_weights
 from erasekit_stereo.words import learned, read
 
-MINI = {"steps": 300, "lr": 2e-2}
+MINI = {"word_steps": 300, "word_lr": 2e-2}
 
 
 class Hardening(BaseModel):
@@ -29,10 +29,10 @@ class Hardening(BaseModel):
 
     word_rounds: int = Field(3, ge=0, description="how often words are learned and edited")
     words: int = Field(2, ge=1, description="words in a round, for each concept")
-    steps: int = Field(3000, ge=1, description="training steps of a word (STEREO: 3000)")
-    lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (STEREO: 5e-3)")
-    batch: int = Field(4, ge=1, description="images in a step of a word")
-    images: int = Field(16, ge=1, description="images of the concept that words are learned from")
+    word_steps: int = Field(3000, ge=1, description="training steps of a word (STEREO: 3000)")
+    word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (STEREO: 5e-3)")
+    word_batch: int = Field(4, ge=1, description="images in a step of a word")
+    word_images: int = Field(16, ge=1, description="images of the concept that words are learned from")
     ridge: float = Field(1e-3, gt=0, description="lambda of the edits, relative to the mean of the system's diagonal")
     preserve_scale: float = Field(1.0, ge=0, description="weight of what is preserved in the edits")
     rank_error: float = Field(RANK_ERROR, ge=0, lt=1, description="what a lower rank may cost, relative, root mean square")
@@ -49,19 +49,19 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
     Args:
         ctx: the run.
         deltas: {concept: deltas of the base weights}; further names, e.g. of an adapter, count and stay as they are.
-        config: the settings of the method that calls, of which `ridge`, `preserve_scale` and `rank_error` are used.
+        config: the settings of the method that calls, of which those are used that `Hardening` has too.
 
     Returns:
         The deltas with the rounds' added.
     """
-    own = {name: getattr(config, name) for name in ("ridge", "preserve_scale", "rank_error") if hasattr(config, name)}
+    own = {name: getattr(config, name) for name in Hardening.model_fields if hasattr(config, name)}
     settings = Hardening(**(MINI if ctx.backbone.domain == "mini" else {}) | own)
     embeddings, base, total = site_embeddings(ctx), site_weights(ctx.backbone), dict(deltas)
-    examples = [_examples(ctx, concept, settings.images) for concept in ctx.concepts]  # by the base
+    examples = [_examples(ctx, concept, settings.word_images) for concept in ctx.concepts]  # by the base
     kept = {reads: settings.preserve_scale * e.preserve.total_DD for reads, e in embeddings.items()}
     for reads, e in embeddings.items():
         kept[reads] = sum((pairs.ww_DD + pairs.uu_DD for pairs in e.pairs), kept[reads])
-    how: dict[str, Any] = {"steps": settings.steps, "batch": settings.batch, "lr": settings.lr}
+    how: dict[str, Any] = {"steps": settings.word_steps, "batch": settings.word_batch, "lr": settings.word_lr}
     for k in range(settings.word_rounds):
         with merged(ctx.backbone.denoiser, summed(list(total.values()))):
             found = [

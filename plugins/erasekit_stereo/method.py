@@ -130,7 +130,7 @@ class Stereo(Method):
 
     def erase(self, ctx: RunContext) -> Erasure:
         """The loops, then one erasing of all that they have found."""
-        hunted = [self._begin(ctx, concept) for concept in ctx.concepts]
+        hunted = [self.begin(ctx, concept) for concept in ctx.concepts]
         found: Deltas = {}
         for loop in range(self.config.loops):
             with merged(ctx.backbone.denoiser, found):
@@ -139,8 +139,8 @@ class Stereo(Method):
             found = summed([found, step])
             with merged(ctx.backbone.denoiser, found):
                 for own in hunted:
-                    self._learn(ctx, own, loop)
-        pools = [pool for own in hunted for pool in self._last_pools(ctx, own)]
+                    self.hunt(ctx, own, loop)
+        pools = [pool for own in hunted for pool in self.last_pools(ctx, own)]
         deltas = self._trained(ctx, pools, "stereo", self.config.lr)
         entry = ctx.concepts[0].name if len(ctx.concepts) == 1 else "shared"
         return self.erasure(ctx, deltas={entry: {"weights": deltas}})
@@ -152,7 +152,7 @@ class Stereo(Method):
         text = set(ctx.backbone.lora_targets(TEXT[ctx.backbone.capabilities.family]))
         return [name for name in ctx.backbone.lora_targets("all") if name not in text]
 
-    def _begin(self, ctx: RunContext, concept: Concept) -> Hunted:
+    def begin(self, ctx: RunContext, concept: Concept) -> Hunted:
         """A concept with its own words and images of it."""
         sentences, neutral = (list(side) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
         generator = ctx.generator(f"stereo/images/{concept.name}")
@@ -161,7 +161,7 @@ class Stereo(Method):
         encoded, filled = encode(sentences), encode([concept.neutralise(t.format(phrase)) for t in concept.templates])
         return Hunted(concept, encoded, [encode([phrase])], [encoded], encode(neutral), filled, x0)
 
-    def _learn(self, ctx: RunContext, own: Hunted, loop: int) -> None:
+    def hunt(self, ctx: RunContext, own: Hunted, loop: int) -> None:
         """Learn a word under which the model as it stands draws the concept, and keep it."""
         config = self.config
         how: dict[str, Any] = {"steps": config.word_steps, "batch": config.word_batch, "lr": config.word_lr}
@@ -175,7 +175,7 @@ class Stereo(Method):
         none, full, anchor = pool.predictions.unbind(1)
         return replace(pool, predictions=negative_guidance(anchor, full, none, self.config.eta)[:, None])
 
-    def _last_pools(self, ctx: RunContext, own: Hunted) -> list[Pool]:
+    def last_pools(self, ctx: RunContext, own: Hunted) -> list[Pool]:
         """Of the base, for each word; `predictions` holds the composed target."""
         pools = []
         for k, prompts in enumerate(own.prompts):
