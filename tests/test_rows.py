@@ -22,10 +22,13 @@ SHORT = {
     "trace": ["method.steps=2", "method.trajectories=4", "method.clean_trajectories=4"],
     "ant": ["method.steps=2", "method.trajectories=2", "method.saliency_draws=1", "method.fusion_points=8"],
     "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
+    "advunlearn": ["method.steps=2", "method.plain_steps=1", "method.attack_steps=2", "method.trajectories=2"],
     "gem": ["method.steps=2"],
+    "stereo": ["method.steps=2", "method.images=2", "method.trajectories=2", "method.word_steps=2", "method.loops=1"],
     "esd": ["method.steps=2", "method.trajectories=2"],
     "mace": ["method.steps=2", "method.images=2", "method.kept_images=3"],
 }
+ATTACKING = ("advunlearn", "stereo")  # they have vectors read, for which the text encoders come back
 ROWS = 2
 SMALL = Holding(ROWS, encoders="released", checkpointing=False, slicing=True)
 # Gradients of no row go into 8 GB, so that every batch is cut to one.
@@ -132,7 +135,8 @@ def test_a_run_loads_the_denoiser_once_and_needs_no_encoder_after_it(small, meth
     assert result.counts["failed"] == 0
     assert loaded.count(plan.backbone.prefix) == 1
     assert loaded.index(plan.backbone.prefix) > max(loaded.index(name) for name in plan.backbone.encoders)
-    assert all(loaded.count(name) == 1 for name in (*plan.backbone.encoders, "vae"))
+    assert loaded.count("vae") == 1
+    assert method in ATTACKING or all(loaded.count(name) == 1 for name in plan.backbone.encoders)
 
 
 def test_a_denoiser_that_was_changed_is_loaded_again(small):

@@ -24,7 +24,7 @@ from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error,
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
 
 # What ESD erases the mini world's objects with, and an attack that is short enough for them.
-MINI = {"anchor": "neutral", "guidance": None, "batch": 8, "kept": 8, "lr": 3e-4, "schedule": "cosine", "clip": 1.0}
+MINI = {"anchor": "neutral", "guidance": None, "batch": 8, "lr": 3e-4, "schedule": "cosine", "clip": 1.0}
 MINI |= {"steps": 200, "warmup": 10, "plain_steps": 40, "attack_steps": 4, "attack_lr": 0.1, "retain": 1.0}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
@@ -34,8 +34,9 @@ class AdvUnlearnConfig(LoraTrainingConfig):
 
     steps: int = Field(1000, ge=0, description="training steps (published: 1000)")
     lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW (published: 1e-5, of Adam)")
-    batch: int = Field(1, ge=1, description="points of one prompt of the concept in a step (published: 1)")
-    kept: int = Field(5, ge=1, description="points of preserved prompts in a step (published: 5)")
+    batch: int = Field(
+        1, ge=1, description="points of one prompt of the concept, and of preserved ones, in a step (published: 1 and 5)"
+    )
     retain: float = Field(0.3, ge=0, description="weight of what is preserved (published: 0.3)")
     eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept (published: 1)")
     anchor: Literal["empty", "neutral"] = Field(
@@ -108,7 +109,7 @@ class AdvUnlearn(Method):
         config, trained = self.config, LORA_GB
         if config.weights == "full":
             trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
-        return Footprint(rows=config.batch + config.kept if config.steps else 0, trained_gb=trained)
+        return Footprint(rows=2 * config.batch if config.steps else 0, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
@@ -138,7 +139,7 @@ class AdvUnlearn(Method):
         own = asked[step % len(asked)]
         rows = own.pool.row.unique()
         row = int(rows[torch.randint(len(rows), (1,), generator=g)])
-        at, keep = own.pool.sample(config.batch, g, own.pool.row == row), kept.sample(config.kept, g)
+        at, keep = own.pool.sample(config.batch, g, own.pool.row == row), kept.sample(config.batch, g)
         cond = own.cond[[row]]
         if step >= config.plain_steps:
             cond = self.attack(ctx, student, own.slots[row], at, cond, g)

@@ -31,7 +31,7 @@ class Hardening(BaseModel):
     words: int = Field(2, ge=1, description="words in a round, for each concept")
     word_steps: int = Field(3000, ge=1, description="training steps of a word (STEREO: 3000)")
     word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (STEREO: 5e-3)")
-    word_batch: int = Field(4, ge=1, description="images in a step of a word")
+    batch: int = Field(4, ge=1, description="images in a step of a word at most")
     word_images: int = Field(16, ge=1, description="images of the concept that words are learned from")
     ridge: float = Field(1e-3, gt=0, description="lambda of the edits, relative to the mean of the system's diagonal")
     preserve_scale: float = Field(1.0, ge=0, description="weight of what is preserved in the edits")
@@ -61,7 +61,7 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
     kept = {reads: settings.preserve_scale * e.preserve.total_DD for reads, e in embeddings.items()}
     for reads, e in embeddings.items():
         kept[reads] = sum((pairs.ww_DD + pairs.uu_DD for pairs in e.pairs), kept[reads])
-    how: dict[str, Any] = {"steps": settings.word_steps, "batch": settings.word_batch, "lr": settings.word_lr}
+    how: dict[str, Any] = {"steps": settings.word_steps, "batch": min(4, settings.batch), "lr": settings.word_lr}
     for k in range(settings.word_rounds):
         with merged(ctx.backbone.denoiser, summed(list(total.values()))):
             found = [

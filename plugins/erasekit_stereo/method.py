@@ -48,7 +48,7 @@ class StereoConfig(LoraTrainingConfig):
     steps: int = Field(200, ge=0, description="training steps of each erasing (published: 200)")
     lr: float = Field(2e-5, gt=0, description="peak learning rate of the last erasing (published: 2e-5)")
     search_lr: float = Field(5e-6, gt=0, description="the same of those in the loops (published: 5e-6)")
-    batch: int = Field(1, ge=1, description="points of trajectories in a step (published: 1)")
+    batch: int = Field(1, ge=1, description="points of trajectories in a step, and images in one of a word (published: 1)")
     scope: str = Field(
         NO_TEXT, description="linear layers that are trained: no-text are all that do not read text (published), or a scope"
     )
@@ -71,7 +71,6 @@ class StereoConfig(LoraTrainingConfig):
     images: int = Field(200, ge=1, description="images of the concept that words are learned from (published: about 500)")
     word_steps: int = Field(3000, ge=1, description="training steps of a word (published: 3000)")
     word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word (published: 5e-3)")
-    word_batch: int = Field(4, ge=1, description="images in a step of a word (published: 1)")
 
 
 @dataclass
@@ -126,7 +125,7 @@ class Stereo(Method):
         trained = LORA_GB
         if self.config.weights == "full":
             trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
-        return Footprint(rows=max(self.config.batch, self.config.word_batch), trained_gb=trained)
+        return Footprint(rows=self.config.batch, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:
         """The loops, then one erasing of all that they have found."""
@@ -164,7 +163,7 @@ class Stereo(Method):
     def hunt(self, ctx: RunContext, own: Hunted, loop: int) -> None:
         """Learn a word under which the model as it stands draws the concept, and keep it."""
         config = self.config
-        how: dict[str, Any] = {"steps": config.word_steps, "batch": config.word_batch, "lr": config.word_lr}
+        how: dict[str, Any] = {"steps": config.word_steps, "batch": config.batch, "lr": config.word_lr}
         word = learned(ctx, own.concept, own.examples, name=f"stereo/word/{own.concept.name}/{loop}", **how)
         own.words.append(read(ctx, word, ["{}"]))
         own.prompts.append(read(ctx, word, own.concept.templates))
