@@ -8,12 +8,14 @@ from tests.conftest import THIRD_PARTY
 
 FILE = THIRD_PARTY / "single_file_method.py"
 SHORT = {
+    "advunlearn": {"steps": 2, "plain_steps": 1, "attack_steps": 2, "trajectories": 2},
     "trace": {"eta": 1.0, "steps": 2, "trajectories": 4, "clean_trajectories": 4, "batch": 2},
     "ant": {"steps": 2, "trajectories": 2, "batch": 2, "saliency_draws": 1, "fusion_points": 8},
     "eraseanything": {"steps": 2, "images": 2, "kept_images": 3},
     "esd": {"steps": 2, "trajectories": 2, "batch": 2},
     "mace": {"steps": 2, "images": 2, "kept_images": 3},
     "pull": {"steps": 2},
+    "stereo": {"steps": 2, "images": 2, "trajectories": 2, "word_steps": 2, "loops": 1},
 }
 METHODS = [*(entry.name for entry in default().methods.entries()), "pull", "direction"]
 
