@@ -39,9 +39,7 @@ def build() -> typer.Typer:
     """The application with its own commands and those of plugins."""
     from erasekit.registration.plugins import add_commands, default
 
-    app = typer.Typer(
-        name="erasekit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
-    )
+    app = typer.Typer(name="erasekit", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.callback()(_root)
     for name in COMMANDS:
         module = import_module(f"erasekit.cli.{name}")

@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
-from erasekit.cli import options
+from erasekit.cli import completing, options
 from erasekit.cli import sweep as sweeping
 
 KEPT = "Finished runs are kept, and the others go on where they were with the same command."
 
 
 def command(
-    method: Annotated[str, typer.Argument(help="A method; 'erasekit ls methods' has them.", show_default=False)],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="A method; 'erasekit ls methods' has them.", show_default=False, autocompletion=completing.names("methods")
+        ),
+    ],
     backbone: options.Backbone = None,
     task: options.Task = None,
     concept: options.Concept = None,

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from erasekit.cli import options
+from erasekit.cli import completing, options
 from erasekit.cli.ends import put, put_json
 
 
 def command(
     erasure: Annotated[Path, typer.Argument(help="The folder of an erasure.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", metavar="FORM", help="diffusers, kohya or merged.")] = "diffusers",
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="FORM", help="diffusers, kohya or merged.", autocompletion=completing.names("exporters")),
+    ] = "diffusers",
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="PATH", help="The file or folder to write.", show_default=False),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from erasekit.cli import options
+from erasekit.cli import completing, options
 from erasekit.cli.ends import put_json
 from erasekit.cli.tables import show
 from erasekit.errors import unknown
@@ -15,7 +15,9 @@ COLUMNS = ["name", "aliases", "summary", "paper", "plugin"]
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="backbones, methods, ...; left out: all", show_default=False)] = "",
+    kind: Annotated[
+        str, typer.Argument(help="backbones, methods, ...; left out: all", show_default=False, autocompletion=completing.kinds)
+    ] = "",
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from erasekit.cli import completing
 from erasekit.cli.ends import say
 from erasekit.errors import UsageError
 from erasekit.registration.plugins import Registries, default, load
@@ -19,11 +20,24 @@ Plugin = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where runs are kept.")]
-Method = Annotated[str | None, typer.Option("--method", "-m", help="The erasure method.  [default: trace]", show_default=False)]
-Backbone = Annotated[str | None, typer.Option("--backbone", "-b", help="The model.  [default: sd15-mini]", show_default=False)]
+_METHODS, _BACKBONES, _TASKS, _ATTACKS = map(completing.names, ("methods", "backbones", "tasks", "attacks"))
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="The erasure method.  [default: trace]", show_default=False, autocompletion=_METHODS),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option("--backbone", "-b", help="The model.  [default: sd15-mini]", show_default=False, autocompletion=_BACKBONES),
+]
 Task = Annotated[
     str | None,
-    typer.Option("--task", "-t", help="What is measured.  [default: objects; free on real models]", show_default=False),
+    typer.Option(
+        "--task",
+        "-t",
+        help="What is measured.  [default: objects; free on real models]",
+        show_default=False,
+        autocompletion=_TASKS,
+    ),
 ]
 Concept = Annotated[
     list[str] | None,
@@ -53,7 +67,12 @@ Limit = Annotated[int | None, typer.Option("--limit", help="The most images per 
 Attack = Annotated[
     list[str] | None,
     typer.Option(
-        "--attack", "-a", metavar="NAME", help="What tries to bring the concept back; repeatable.", show_default=False
+        "--attack",
+        "-a",
+        metavar="NAME",
+        help="What tries to bring the concept back; repeatable.",
+        show_default=False,
+        autocompletion=_ATTACKS,
     ),
 ]
 KeepTexts = Annotated[

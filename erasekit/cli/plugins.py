@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from erasekit.cli import options
+from erasekit.cli import completing, options
 from erasekit.cli.ends import delivered, put_json
 from erasekit.errors import unknown
 from erasekit.registration.plugins import PluginInfo, default, load
@@ -19,7 +19,12 @@ COLOURS = {"ok": "green", "broken": "red", "disabled": "yellow"}
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="Show one plugin, with its traceback if it is broken.", show_default=False)] = "",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Show one plugin, with its traceback if it is broken.", show_default=False, autocompletion=completing.plugins
+        ),
+    ] = "",
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erasekit.cli import options
+from erasekit.cli import completing, options
 from erasekit.cli.board import board, failure, summary
 from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.tables import show
@@ -15,7 +15,12 @@ from erasekit.errors import ErasekitError
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import parse_overrides
 
-Launcher = Annotated[str, typer.Option("--launcher", help="What starts the workers: see 'erasekit ls launchers'.")]
+Launcher = Annotated[
+    str,
+    typer.Option(
+        "--launcher", help="What starts the workers: see 'erasekit ls launchers'.", autocompletion=completing.names("launchers")
+    ),
+]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="How many; 0 leaves it to the launcher.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Begin again with cells that have failed.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show every cell and how far it is; do nothing.")]
