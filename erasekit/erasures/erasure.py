@@ -30,6 +30,7 @@ from erasekit.erasures.modelcard import model_card
 from erasekit.erasures.remains import Remains
 from erasekit.erasures.tensors import Written
 from erasekit.errors import EnvironmentProblem, ErasekitError
+from erasekit.evaluation.notebook import shown
 from erasekit.events import progress
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Erasure:
         figures: the method's own numbers, e.g. the damping that it chose.
         remains: what it leaves of its concepts and moves of the rest, by predictions; None if that was not measured.
         warnings: what a user has to know, one line each.
+        folder: where it was read from.
     """
 
     method: str
@@ -67,6 +69,15 @@ class Erasure:
     figures: Mapping[str, Any] = field(default_factory=dict)
     remains: Remains | None = None
     warnings: tuple[str, ...] = ()
+    folder: Path | None = field(default=None, compare=False, repr=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what it erases, what it leaves, and the images of the run that it lies in."""
+        rows = [[concept.name, concept.kind, ", ".join(concept.phrases)] for concept in self.concepts]
+        run = self.folder.parent if self.folder and (self.folder.parent / "results.json").is_file() else None
+        left = self.remains.line() if self.remains else "residual: not measured"
+        title = f"An erasure from {self.backbone} by {self.method} ({self.kind})"
+        return shown(title, ["concept", "kind", "words"], rows, run, [left, *self.warnings])
 
     @property
     def kind(self) -> Literal["weights", "guidance"]:
@@ -178,6 +189,7 @@ class Erasure:
             figures=manifest["figures"],
             remains=None if manifest["residual"] is None else Remains(**{k: manifest[k] for k in ("residual", "drift")}),
             warnings=tuple(manifest["warnings"]),
+            folder=folder,
         )
 
     def _write_tensors(self, folder: Path, dtype: torch.dtype) -> tuple[dict[str, Written], dict[str, dict[str, str]]]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from erasekit.atomic import replacing
 from erasekit.errors import UsageError
+from erasekit.evaluation.notebook import shown
 
 # The budget of the attacks decides these, and no other numbers.
 ATTACKED = ("asr", "probe", "cost", "false_alarm")
@@ -61,6 +62,20 @@ class RunResult(BaseModel):
     peak_memory_mb: float
     erasure_sha256: str
     warnings: tuple[str, ...] = ()
+    _folder: Path | None = PrivateAttr(None)  # the run directory, for what a notebook shows
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the numbers, and the run's images."""
+        title = f"{', '.join(self.concepts)}, erased from {self.backbone} by {self.method} ({self.task})"
+        rows = [
+            [name, number(m.value), number(m.base), " to ".join(map(number, m.ci95)) if m.ci95 else "", str(m.n), m.meaning]
+            for name, m in self.metrics.items()
+        ]
+        return shown(title, ["metric", "value", "base", "95 %", "n", "what it is"], rows, self._folder, self.warnings)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they lie."""
+        return isinstance(other, RunResult) and self.__dict__ == other.__dict__
 
     @field_validator("protocol")
     @classmethod
@@ -81,6 +96,7 @@ def write_result(result: RunResult, path: Path) -> None:
     """Write results.json, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    result._folder = path.parent
 
 
 def read_result(path: Path) -> RunResult:
@@ -90,7 +106,9 @@ def read_result(path: Path) -> RunResult:
         UsageError: there is none, or it is not one.
     """
     try:
-        return RunResult.model_validate_json(path.read_text(encoding="utf-8"))
+        result = RunResult.model_validate_json(path.read_text(encoding="utf-8"))
+        result._folder = path.parent
+        return result
     except OSError as error:
         raise UsageError(f"Cannot read results '{path}': {error.strerror}. Give the folder of a finished run.") from error
     except (ValidationError, UnicodeDecodeError) as error:
