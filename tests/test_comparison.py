@@ -75,6 +75,26 @@ def test_what_was_not_measured_alike_stands_apart(three, tmp_path):
     assert page.count("<svg viewBox") == 1 + 1  # the chart of the first part, and the icon of the viewer
 
 
+def test_attacks_at_other_budgets_stand_apart_and_runs_without_any_beside_them(tmp_path):
+    budgets = {"a": {"attacks_hash": "1"}, "b": {"attacks_hash": "2"}, "c": {}}
+    runs = [
+        run(
+            tmp_path / n,
+            left=0.1,
+            stayed=0.8,
+            method=f"method-{n}",
+            protocol={"hash": "p"} | ({"attacks_hash": h} if h else {}),
+        )
+        for n, h in budgets.items()
+    ]
+    page = write_comparison(compared(runs), tmp_path / "page.html").read_text()
+    first, second = (part.split("<section")[0] for part in re.split(r'<section id="part-\d">', page)[1:])
+    assert "method-a" in first
+    assert "method-c" in first
+    assert "method-b" not in first
+    assert "method-b" in second
+
+
 def test_seeds_of_a_method_are_one_row_and_images_are_of_the_lowest(tmp_path):
     runs = [
         run(

@@ -258,7 +258,7 @@ def test_cells_on_other_machines_say_for_which_gpu_they_are(suite, registries, t
 
 
 SUITES = {"smoke": 16, "table1-mini": 396, "table2-mini": 75, "objects-mini": 540}
-SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15, "attacks": 20}
+SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15, "attacks": 36}
 
 
 @pytest.mark.parametrize("name", SUITES)

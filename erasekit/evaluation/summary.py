@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from erasekit.evaluation.results import Metric, RunResult
+from erasekit.evaluation.results import ATTACKS_HASH, Metric, RunResult
 
 RESAMPLES = 2000
 Runs = Mapping[str, Sequence[RunResult]]  # by concept (or concepts that were erased together), one for each seed
@@ -65,14 +65,15 @@ def summary(runs: Runs) -> dict[str, Any]:
 
 
 def by_protocol(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows in groups whose concepts were measured alike.
+    """Rows in groups whose concepts were measured alike, and attacked with one budget if they were attacked.
 
     Args:
         rows: {row: {concept: [(result, anything), ...]}}.
     """
-    groups: list[tuple[dict[str, str], dict[str, Any]]] = []
+    groups: list[tuple[dict[tuple[str, str], str], dict[str, Any]]] = []
     for name, concepts in rows.items():
-        hashes = {concept: runs[0][0].protocol["hash"] for concept, runs in concepts.items()}
+        protocols = {concept: runs[0][0].protocol for concept, runs in concepts.items()}
+        hashes = {(c, key): str(p[key]) for c, p in protocols.items() for key in ("hash", ATTACKS_HASH) if key in p}
         group = next((g for g in groups if all(g[0].get(c, h) == h for c, h in hashes.items())), None)
         if group is None:
             groups.append(group := ({}, {}))
