@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,8 @@ def test_commands_that_are_shown_exist(page):
 def test_paths_that_are_shown_exist(page):
     for path in re.findall(r"`((?:erasekit|plugins|tests|docs|benchmarks)/[\w/.-]+)`", page.read_text(encoding="utf-8")):
         assert (ROOT / path).exists(), path
+
+
+def test_the_tables_are_those_of_the_code():
+    written = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]() == written, "run: python docs/generate.py"

@@ -27,6 +27,7 @@ class Metric(BaseModel):
         base: the same of the unedited model, where it means something.
         ci95: a 95 % interval of `value`, where there is a sound one.
         n: how many images `value` rests on.
+        higher_is_better: whether a larger value is the better one.
         evaluator: `name@version` of what scored them.
         meaning: in a few words, from where the metric is defined.
     """
@@ -43,7 +44,25 @@ class Metric(BaseModel):
 
 
 class RunResult(BaseModel):
-    """The content of results.json."""
+    """The content of results.json.
+
+    Attributes:
+        schema_version: of this file.
+        method: the registered name of what erased.
+        backbone: the registered name of the model.
+        task: the task's name, without its domain.
+        domain: of the task and the backbone: natural or mini.
+        concepts: what was erased.
+        seed: of everything random.
+        config_hash: over all that decides the result; names the run's directory.
+        protocol: how images were drawn and judged; only numbers of equal `hash` are comparable.
+        counts: images of both sides: images, scored, failed, no_face.
+        metrics: the numbers, by name.
+        timings_s: seconds of each stage.
+        peak_memory_mb: the most memory that the process held.
+        erasure_sha256: over the files of the erasure.
+        warnings: what a reader of the numbers has to know, one line each.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
