@@ -19,8 +19,11 @@ from erasekit.evaluation.taskfile import ConceptSpec, SetSpec, TaskFile, Templat
 from erasekit.evaluation.tasks import PROMPT_SETS, Protocol
 from erasekit.registration import hookspecs
 from erasekit.registration.plugins import default
+from erasekit.registration.scaffold import scaffold
+from erasekit.runs import runner
 from erasekit.runs.config import Options, RunConfig
 from erasekit.sweeps.suite import Suite
+from tests.test_architecture import ROOMS, arrows, room
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -128,3 +131,44 @@ def test_paths_that_are_shown_exist(page):
 def test_the_tables_are_those_of_the_code():
     written = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]() == written, "run: python docs/generate.py"
+
+
+def test_the_map_has_the_rooms_and_arrows_of_the_code():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = set(re.findall(r"^    (\w+)(?:\[.*?\])? --> (\w+)", page, re.MULTILINE))
+    real = {(room(a), room(b)) for a, found in arrows().items() for b in found if room(a) != room(b)}
+    assert {end for arrow in drawn for end in arrow} == set(ROOMS)
+    assert closure(drawn) == closure(real)
+    listed = re.findall(r"^\| .*? \| `erasekit/(\w+)/` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(set(ROOMS) - {"ground"})
+
+
+def closure(pairs):
+    """All pairs that arrows lead from and to, over any number of others."""
+    found = set(pairs)
+    while more := {(a, d) for a, b in found for c, d in found if b == c} - found:
+        found |= more
+    return found
+
+
+def test_the_walk_names_the_functions_of_a_run_in_their_order():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## The walk of a run")[2]
+    named = [name for step in re.findall(r"^\d+\. (.*)", page, re.MULTILINE) for name in re.findall(r"`(\w+)` ", step)]
+    source = inspect.getsource(runner.run)
+    places = [source.index(f"{'planned' if name == 'resolve' else name}(", source.index('"""', 200)) for name in named]
+    assert places == sorted(places)
+    assert len(places) >= 9
+
+
+def test_the_method_that_is_explained_is_the_one_that_is_written(tmp_path):
+    page = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    (file,) = scaffold("method", "my-method", tmp_path, default(), single_file=True).files
+    written = file.read_text(encoding="utf-8")
+    assert [line for line in blocks.splitlines() if line.strip()] == [line for line in written.splitlines() if line.strip()]
+
+
+def test_the_glossary_is_sorted_and_has_one_entry_for_each_word():
+    words = re.findall(r"^\*\*(.*?)\.\*\*", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert words == sorted(set(words), key=str.lower)
+    assert len(words) > 30

@@ -118,3 +118,18 @@ def test_the_lines_name_the_file_or_the_folder_that_a_user_gave():
     assert 'StableDiffusionPipeline.from_single_file("./mine.safetensors")' in single
     assert 'DiffusionPipeline.from_pretrained("/a \\"b\\"")' in load_lines(record, base='/a "b"')
     compile(single, "shown", "exec")
+
+
+def test_a_run_from_python(tmp_path, monkeypatch, capsys):
+    """The lines of docs/how-to.md, as they are."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^## Run from Python\n\n```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(lines, "shown", "exec"), found)
+    printed = capsys.readouterr().out
+    result = found["result"]
+    assert printed == f"{result.metrics['acc_e'].value} before: {result.metrics['acc_e'].base}\n"
+    assert result.metrics["acc_e"].n == 2
+    assert result.protocol["steps"] == 8
+    assert len(list(tmp_path.glob("runs/sd15-mini/objects/uce/*/results.json"))) == 1
