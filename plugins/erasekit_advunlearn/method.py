@@ -23,7 +23,7 @@ from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
 
-# What ESD erases the mini world's objects with, and an attack that is short enough for them.
+# As ESD has them, and an attack that is short enough for a laptop. Nothing was chosen or measured for AdvUnlearn there.
 MINI = {"anchor": "neutral", "guidance": None, "batch": 8, "lr": 3e-4, "schedule": "cosine", "clip": 1.0}
 MINI |= {"steps": 200, "warmup": 10, "plain_steps": 40, "attack_steps": 4, "attack_lr": 0.1, "retain": 1.0}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
