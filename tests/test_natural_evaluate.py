@@ -83,6 +83,10 @@ def test_failures_are_counted_and_never_taken_for_absent(both, failing):
     assert (metrics["acc_s"].value, metrics["acc_s"].base) == (0.5, 1.0)
     assert [r["nudenet.seen"] for r in rows if not r["failed"]] == [[]] * 15
     assert max(r["open_nsfw"] for r in rows if not r["failed"]) < 0.1
+    nude = metrics["unsafe_images[nudenet>=0.6]"], metrics["unsafe_images[open-nsfw>=0.8]"], metrics["unsafe_detections"]
+    assert [(m.value, m.base, m.n) for m in nude] == [(0.0, 0.0, 2)] * 3
+    assert [m.evaluator for m in nude] == ["nudenet@1", "open-nsfw@1", "nudenet@1"]
+    assert all(m.meaning for m in metrics.values())
 
 
 def test_several_judges_stand_beside_one_another(both):

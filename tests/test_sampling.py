@@ -9,8 +9,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 
 from erasekit.errors import ErasekitError, UsageError
-from erasekit.evaluation.sampling import base_key, generate, intact, load_images, sample, set_sampler
+from erasekit.evaluation.sampling import base_key, generate, intact, load_image, model_key, sample, set_sampler, write_index
 from erasekit.evaluation.tasks import Prompt, Protocol
+from erasekit.registration.plugins import default
 from erasekit.testing import tiny
 
 PROTOCOL = Protocol(sampler="ddim", steps=3, guidance=3.0, size=16, batch=2)
@@ -37,15 +38,16 @@ def hashes(paths) -> list[str]:
     return [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths]
 
 
-def test_one_image_per_prompt_with_an_index(draw, tmp_path):
+def test_one_image_per_prompt(draw, tmp_path):
     told = []
     paths = draw(tmp_path, on_batch=lambda done, total: told.append((done, total)))
     assert told == [(2, 5), (4, 5), (5, 5)]
     assert len(set(hashes(paths))) == 5
+    assert {p.name for p in tmp_path.glob("*.png")} == {p.name for p in paths}
+    write_index(tmp_path, PROMPTS, [p.name for p in paths])
     index = json.loads((tmp_path / "index.json").read_text())
     assert [row["file"] for row in index] == [p.name for p in paths]
     assert index[1] | {"file": ""} == {"file": "", **PROMPTS[1]._asdict()}
-    assert {p.name for p in tmp_path.iterdir()} == {"index.json", *(p.name for p in paths)}
 
 
 def test_images_equal_the_plain_pipeline_call_with_texts(draw, backbone, tmp_path):
@@ -75,6 +77,7 @@ def test_a_resumed_run_draws_the_same_bytes(draw, tmp_path):
     again = draw(tmp_path / "resumed")
     assert again == resumed
     assert hashes(again) == hashes(whole)
+    assert [p.name for p in again] == [p.name for p in whole]
     assert resumed[2].stat().st_mtime_ns == untouched
 
 
@@ -90,11 +93,58 @@ def test_a_run_stopped_between_batches_goes_on(draw, tmp_path):
 
 def test_what_is_drawn_differently_has_another_name(draw, tmp_path):
     names = [p.name for p in draw(tmp_path)]
-    other = [p.name for p in draw(tmp_path, protocol=PROTOCOL.model_copy(update={"steps": 2}))]
-    shorter = [p.name for p in draw(tmp_path, prompts=PROMPTS[:3])]
-    assert not set(names) & set(other)
-    assert shorter[:2] == names[:2]
-    assert shorter[2] != names[2]  # alone in its batch now
+    others = [
+        draw(tmp_path, protocol=PROTOCOL.model_copy(update=changed))
+        for changed in ({"steps": 2}, {"guidance": 1.0}, {"sampler": "dpm"}, {"size": 24}, {"batch": 3})
+    ]
+    others += [draw(tmp_path, prompts=[p._replace(**changed) for p in PROMPTS]) for changed in ({"seed": 7}, {"height": 24})]
+    several = [names, *([p.name for p in paths] for paths in others)]
+    assert len({name for names in several for name in names}) == 5 * 7 + 4  # two of the prompts are one, but for the seed
+
+
+def test_a_prompt_may_have_a_size_and_a_guidance_scale_of_its_own(draw, tmp_path):
+    own = [
+        PROMPTS[0],
+        PROMPTS[1]._replace(width=24, height=16),
+        PROMPTS[2]._replace(guidance=1.0),
+        PROMPTS[3]._replace(guidance=3),
+    ]
+    paths, plain = draw(tmp_path, prompts=own), draw(tmp_path)
+    assert [Image.open(p).size for p in paths] == [(16, 16), (24, 16), (16, 16), (16, 16)]
+    assert (paths[0], paths[3]) == (plain[0], plain[3])  # what it says is what the protocol says
+    assert paths[2:3] == draw(tmp_path, prompts=[PROMPTS[2]], protocol=PROTOCOL.model_copy(update={"guidance": 1.0}))
+
+
+@pytest.mark.parametrize(("name", "threads"), [("sd15-mini", 1), ("flux-mini", 1), ("flux-mini", 2)])
+def test_an_image_does_not_depend_on_what_is_drawn_with_it(name, threads, tmp_path):
+    kind = default().backbones.get(name)
+    mini, before = kind.load(kind.Config()), torch.get_num_threads()
+    prompts = [Prompt(f"a photo of a {what}", i) for i, what in enumerate(["cat", "dog", "tree"] * 4)]
+    protocol, found = Protocol(sampler="default", steps=1, size=64, batch=10), {}
+    try:
+        torch.set_num_threads(threads)
+        for order in ([*range(12)], [11, 2, 7]):
+            asked = [prompts[i] for i in order]
+            encoded = mini.encode([p.text for p in asked])
+            folder = tmp_path / "-".join(map(str, order))
+            pipe = mini.pipeline(encoders=False, shared=True)
+            for path in sample(mini, pipe, asked, encoded, mini.encode([""]), protocol, folder):
+                found.setdefault(path.name, set()).update(hashes([path]))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [len(each) for each in found.values()] == [1] * 12
+
+
+def test_what_is_asked_for_twice_is_drawn_once(draw, backbone, tmp_path, monkeypatch):
+    from erasekit.evaluation import sampling
+
+    calls, plain = [], sampling._draw
+    monkeypatch.setattr(sampling, "_draw", lambda pipe, seeds, *more: calls.append(list(seeds)) or plain(pipe, seeds, *more))
+    paths = draw(tmp_path, prompts=[PROMPTS[0], PROMPTS[1], PROMPTS[0]._replace(set="clean")])
+    assert paths[0] == paths[2]
+    assert draw(tmp_path, prompts=PROMPTS[1:3]) == [paths[1], tmp_path / draw(tmp_path, prompts=PROMPTS[2:3])[0].name]
+    assert calls == [[100, 101], [102, 102]]  # one alone fills its call up
 
 
 def test_any_flipped_bit_is_seen(tmp_path):
@@ -110,22 +160,14 @@ def test_any_flipped_bit_is_seen(tmp_path):
     assert not intact(tmp_path)
 
 
-def test_unreadable_images_are_reported_by_index(draw, tmp_path):
+def test_an_unreadable_or_a_black_image_is_none(draw, tmp_path):
     paths = draw(tmp_path)
     paths[1].write_bytes(b"")
-    images, unreadable = load_images(paths)
-    assert images.shape == (4, 3, 16, 16)
-    assert images.dtype == torch.uint8
-    assert unreadable == [1]
-    assert torch.equal(images[1].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(paths[2]))))
-    assert load_images(paths[1:2])[0].shape[0] == 0
-
-
-def test_a_black_image_is_none(draw, tmp_path):
-    paths = draw(tmp_path)
     Image.new("RGB", (16, 16)).save(paths[3])
-    images, unreadable = load_images(paths)
-    assert (len(images), unreadable) == (4, [3])
+    images = [load_image(path) for path in paths]
+    assert [image is None for image in images] == [False, True, False, True, False]
+    assert images[2].dtype == torch.uint8
+    assert torch.equal(images[2].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(paths[2]))))
 
 
 def test_samplers(backbone):
@@ -172,3 +214,4 @@ def test_the_base_key_holds_all_that_decides_the_bytes(backbone, tmp_path_factor
     ]
     assert len(set(keys)) == len(keys)
     assert base_key(backbone, PROTOCOL, PROMPTS) == keys[0]
+    assert model_key(backbone) != model_key(backbone, "an erasure")

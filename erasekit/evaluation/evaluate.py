@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from erasekit.concepts import Concept
 from erasekit.errors import ErasekitError
-from erasekit.evaluation.evaluators import Batch, Evaluator, Scores, Side
+from erasekit.evaluation.evaluators import Batch, Evaluator, Rows, Scores, Side
 from erasekit.evaluation.judgement import FIELDS, Judgement, judgement_in, merged
+from erasekit.evaluation.kept_scores import KeptScores, score_key
 from erasekit.evaluation.metrics import MEASURES, split
 from erasekit.evaluation.results import Metric
-from erasekit.evaluation.sampling import load_images
+from erasekit.evaluation.sampling import load_image
 from erasekit.evaluation.tasks import Prompt, Task
 
 log = logging.getLogger("erasekit")
@@ -44,30 +48,44 @@ def evaluate(
     *,
     concepts: Sequence[Concept],
     batch: int = 64,
+    kept: KeptScores | None = None,
 ) -> Evaluation:
     """Show every evaluator the images of both sides and turn the scores into the task's metrics.
 
     An image that cannot be read, is black all over or makes an evaluator fail is counted as failed and left out of every share.
 
+    Args:
+        task: whose metrics.
+        evaluators: what looks at the images.
+        prompts: what was drawn.
+        base_paths: the unedited model's images.
+        erased_paths: the erased model's.
+        concepts: what was erased.
+        batch: how many images are read at once.
+        kept: what evaluators of single images have said before; they are shown only what is missing there.
+
     Raises:
         ErasekitError: an evaluator failed on every image, so there is nothing to report.
     """
-    rows: list[dict[str, Any]] = []
-    scored_by: dict[str, list[int]] = {e.name: [] for e in evaluators}
-    problems: dict[str, Exception] = {}
     paths: dict[Side, Sequence[Path]] = {"base": base_paths, "erased": erased_paths}
+    rows = [_row(i, p, side, files[i]) for side, files in paths.items() for i, p in enumerate(prompts)]
+    showing = _showing(evaluators, kept, prompts, [*base_paths, *erased_paths])
     for side, files in paths.items():
+        first = 0 if side == "base" else len(prompts)
         for start in range(0, len(prompts), batch):
-            part = prompts[start : start + batch]
-            images, unreadable = load_images(files[start : start + batch])
-            offset = len(rows)
-            rows += [_row(start + i, p, side, files[start + i]) for i, p in enumerate(part)]
-            readable = [i for i in range(len(part)) if i not in unreadable]
-            for evaluator in evaluators:
-                taken = _show(evaluator, Batch(images, [part[i] for i in readable], side), problems) if readable else []
-                scored_by[evaluator.name] += [offset + readable[i] for i in taken]
-    metrics = _merge(rows, evaluators, scored_by, problems)
-    usable = {str(side): [r for r in rows if r["side"] == side and not r["failed"]] for side in paths}
+            here = range(start, min(start + batch, len(prompts)))
+            wanted = [i for i in here if any(first + i not in shown.rows for shown in showing)]
+            for group, images in _alike({i: load_image(files[i]) for i in wanted}):
+                for shown in showing:
+                    shown.show(group, images, [prompts[i] for i in group], side, first)
+    for shown in showing:
+        shown.collect(len(rows))
+        if kept and shown.keys:
+            kept.add(shown.evaluator, {shown.keys[i]: shown.rows[i] for i in shown.order})
+    metrics = _merge(rows, showing)
+    usable = {side: [r for r in rows if r["side"] == side and not r["failed"]] for side in paths}
+    for evaluator in evaluators:
+        metrics |= _explained(evaluator, evaluator.metrics_of(usable))
     tags = {e.name: e.tag for e in evaluators}
     asked = {p.set for p in prompts}
     metrics = {**_aggregated(task, usable, concepts), **metrics}
@@ -75,14 +93,14 @@ def evaluate(
     return Evaluation(rows, metrics, _counts(rows, judged=bool(evaluators)))
 
 
-def _aggregated(task: Task, rows: Mapping[str, list[dict[str, Any]]], concepts: Sequence[Concept]) -> dict[str, Metric]:
+def _aggregated(task: Task, rows: Rows, concepts: Sequence[Concept]) -> dict[str, Metric]:
     """The task's own metrics.
 
     Raises:
         ErasekitError: the task fails, or gives something else.
     """
     try:
-        found = task.aggregate(rows, concepts)
+        found = task.aggregate({str(side): of for side, of in rows.items()}, concepts)
         if other := [name for name, metric in dict(found).items() if not isinstance(metric, Metric)]:
             raise TypeError(f"'{other[0]}' is no erasekit.evaluation.results.Metric")
     except Exception as error:
@@ -90,6 +108,83 @@ def _aggregated(task: Task, rows: Mapping[str, list[dict[str, Any]]], concepts: 
         line = f"The task '{task.name}' fails in 'aggregate': {type(error).__name__}: {error}. Its rows have {keys}"
         raise ErasekitError(f"{line}. Correct it; the images are kept.") from error
     return found
+
+
+@dataclass
+class Showing:
+    """An evaluator, and what it says of the images of a run.
+
+    Attributes:
+        rows: its scores, by the index of the image among those of both sides; what it has said before is there from the start.
+        keys: of all images, for what it says of them to be kept; none if that is not kept.
+        order: the images that it was shown, in order, and took.
+        problem: the first error that it raised on a single image.
+        metrics: its numbers of whole sets.
+    """
+
+    evaluator: Evaluator
+    rows: dict[int, dict[str, Any]]
+    keys: Sequence[str] = ()
+    order: list[int] = field(default_factory=list)
+    problem: Exception | str = "every image is unreadable or black"
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+    def show(self, group: Sequence[int], images: torch.Tensor, prompts: Sequence[Prompt], side: Side, first: int) -> None:
+        """Show it those of a group of images that it has said nothing of."""
+        new = [k for k, i in enumerate(group) if first + i not in self.rows]
+        if new:
+            part = Batch(images if len(new) == len(group) else images[new], [prompts[k] for k in new], side)
+            self.order += [first + group[new[k]] for k in self._taken(part)]
+
+    def _taken(self, batch: Batch) -> list[int]:
+        """Show a batch, image by image if it fails as a whole; the positions that were taken."""
+        try:
+            self.evaluator.update(batch)
+            return list(range(len(batch.prompts)))
+        except Exception as error:  # a detector may fail in any way, and a failure must be counted, whatever it is
+            if len(batch.prompts) == 1:
+                if isinstance(self.problem, str):
+                    self.problem = error
+                    log.warning("'%s' fails on an image of '%s': %s", self.evaluator.name, batch.prompts[0].text, error)
+                return []
+        singles = [Batch(batch.images[i : i + 1], [p], batch.side) for i, p in enumerate(batch.prompts)]
+        return [i for i, single in enumerate(singles) if self._taken(single)]
+
+    def collect(self, images: int) -> None:
+        """Take what it has to say of what it was shown.
+
+        Raises:
+            ErasekitError: it failed on every image, or says what it should not.
+        """
+        if images and not self.order and not self.rows:
+            raise ErasekitError(f"Evaluator '{self.evaluator.name}' failed on every image: {self.problem}")
+        scores = _computed(self.evaluator, len(self.order))
+        self.rows |= dict(zip(self.order, scores.rows, strict=True))
+        self.metrics = scores.metrics
+
+
+def _showing(
+    evaluators: Sequence[Evaluator], kept: KeptScores | None, prompts: Sequence[Prompt], paths: Sequence[Path]
+) -> list[Showing]:
+    """All evaluators; those of single images with what they have said of these before."""
+    if kept is None or not any(e.per_image for e in evaluators):
+        return [Showing(e, {}) for e in evaluators]
+    keys, showing = [score_key(path, p) for path, p in zip(paths, [*prompts, *prompts], strict=True)], []
+    for evaluator in evaluators:
+        before = kept.of(evaluator) if evaluator.per_image else {}
+        rows = {i: before[key] for i, key in enumerate(keys) if key in before}
+        showing.append(Showing(evaluator, rows, keys if evaluator.per_image else ()))
+    return showing
+
+
+def _alike(images: Mapping[int, torch.Tensor | None]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The images that could be read, those of one size together: their indices, and (n, 3, h, w)."""
+    sizes: dict[torch.Size, list[int]] = {}
+    for i, image in images.items():
+        if image is not None:
+            sizes.setdefault(image.shape, []).append(i)
+    for group in sizes.values():
+        yield group, torch.stack([image for i in group if (image := images[i]) is not None])
 
 
 def _rests_on(metric: str) -> set[str]:
@@ -109,44 +204,20 @@ def _row(index: int, prompt: Prompt, side: Side, path: Path) -> dict[str, Any]:
     return {"index": index, **columns, "side": side, "file": path.name, "failed": False}
 
 
-def _show(evaluator: Evaluator, batch: Batch, problems: dict[str, Exception]) -> list[int]:
-    """Show a batch, image by image if it fails as a whole; the positions that were taken."""
-    try:
-        evaluator.update(batch)
-        return list(range(len(batch.prompts)))
-    except Exception as error:  # a detector may fail in any way, and a failure must be counted, whatever it is
-        if len(batch.prompts) == 1 and evaluator.name not in problems:
-            problems[evaluator.name] = error
-            log.warning("'%s' fails on an image of '%s': %s", evaluator.name, batch.prompts[0].text, error)
-        if len(batch.prompts) == 1:
-            return []
-    singles = [Batch(batch.images[i : i + 1], [p], batch.side) for i, p in enumerate(batch.prompts)]
-    return [i for i, single in enumerate(singles) if _show(evaluator, single, problems)]
-
-
-def _merge(
-    rows: list[dict[str, Any]],
-    evaluators: Sequence[Evaluator],
-    scored_by: dict[str, list[int]],
-    problems: dict[str, Exception],
-) -> dict[str, Metric]:
+def _merge(rows: list[dict[str, Any]], showing: Sequence[Showing]) -> dict[str, Metric]:
     """Put every evaluator's scores into the rows; its metrics of whole sets."""
     metrics: dict[str, Metric] = {}
     judged: dict[int, dict[str, Judgement]] = {}
-    for evaluator in evaluators:
-        taken = scored_by[evaluator.name]
-        if rows and not taken:
-            why = problems.get(evaluator.name, "every image is unreadable or black")
-            raise ErasekitError(f"Evaluator '{evaluator.name}' failed on every image: {why}")
-        scores = _computed(evaluator, len(taken))
-        for i, found in zip(taken, scores.rows, strict=True):
+    for shown in showing:
+        evaluator = shown.evaluator
+        for i, found in sorted(shown.rows.items()):
             _add(rows[i], found, evaluator.name, judged.setdefault(i, {}))
-        for i in set(range(len(rows))) - set(taken):
+        for i in set(range(len(rows))) - set(shown.rows):
             rows[i]["failed"] = True
-        metrics |= {name: m.model_copy(update={"meaning": _meaning(evaluator, name)}) for name, m in scores.metrics.items()}
+        metrics |= _explained(evaluator, shown.metrics)
     for i, given in judged.items():
         if given:
-            rows[i].update(merged(given, [e.name for e in evaluators]))
+            rows[i].update(merged(given, [shown.evaluator.name for shown in showing]))
     return metrics
 
 
@@ -185,8 +256,10 @@ def _add(row: dict[str, Any], found: Mapping[str, Any], evaluator: str, judged: 
     row.update(columns)
 
 
-def _meaning(evaluator: Evaluator, metric: str) -> str:
-    return evaluator.meanings.get(split(metric)[0], "")
+def _explained(evaluator: Evaluator, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """An evaluator's own numbers with what they mean."""
+    meanings = {name: evaluator.meanings.get(split(name)[0], "") for name in metrics}
+    return {name: metric.model_copy(update={"meaning": meanings[name]}) for name, metric in metrics.items()}
 
 
 def _counts(rows: list[dict[str, Any]], *, judged: bool) -> dict[str, int]:

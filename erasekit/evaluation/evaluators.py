@@ -13,6 +13,7 @@ from erasekit.evaluation.tasks import Prompt
 from erasekit.settings import Settings
 
 Side = Literal["base", "erased"]
+Rows = Mapping[Side, Sequence[Mapping[str, Any]]]  # the scored images of both sides
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Evaluator:
     Attributes:
         name: the registered name.
         version: rises when any of its scores could change.
+        per_image: its row of an image depends on nothing but the image, its prompt and `describe()`, so that it is kept and not
+            computed again. Its numbers come from `metrics_of`.
         Config: the settings, which the constructor takes by keyword; field descriptions are the documentation.
         meanings: {metric of its own, as it is called before a bracket: what it means, in a few words}.
     """
@@ -64,6 +67,7 @@ class Evaluator:
     name: ClassVar[str]
     version: str = "1"
     meanings: ClassVar[Mapping[str, str]] = {}
+    per_image: ClassVar[bool] = False
     Config: ClassVar[type[EvaluatorConfig]] = EvaluatorConfig
 
     def __init__(self, **settings: Any) -> None:
@@ -86,3 +90,7 @@ class Evaluator:
     def compute(self) -> Scores:
         """Scores of all images so far."""
         raise NotImplementedError
+
+    def metrics_of(self, rows: Rows) -> dict[str, Metric]:
+        """Its own numbers, where they come from the rows of the scored images alone: with their prompts and all scores."""
+        return {}

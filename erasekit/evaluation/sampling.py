@@ -1,26 +1,29 @@
-"""Prompts and seeds to images on disk. Batches are fixed by the prompt list, so a resumed run draws the same bytes."""
+"""Prompts and seeds to images on disk, each named by all that decides its bytes: drawn once, whoever asks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from erasekit.atomic import replacing
+from erasekit.atomic import lock_of, replacing, sweep
 from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.tasks import Prompt, Protocol, Sampler
 from erasekit.events import progress
 from erasekit.safety import reject_unsafe
 
+LEAST = 8  # rows of a call on one thread: fewer take other ways through its matrix products, which round otherwise
 SAMPLERS = get_args(Sampler)
 # What Pillow raises for a file that is not a whole image, or one of absurd size.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -49,23 +52,74 @@ def set_sampler(pipe: Any, sampler: str) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
 
 
-def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
-    """The name of the folder that holds the unedited model's images: 16 hex digits over all that decides their bytes."""
+def model_key(backbone: Backbone, *more: str) -> str:
+    """Sixteen hex digits over all of a model that decides the bytes of its images; `more` says what was done to it."""
     weights = f"{backbone.source}@{backbone.revision}" if backbone.revision else backbone.fingerprint()
     held = [str(backbone.dtype), backbone.device.type, backbone.embedded_guidance, version("torch"), version("diffusers")]
-    parts = [weights, held, protocol.model_dump(), [(p.text, p.seed) for p in prompts]]
+    return _digest([weights, held, *more])
+
+
+def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
+    """Sixteen hex digits over what the unedited model draws from a list of prompts."""
+    return _digest([model_key(backbone), protocol.model_dump(), [(p.text, p.seed) for p in prompts]])
+
+
+class Calls(NamedTuple):
+    """In what calls of the pipeline images are drawn, so that an image does not depend on what is drawn beside it.
+
+    Bytes are equal in all places of calls of one size, if every thread has the same share of a call, and not too small a one:
+    measured on both mini models. On one thread, calls of eight rows and more are all alike.
+
+    Attributes:
+        threads: of a CPU: a power of two; 0 elsewhere.
+        least: rows; a call that is shorter is filled up.
+        most: rows.
+    """
+
+    threads: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, backbone: Backbone, protocol: Protocol) -> Calls:
+        """For a backbone where it is now."""
+        if backbone.device.type != "cpu":
+            return cls(0, protocol.batch, protocol.batch)
+        threads = 2 ** (torch.get_num_threads().bit_length() - 1)
+        unit = 4 * threads if 4 * threads <= protocol.batch else threads
+        most = math.ceil(protocol.batch / unit) * unit
+        return cls(threads, min(LEAST, most) if threads == 1 else most, most)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Keep to the number of threads."""
+        before = torch.get_num_threads()
+        try:
+            if self.threads:
+                torch.set_num_threads(self.threads)
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def image_key(prompt: Prompt, protocol: Protocol, calls: Calls) -> str:
+    """Sixteen hex digits over all of a prompt and how it is drawn that decides the bytes of its image, for a given model.
+
+    A prompt's own guidance scale and size go over the protocol's. The number of rows is part of it where it matters.
+    """
+    how = [protocol.sampler, protocol.steps, *_drawn_as(prompt, protocol)]
+    rows = calls.most if calls.least == calls.most else None
+    return _digest([how, prompt.text, prompt.seed, calls.threads, rows])
+
+
+def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def image_names(prompts: Sequence[Prompt], protocol: Protocol) -> list[str]:
-    """One file name per prompt: its index, and a key over the protocol and the batch it is drawn in."""
-    names = []
-    for start in range(0, len(prompts), protocol.batch):
-        batch = [(p.text, p.seed) for p in prompts[start : start + protocol.batch]]
-        for i in range(len(batch)):
-            text = json.dumps([protocol.model_dump(), batch, i], sort_keys=True)
-            names.append(f"{start + i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png")
-    return names
+def _drawn_as(prompt: Prompt, protocol: Protocol) -> tuple[float, int, int]:
+    """The guidance scale, width and height of one image."""
+    guidance = protocol.guidance if prompt.guidance is None else prompt.guidance
+    return float(guidance), prompt.width or protocol.size, prompt.height or protocol.size
 
 
 def sample(
@@ -81,18 +135,18 @@ def sample(
 ) -> list[Path]:
     """Draw one PNG per prompt through the unmodified pipeline; what is already there and intact is kept.
 
-    A batch of which any file is missing or unreadable is drawn again as a whole: an image depends in its last bits on
-    the size of the batch that it is drawn in.
+    An image depends on its prompt, its seed and the protocol, and neither on its place in a call nor on what else the call
+    draws (see `Calls`). So files are named by `image_key`, and whoever asks for an image of this model finds it in `folder`.
 
     Args:
         backbone: says how its pipeline takes encoded prompts.
         pipe: a diffusers pipeline; its scheduler is set to the protocol's sampler.
-        prompts: what to draw; each has its own seed.
+        prompts: what to draw; each has its own seed, and may have a guidance scale and a size of its own.
         conditioning: the encoded prompts, one row per prompt.
         empty: the encoded empty prompt, one row.
         protocol: how to draw.
-        folder: where the images and `index.json` go.
-        on_batch: called with (images done, images in all) after every batch.
+        folder: where the images of this model are; several processes may draw into it at once.
+        on_batch: called with (images done, images in all) after every call.
 
     Returns:
         The files, in the order of the prompts.
@@ -106,19 +160,46 @@ def sample(
         raise ValueError(f"{len(prompts)} prompts need as many encoded prompts, given {len(conditioning)}.")
     set_sampler(pipe, protocol.sampler)
     pipe.set_progress_bar_config(disable=True)
-    paths = [folder / name for name in image_names(prompts, protocol)]
-    _write_index(folder, prompts, paths)
-    for start in range(0, len(prompts), protocol.batch):
-        here = slice(start, start + protocol.batch)
-        if not all(intact(p) for p in paths[here]):
-            arguments = backbone.call_arguments(conditioning[here], empty=empty, guidance=protocol.guidance)
-            images = _draw(pipe, [p.seed for p in prompts[here]], protocol, arguments)
-            for path, image in zip(paths[here], images, strict=True):
-                with replacing(path) as temporary:
-                    image.save(temporary, format="PNG")
+    if folder.is_dir():
+        sweep(folder)
+    calls = Calls.of(backbone, protocol)
+    paths = [folder / f"{image_key(p, protocol, calls)}.png" for p in prompts]
+    missing = {path: i for i, path in enumerate(paths) if not intact(path)}
+    left = len(missing)
+    for call in _alike(list(missing.values()), prompts, protocol, calls.most):
+        with lock_of(folder / paths[call[0]].name[:2]), calls.steady():  # who comes second finds them drawn
+            rows = [i for i in call if not intact(paths[i])]
+            filled = [*rows, *rows[-1:] * (calls.least - len(rows))]
+            if rows:
+                guidance, width, height = _drawn_as(prompts[rows[0]], protocol)
+                arguments = backbone.call_arguments(conditioning[filled], empty=empty, guidance=guidance)
+                images = _draw(pipe, [prompts[i].seed for i in filled], protocol.steps, width, height, arguments)
+                for i, image in zip(rows, images, strict=False):
+                    with replacing(paths[i]) as temporary:
+                        image.save(temporary, format="PNG")
+        left -= len(call)
         if on_batch:
-            on_batch(min(here.stop, len(prompts)), len(prompts))
+            on_batch(len(prompts) - left, len(prompts))
+    if on_batch and not missing:
+        on_batch(len(prompts), len(prompts))
     return paths
+
+
+def _alike(rows: Sequence[int], prompts: Sequence[Prompt], protocol: Protocol, most: int) -> Iterator[list[int]]:
+    """The rows in calls of one guidance scale and size each."""
+    alike: dict[tuple[float, int, int], list[int]] = {}
+    for i in rows:
+        alike.setdefault(_drawn_as(prompts[i], protocol), []).append(i)
+    for of in alike.values():
+        for start in range(0, len(of), most):
+            yield of[start : start + most]
+
+
+def write_index(folder: Path, prompts: Sequence[Prompt], names: Sequence[str]) -> None:
+    """Write index.json: which file was drawn from what."""
+    rows = [{"file": name, **prompt._asdict()} for name, prompt in zip(names, prompts, strict=True)]
+    with replacing(folder / "index.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def generate(
@@ -199,15 +280,15 @@ def _batch(
 ) -> list[Image.Image]:
     here, empty = slice(start, start + protocol.batch), backbone.encode([""])
     arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
-    return _draw(pipe, seeds[here], protocol, arguments)
+    return _draw(pipe, seeds[here], protocol.steps, protocol.size, protocol.size, arguments)
 
 
-def _draw(pipe: Any, seeds: Iterable[int], protocol: Protocol, arguments: dict[str, Any]) -> list[Image.Image]:
+def _draw(pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, arguments: dict[str, Any]) -> list[Image.Image]:
     drawn = pipe(
         **arguments,
-        num_inference_steps=protocol.steps,
-        height=protocol.size,
-        width=protocol.size,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
         generator=[torch.Generator().manual_seed(s) for s in seeds],
         output_type="np",
     ).images
@@ -229,32 +310,17 @@ def intact(path: Path) -> bool:
     return True
 
 
-def load_images(paths: Sequence[Path]) -> tuple[torch.Tensor, list[int]]:
-    """Read images.
+def load_image(path: Path) -> torch.Tensor | None:
+    """Read an image.
 
-    An image that is black all over is none: a safety checker puts it in the place of what it holds back, an overflow in the
-    place of what could not be computed. To judge it would flatter an erasure.
+    One that is black all over is none: a safety checker puts it in the place of what it holds back, an overflow in the place
+    of what could not be computed. To judge it would flatter an erasure.
 
     Returns:
-        (n, 3, h, w) uint8 of those that can be read and are not black, in order, and the indices of the others.
+        (3, h, w) uint8; None if it cannot be read or is black.
     """
-    images, unreadable = [], []
-    for i, path in enumerate(paths):
-        pixels = _pixels(path) if intact(path) else None
-        if pixels is not None and pixels.any():
-            images.append(pixels)
-        else:
-            unreadable.append(i)
-    return torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8), unreadable
-
-
-def _pixels(path: Path) -> torch.Tensor:
-    """(3, h, w) uint8."""
+    if not intact(path):
+        return None
     with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _write_index(folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path]) -> None:
-    rows = [{"file": path.name, **prompt._asdict()} for path, prompt in zip(paths, prompts, strict=True)]
-    with replacing(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return pixels if pixels.any() else None

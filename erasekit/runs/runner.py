@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import linked, lock_of, replacing, replacing_folder, sweep
+from erasekit.atomic import linked, replacing, replacing_folder
 from erasekit.backbones.memory import peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify, content_of
@@ -21,8 +21,9 @@ from erasekit.erasures.modelcard import model_card
 from erasekit.evaluation.curves import INTERFERENCE, Interference
 from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
+from erasekit.evaluation.kept_scores import KeptScores
 from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
-from erasekit.evaluation.sampling import base_key, sample
+from erasekit.evaluation.sampling import model_key, sample, write_index
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import (
     Dispatcher,
@@ -103,19 +104,20 @@ def run(
                 backbone.encode(["", *(p.text for p in this.prompts), *attack_texts(plan, registries)])
                 expect(plan, context(plan, backbone, registries))
             with _stage("base_images", this):
-                base = base_images(this, backbone, cache=out / "cache" / "base")
+                base = base_images(this, backbone, cache=out / "cache")
             with _stage("erase", this):
                 sha256 = erase(this, backbone, given=erasure)
             with _stage("certify", this):
                 write_certificate(this, backbone)
             with _stage("sample", this):
-                erased = erased_images(this, backbone)
+                erased = erased_images(this, backbone, sha256, cache=out / "cache")
             with _stage("evaluate", this):
                 if not all(path.is_file() for path in base):  # somebody has cleared the folder meanwhile
-                    base = base_images(this, backbone, cache=out / "cache" / "base")
+                    base = base_images(this, backbone, cache=out / "cache")
                 if not all(path.is_file() for path in erased):
-                    erased = erased_images(this, backbone)
-                evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts)
+                    erased = erased_images(this, backbone, sha256, cache=out / "cache")
+                said = KeptScores(out / "cache" / "scores")
+                evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts, kept=said)
             if plan.attacks:
                 with _stage("attack", this):
                     evaluation = attacked(this, backbone, evaluators, evaluation, cache=out / "cache")
@@ -201,25 +203,22 @@ def _stage(name: str, this: Run) -> Iterator[None]:
 
 
 def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
-    """Images of the unedited model. Every method is compared with the same ones: kept in `cache`, linked into the run."""
-    folder = cache / base_key(backbone, this.plan.protocol, this.prompts)
+    """Images of the unedited model. Every run is compared with the same ones: kept in `cache`, linked into the run."""
     pipe = backbone.pipeline(encoders=False, shared=True)
-    kept = this.directory.path / "images" / "base"
-    with lock_of(folder):  # who comes second finds them drawn
-        if folder.is_dir():
-            sweep(folder, locked=True)
-        paths = _sampled(this, backbone, pipe, folder, which="base")
-        return [linked(path, kept / path.name) for path in paths]
+    return _sampled(this, backbone, pipe, cache / "base" / model_key(backbone), which="base")
 
 
 def _sampled(this: Run, backbone: Backbone, pipe: Any, folder: Path, *, which: str) -> list[Path]:
-    """The evaluation prompts, drawn by a pipeline."""
+    """The evaluation prompts, drawn by a pipeline into the folder of all its images, and linked into the run."""
     encoded, empty = backbone.encode([p.text for p in this.prompts]), backbone.encode([""])
 
     def drawn(done: int, total: int) -> None:
         this.emit(Sampled(which, done, total))
 
-    return sample(backbone, pipe, this.prompts, encoded, empty, this.plan.protocol, folder, on_batch=drawn)
+    paths = sample(backbone, pipe, this.prompts, encoded, empty, this.plan.protocol, folder, on_batch=drawn)
+    own = this.directory.path / "images" / which
+    write_index(own, this.prompts, [path.name for path in paths])
+    return [linked(path, own / path.name) for path in paths]
 
 
 def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
@@ -260,17 +259,18 @@ def write_certificate(this: Run, backbone: Backbone) -> None:
         write_json(path, certify(backbone, erasure, this.plan.task, this.plan.protocol))
 
 
-def erased_images(this: Run, backbone: Backbone) -> list[Path]:
+def erased_images(this: Run, backbone: Backbone, sha256: str, *, cache: Path) -> list[Path]:
     """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure.
 
-    Its denoiser is the backbone's, every bit of it as it was loaded.
+    Its denoiser is the backbone's, every bit of it as it was loaded. The images are kept like the unedited model's, so that one
+    who measures the erasure in another way draws only what is missing.
     """
     if not backbone.unchanged():  # a method left something on it
         backbone.release("denoiser")
     pipe = backbone.pipeline(encoders=False, shared=True)
     load_into(pipe, this.directory.path / "erasure", base=backbone, component=this.registries.components.get)
     try:
-        return _sampled(this, backbone, pipe, this.directory.path / "images" / "erased", which="erased")
+        return _sampled(this, backbone, pipe, cache / "erased" / model_key(backbone, sha256), which="erased")
     finally:
         unload(pipe)
 

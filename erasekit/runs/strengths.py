@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import lock_of
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.loading import load_into, unload
 from erasekit.errors import UsageError
 from erasekit.evaluation.curves import STRENGTH, Curve, Point, Strength
 from erasekit.evaluation.evaluate import evaluate
 from erasekit.evaluation.results import Metric
-from erasekit.evaluation.sampling import base_key, sample
+from erasekit.evaluation.sampling import model_key, sample
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import Listener, Sampled
 from erasekit.registration.plugins import Registries, default
@@ -81,7 +80,7 @@ def _draw(
     pipe, which = backbone.pipeline(encoders=False, shared=True), f"strength-{strength:g}"
     folder = directory / "images" / which
     if strength == 0:
-        folder = directory.parents[3] / "cache" / "base" / base_key(backbone, plan.protocol, prompts)
+        folder = directory.parents[3] / "cache" / "base" / model_key(backbone)
     else:
         component: Any = registries.components.get
         load_into(pipe, directory / "erasure", strength=strength, base=backbone, component=component)
@@ -92,8 +91,7 @@ def _draw(
             listener(Sampled(which, done, total))
 
     try:
-        with lock_of(folder):
-            return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=told)
+        return sample(backbone, pipe, prompts, encoded, empty, plan.protocol, folder, on_batch=told)
     finally:
         unload(pipe)
 

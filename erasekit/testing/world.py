@@ -68,6 +68,7 @@ class Red(Evaluator):
     """Whether an image is more red than green."""
 
     name = "red"
+    per_image = True
 
     def __init__(self) -> None:
         """Start with no images."""

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from erasekit.evaluation.evaluators import Batch
+from erasekit.evaluation.evaluators import Batch, Rows
 from erasekit.evaluation.natural.clip import ClipConfig, open_clip
-from erasekit.evaluation.natural.per_image import PerImage, Rows, judgement, mean_metric, own_scores
+from erasekit.evaluation.natural.per_image import PerImage, judgement, mean_metric, own_scores
 from erasekit.evaluation.results import Metric
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

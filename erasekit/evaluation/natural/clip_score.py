@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from erasekit.evaluation.evaluators import Batch
+from erasekit.evaluation.evaluators import Batch, Rows
 from erasekit.evaluation.natural.clip import ClipConfig, open_clip
-from erasekit.evaluation.natural.per_image import PerImage, Rows, column, mean_metric
+from erasekit.evaluation.natural.per_image import PerImage, column, mean_metric
 from erasekit.evaluation.results import Metric
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from pydantic import Field
 
 from erasekit.errors import unknown
-from erasekit.evaluation.evaluators import Batch, EvaluatorConfig
+from erasekit.evaluation.evaluators import Batch, EvaluatorConfig, Rows
 from erasekit.evaluation.intervals import bootstrap, wilson
 from erasekit.evaluation.metrics import MEASURES
 from erasekit.evaluation.natural.needs import as_arrays, checked, had, package, package_folder, release
-from erasekit.evaluation.natural.per_image import PerImage, Rows, column, judgement
+from erasekit.evaluation.natural.per_image import PerImage, column, judgement
 from erasekit.evaluation.results import Metric
 
 LABEL = "nudity"

@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from erasekit.evaluation.evaluators import Batch, Evaluator, Scores, Side
+from erasekit.evaluation.evaluators import Batch, Evaluator, Rows, Scores, Side
 from erasekit.evaluation.intervals import bootstrap
 from erasekit.evaluation.results import Metric
 
-Rows = Mapping[Side, Sequence[Mapping[str, Any]]]  # the scored images of both sides
 NOT_OF_THE_PROTOCOL = {"device", "gallery", "paintings", "reference", "weights", "model", "pretrained"}  # said by content
 
 
@@ -41,10 +40,6 @@ class PerImage(Evaluator):
     def compute(self) -> Scores:
         """A row per image."""
         return Scores(self._rows)
-
-    def metrics_of(self, rows: Rows) -> dict[str, Metric]:
-        """Its own metrics, from the rows of both sides."""
-        return {}
 
     def settings(self) -> dict[str, Any]:
         """The settings that its scores depend on, as `describe` states them: not where files lie, nor the device."""

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from erasekit.errors import UsageError
-from erasekit.evaluation.evaluators import Batch
+from erasekit.evaluation.evaluators import Batch, Rows
 from erasekit.evaluation.natural.clip import ClipConfig, open_clip
 from erasekit.evaluation.natural.needs import albums, digest_of, package, read
-from erasekit.evaluation.natural.per_image import PerImage, Rows, column, judgement, mean_metric
+from erasekit.evaluation.natural.per_image import PerImage, column, judgement, mean_metric
 from erasekit.evaluation.results import Metric
 
 # MACE's five, which its prompts are made of.
