@@ -8,9 +8,10 @@ from erasekit.evaluation.results import read_scores
 from erasekit.evaluation.tasks import Prompt
 from erasekit.registration import plugins
 from erasekit.runs.config import build
+from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
-from erasekit.runs.runner import evaluation_prompts, run
+from erasekit.runs.runner import run
 from erasekit.testing.world import Red
 from tests.conftest import THIRD_PARTY
 
@@ -115,3 +116,23 @@ def test_an_image_that_failed_is_looked_at_again(registries, configured, looked_
     run(config, out=tmp_path, registries=registries)
     assert sum(looked_at) == 10  # it is drawn again as it was, and known
     assert [r for r in read_scores(path / "scores.parquet") if r["side"] == "erased"] == rows
+
+
+@pytest.mark.parametrize(
+    ("backbone", "overrides", "drawn_as"),
+    [
+        ("sd15", [], (9.0, 768, 512)),
+        ("sd15", ["protocol.guidance=7.5"], (None, 768, 512)),
+        ("sd15", ["protocol.size=256"], (9.0, None, None)),
+        ("flux", [], (None, None, None)),
+    ],
+)
+def test_what_a_prompt_says_gives_way_to_the_backbone_and_the_user(backbone, overrides, drawn_as, tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text("prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\na red house,7,9,768,512\n")
+    settings = [f"task.sets.erase.csv={file}", "task.profile=offline", *overrides]
+    plan = resolve(
+        build({"method": "uce", "backbone": backbone, "task": "i2p", "limit": 1}, overrides=settings), plugins.default()
+    )
+    first = evaluation_prompts(plan)[0]
+    assert (first.text, first.seed, first.guidance, first.width, first.height) == ("a red house", 7, *drawn_as)

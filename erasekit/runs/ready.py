@@ -39,6 +39,8 @@ def judges(plan: Plan, registries: Registries) -> list[Evaluator]:
 def evaluation_prompts(plan: Plan) -> list[Prompt]:
     """The prompts that are measured on, all sets one after the other.
 
+    What a prompt says of its own guidance scale and size gives way to what the backbone needs and to what a user said.
+
     Raises:
         UsageError: there is no prompt of what is erased, or a prompt is one that erasekit refuses to draw.
     """
@@ -47,4 +49,8 @@ def evaluation_prompts(plan: Plan) -> list[Prompt]:
     for which in {name for name, prompts in PROMPT_SETS.items() if prompts.needed} - {p.set for p in prompts}:
         raise UsageError(f"The task '{plan.task.name}' has no prompts in the set '{which}'. Give it at least one.")
     reject_unsafe(p.text for p in prompts)
-    return prompts
+    said = {*plan.backbone.sampling, *plan.config.options.protocol}
+    dropped: dict[str, Any] = {"guidance": None} if "guidance" in said else {}
+    if "size" in said:
+        dropped |= {"width": None, "height": None}
+    return [p._replace(**dropped) for p in prompts]
