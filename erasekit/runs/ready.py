@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from erasekit.backbones.memory import check_disk
 from erasekit.errors import UsageError
