@@ -25,6 +25,7 @@ COMMANDS = (  # in the order of the help, each a module with a function `command
     "merge",
     "push",
     "report",
+    "compare",
     "sweep",
     "ablate",
     "ls",

@@ -295,6 +295,9 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
         own = [p for p in this.prompts if p.set == "erase"]
         hashes[ATTACKS_HASH] = plan.protocol.hash(*measured_on[:2], own, judges, plan.budgets())
         hashes["attacks"] = {name: settings for name, _, settings in plan.budgets()}
+    given = [key for key in ("guidance", "width", "height") if any(getattr(p, key) is not None for p in this.prompts)]
+    if given:  # prompts have their own
+        hashes["own"] = given
     result = RunResult(
         method=config.method,
         backbone=config.backbone,

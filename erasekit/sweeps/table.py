@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ ERASED = 0.2  # a concept of which no more is seen counts as erased
 EFFICACY = ("acc_e", "unsafe_images")  # how much of what is erased is seen
 SHARES = ("acc", "h_", "face_rate", "style_removed", "unsafe_images")
 FILES = ("all.safetensors", "guidance.json", "guidance.safetensors")  # what a user loads
+Runs = Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]  # {row: {concept: [a run and its folder]}}
 
 
 def tables_of(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
@@ -33,11 +36,12 @@ def tables_of(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
             rows.setdefault(cell.row, {}).setdefault("+".join(result.concepts), []).append((result, out / cell.path))
     for (backbone, task), rows in runs.items():
         for together in by_protocol(rows):
-            found.append({"backbone": backbone, "task": task, "rows": _rows(together)})
+            found.append({"backbone": backbone, "task": task, "rows": rows_of(together)})
     return found
 
 
-def _rows(rows: Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]) -> dict[str, Any]:
+def rows_of(rows: Runs) -> dict[str, Any]:
+    """Rows that were measured by one protocol, with `summary`, file size, runs, and `differences` from the first one."""
     found: dict[str, Any] = {}
     first: dict[str, list[RunResult]] = {}
     for name, concepts in rows.items():
@@ -73,8 +77,13 @@ def _kilobytes(folder: Path) -> float:
     return sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file()) / 1000
 
 
-def by_row(rows: Mapping[str, Any]) -> Table:
-    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, seconds, file and memory."""
+def by_row(rows: Mapping[str, Any], published: Mapping[str, Mapping[str, float]] | None = None) -> Table:
+    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, seconds, file and memory.
+
+    Args:
+        rows: of `rows_of`.
+        published: {name that says so: {metric: value}}, at the end.
+    """
     digits = _columns(rows)
     cells = []
     for name, row in rows.items():
@@ -82,7 +91,9 @@ def by_row(rows: Mapping[str, Any]) -> Table:
         cost = [f"{row[key]:.0f}" if key in row else "" for key in ("erase_s", "file_kb", "peak_memory_mb")]
         cells.append([name, *values, _erased(row), runs_of(row), *cost])
     cells.append(["unedited", *_unedited(rows, digits), *[""] * 5])
-    return Table(["row", *map(_title, digits), f"erased (<= {ERASED})", "runs", "erase, s", "file, kB", "peak, MB"], cells)
+    for name, row in (published or {}).items():
+        cells.append([name, *(f"{row[m]:.{d}f}" if m in row else "" for m, d in digits.items()), *[""] * 5])
+    return Table(["row", *_titles(digits), f"erased (<= {ERASED})", "runs", "erase, s", "file, kB", "peak, MB"], cells)
 
 
 def by_difference(rows: Mapping[str, Any]) -> Table:
@@ -92,7 +103,7 @@ def by_difference(rows: Mapping[str, Any]) -> Table:
     for name, row in rows.items():
         if found := row.get("differences"):
             cells.append([name, *(_with_interval(found[m], d, sign="+") if m in found else "" for m, d in digits.items())])
-    return Table([f"less {next(iter(rows))}", *map(_title, digits)], cells)
+    return Table([f"less {next(iter(rows))}", *_titles(digits)], cells)
 
 
 def by_attack(rows: Mapping[str, Any]) -> Table:
@@ -134,6 +145,27 @@ def runs_of(row: Mapping[str, Any]) -> str:
     return f"{len(different)}{alike}"
 
 
+def latex(table: Table) -> str:
+    """A table in LaTeX, with rules of booktabs."""
+    columns, *rows = [" & ".join(map(_escaped, row)) + r" \\" for row in (table.columns, *table.rows)]
+    lines = [r"\toprule", columns, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", *lines])
+
+
+def _escaped(text: str) -> str:
+    """Plain text as LaTeX takes it."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+    special |= {">": r"\textgreater{}"} | {each: rf"\{each}" for each in "&%$#_{}"}
+    return "".join(special.get(each, each) for each in text)
+
+
+def as_csv(table: Table) -> str:
+    """A table as comma-separated values."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([table.columns, *table.rows])
+    return file.getvalue()
+
+
 def markdown(table: Table) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (table.columns, ["---"] * len(table.columns), *table.rows))
@@ -144,6 +176,12 @@ def _columns(rows: Mapping[str, Any]) -> dict[str, int]:
     every = (m for row in rows.values() for m in row["metrics"])
     names = dict.fromkeys(m for m in every if not m.endswith("/renders]") and m.partition("[")[0] not in ATTACKED)
     return {name: 3 if name.startswith(SHARES) else 1 for name in names}
+
+
+def _titles(metrics: Iterable[str]) -> list[str]:
+    """Metrics without what they were measured with, where that is clear."""
+    short = [_title(metric) for metric in metrics]
+    return [name if short.count(name) == 1 else metric for name, metric in zip(short, metrics, strict=True)]
 
 
 def _title(metric: str) -> str:

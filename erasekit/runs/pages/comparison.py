@@ -53,14 +53,19 @@ def compared(runs: Sequence[tuple[Path, Task]]) -> list[Compared]:
         UsageError: a directory holds no results.
     """
     found = [Compared("", directory, task, read_result(directory / "results.json")) for directory, task in runs]
+    names = row_names([run.result for run in found])
+    return [run._replace(row=name) for run, name in zip(found, names, strict=True)]
+
+
+def row_names(results: Sequence[RunResult]) -> list[str]:
+    """The row of each run: its method, with the hash of its configuration where one method did the same in two ways."""
     several = set()
-    for one, other in itertools.combinations([run.result for run in found], 2):
+    for one, other in itertools.combinations(results, 2):
         same = all(getattr(one, name) == getattr(other, name) for name in SAME)
         twice = one.seed == other.seed and one.config_hash != other.config_hash
         if same and (twice or one.protocol["hash"] != other.protocol["hash"]):
             several.add(one.method)
-    names = [f"{r.method} {r.config_hash}" if r.method in several else r.method for r in (run.result for run in found)]
-    return [run._replace(row=name) for run, name in zip(found, names, strict=True)]
+    return [f"{r.method} {r.config_hash}" if r.method in several else r.method for r in results]
 
 
 def write_comparison(runs: Sequence[Compared], path: Path, *, title: str = "", reveal: bool = False) -> Path:
