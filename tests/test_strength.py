@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 from erasekit.cli import main
 from erasekit.concepts import Concept
@@ -237,7 +238,7 @@ def test_generate_takes_a_strength(runs, world, tiny_folder, tmp_path, capsys):
     drawn = {"base": base, "none": [*erased, "--strength", "0"], "cat": [*erased, "--strength", "cat=1.5"]}
     for name, arguments in drawn.items():
         assert main([*arguments, "--out", str(tmp_path / name)]) == 0
-    files = {name: next((tmp_path / name).glob("*.png")).read_bytes() for name in drawn}
+    files = {name: Image.open(next((tmp_path / name).glob("*.png"))).tobytes() for name in drawn}
     assert files["base"] == files["none"] != files["cat"]
     capsys.readouterr()
     for wrong in (["--strength", "much"], ["--strength", "dog=1"]):
