@@ -1,6 +1,8 @@
 """Kill commands at random moments, go on with them, and compare what comes out with what nobody disturbed.
 
-    python benchmarks/kills.py --kills 100 --out benchmarks/results/kills.json
+    python benchmarks/kills.py --kills 100 --full-disks 40 --out benchmarks/results/kills.json
+
+With --full-disks (root on Linux) the same commands work on a small file system in memory that is full from a random moment on.
 
 A tiny model with random weights; every command is a forked process, so that a start costs nothing. Half of the sequences
 have two processes at work on the same thing. Signals are SIGKILL, SIGTERM and SIGINT by chance.
@@ -15,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,10 +98,45 @@ def sequence(arguments: list[str], folder: Path, longest: float, chance: random.
     return met
 
 
+def full_disk(arguments: list[str], folder: Path, longest: float, chance: random.Random) -> int:
+    """Let the disk be full from a random moment on, then free it and go on; the exit code of the first attempt."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", folder], check=True)
+    child = start(arguments, folder)
+    time.sleep(chance.uniform(0, longest))
+    used = shutil.disk_usage(folder).used
+    subprocess.run(["mount", "-o", f"remount,size={used + 4096 * chance.randrange(1, 16)}", folder], check=True)
+    code = code_of(child)
+    subprocess.run(["mount", "-o", "remount,size=8g", folder], check=True)
+    if again := code_of(start(arguments, folder)):
+        raise SystemExit(f"{arguments[0]} ended with {again}: see {folder.parent / 'said.txt'}")
+    return code
+
+
+def full_disks(
+    made: dict[str, list[str]], honest: dict[str, Any], took: dict[str, float], place: Path, chance: random.Random, times: int
+) -> dict[str, int]:
+    """How often the disk was full, how often a command was done before, and what went wrong."""
+    found = dict.fromkeys(("times", "met", "not_said", "different"), 0)
+    for number in range(times):
+        name, folder = list(made)[number % len(made)], place / f"disk-{number}"
+        try:
+            code = full_disk(made[name], folder, took[name], chance)
+            found["times"] += 1
+            found["met"] += code != 0
+            found["not_said"] += code not in (0, 3)
+            found["different"] += content(folder) != honest[name]
+            print("disk", number, name, code, found, file=sys.stderr, flush=True)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    return found
+
+
 def main() -> None:
     """Kill, compare, say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--full-disks", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path)
@@ -129,16 +167,18 @@ def main() -> None:
             shutil.rmtree(folder)
         number += 1
         print(number, name, row, file=sys.stderr, flush=True)
+    disks = full_disks(made, honest, took, place, chance, given.full_disks)
     kills = sum(row["kills"] for row in counts.values())
     record = {
-        "command": f"python benchmarks/kills.py --kills {given.kills} --seed {given.seed}",
+        "command": f"python benchmarks/kills.py --kills {given.kills} --full-disks {given.full_disks} --seed {given.seed}",
         "kills": kills,
         "commands": counts,
     }
     print(json.dumps(record, indent=1))
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    sys.exit(any(row["different"] or row["left_behind"] for row in counts.values()))
+    wrong = [row for row in counts.values() if row["different"] or row["left_behind"]]
+    sys.exit(bool(wrong or disks["different"] or disks["not_said"]))
 
 
 if __name__ == "__main__":

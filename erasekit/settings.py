@@ -60,12 +60,16 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
         raise UsageError(f"Cannot read the {what} '{path}': {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"'{path}' is not TOML: {error}.") from None
+    except RecursionError:
+        raise UsageError(f"'{path}' is nested too deeply. Give fewer brackets within brackets.") from None
 
 
-def merge(base: Any, over: Mapping[str, Any]) -> Any:
+def merge(base: Any, over: Any) -> Any:
     """`base` with the values of `over`, tables within tables merged too."""
     if not isinstance(base, dict):
         return base  # left for validation to name
+    if not isinstance(over, Mapping):
+        return over
     both = {k: merge(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) else v for k, v in over.items()}
     return base | both
 

@@ -54,7 +54,7 @@ class RunConfig(BaseModel):
         "out, what the task says",
     )
     preserve: tuple[str, ...] = Field((), description="further things that must not change: things of the concepts' kind")
-    seed: int = Field(0, ge=0, description="the seed of everything random")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="the seed of everything random")
     limit: int | None = Field(None, ge=1, description="the most images per prompt set")
     preset: str = Field("", description="a named set of the method's settings")
     files: Literal["float32", "float16", "bfloat16"] = Field("float32", description="type of the erasure's tensors on disk")
@@ -96,7 +96,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
