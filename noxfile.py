@@ -62,14 +62,16 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel, in an environment of its own."""
+    """The wheel, in an environment of its own, and with it what README and tutorial show."""
     session.install("build")
     target = session.create_tmp()
     session.run("python", "-m", "build", "--outdir", target, ".")
-    session.install("--find-links", target, "erasekit")
+    session.install("--find-links", target, "erasekit", "pytest")
     with session.chdir(target):
         session.run("erasekit", "ls")
         session.run("erasekit", "doctor")
+    alone = ("--noconftest", "-o", "addopts=--import-mode=importlib")  # pytest without what the other tests need
+    session.run("pytest", *alone, "tests/documents", *session.posargs)
 
 
 @nox.session
