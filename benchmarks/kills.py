@@ -29,6 +29,7 @@ from erasekit.testing import world
 from erasekit.testing.worlds import tiny_folder
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+USAGE = 2
 PER_SEQUENCE = 4  # kills before a command is left alone
 MOVING = {"timings_s", "peak_memory_mb", "created", "environment", "manifest_sha256", "log.jsonl", "status.json", "env.json"}
 PAGES = {".html", ".md", ".webp"}  # they say how long it took, and how often it was begun
@@ -93,9 +94,15 @@ def sequence(arguments: list[str], folder: Path, longest: float, chance: random.
             os.kill(child, number)
             if code_of(child) in (-number, 130):
                 met.append(number.name)
-    if code := code_of(start(arguments, folder)):
-        raise SystemExit(f"{arguments[0]} ended with {code}: see {folder.parent / 'said.txt'}")
+    ended(arguments, folder)
     return met
+
+
+def ended(arguments: list[str], folder: Path) -> None:
+    """Let a command end. An erasure that was whole before the signal came is refused, as it should be."""
+    there = (folder / "erasure").exists()
+    if (code := code_of(start(arguments, folder))) and not (there and code == USAGE):
+        raise SystemExit(f"{arguments[0]} ended with {code}: see {folder.parent / 'said.txt'}")
 
 
 def full_disk(arguments: list[str], folder: Path, longest: float, chance: random.Random) -> int:
@@ -108,8 +115,7 @@ def full_disk(arguments: list[str], folder: Path, longest: float, chance: random
     subprocess.run(["mount", "-o", f"remount,size={used + 4096 * chance.randrange(1, 16)}", folder], check=True)
     code = code_of(child)
     subprocess.run(["mount", "-o", "remount,size=8g", folder], check=True)
-    if again := code_of(start(arguments, folder)):
-        raise SystemExit(f"{arguments[0]} ended with {again}: see {folder.parent / 'said.txt'}")
+    ended(arguments, folder)
     return code
 
 
