@@ -16,7 +16,7 @@ THIRD_PARTY = Path(__file__).parent / "third_party"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="every method on the mini models too, as in `nox -s matrix`")
+    parser.addoption("--matrix", action="store_true", help="methods in closed form and 20 steps, on all models that can be had")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import pytest
 
 from erasekit.registration.plugins import default
 from erasekit.testing import check_method
+from erasekit.testing.worlds import with_world
 from tests.conftest import THIRD_PARTY
 
 FILE = THIRD_PARTY / "single_file_method.py"
@@ -12,6 +13,7 @@ SHORT = {
     "trace": {"eta": 1.0, "steps": 2, "trajectories": 4, "clean_trajectories": 4, "batch": 2},
     "ant": {"steps": 2, "trajectories": 2, "batch": 2, "saliency_draws": 1, "fusion_points": 8},
     "eraseanything": {"steps": 2, "images": 2, "kept_images": 3},
+    "gem": {"steps": 2},
     "esd": {"steps": 2, "trajectories": 2, "batch": 2},
     "mace": {"steps": 2, "images": 2, "kept_images": 3},
     "pull": {"steps": 2},
@@ -20,14 +22,31 @@ SHORT = {
 METHODS = [*(entry.name for entry in default().methods.entries()), "pull", "direction"]
 
 
+CLOSED = ("trace", "mace")  # those with training steps whose closed form edits by itself
+
+
+def trains(method):
+    return "steps" in with_world(FILE).methods.get(method).Config.model_fields
+
+
+def depths(method):
+    """Settings to try: the closed form, where there is one, and 20 steps, where there are any."""
+    closed = [{"steps": 0}] if method in CLOSED else []
+    return [*closed, {"steps": 20}] if trains(method) else [{}]
+
+
 def pytest_generate_tests(metafunc):
-    minis = ["sd15-mini", "flux-mini"] if metafunc.config.getoption("--full") else []
-    metafunc.parametrize("backbone", ["tiny", "tiny-flux", *minis])
+    matrix = metafunc.config.getoption("--matrix")
+    metafunc.parametrize("backbone", ["tiny", "tiny-flux", *(("tiny-xl", "sd15-mini", "flux-mini") if matrix else ())])
+    if "depth" in metafunc.fixturenames:
+        pairs = [(method, depth) for method in METHODS for depth in (depths(method) if matrix else [{}])]
+        names = [f"{method}-{depth['steps'] or 'closed'}" if depth else method for method, depth in pairs]
+        metafunc.parametrize(("method", "depth"), pairs, ids=names)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_keeps_its_contract(backbone, method):
-    check_method(method, settings=SHORT.get(method), backbones=[backbone], concepts=["cat"], plugin=FILE)
+def test_a_method_keeps_its_contract(backbone, method, depth):
+    settings = SHORT.get(method, {}) | depth
+    check_method(method, settings=settings, backbones=[backbone], concepts=["cat"], plugin=FILE)
 
 
 @pytest.mark.parametrize("method", ["direction"])
