@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from erasekit.cli.sweep import command
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.results import Metric, RunResult, read_result, write_result
 from erasekit.registration import plugins
@@ -255,6 +256,25 @@ def test_cells_on_other_machines_say_for_which_gpu_they_are(suite, registries, t
     with pytest.raises(UsageError, match="Say for which GPU"):
         check_gpus(cells, registries)
     check_gpus(cells_of(adjusted(grid, options={"backbone": {"vram": "80"}}), registries, tmp_path), registries)
+
+
+def test_the_command_ends_with_a_table_and_a_page_and_names_what_failed(suite, counts, tmp_path, capsys):
+    file = tmp_path / "suite.toml"
+    grid = toml_of(suite(seeds=(0,), on={"counted": {"options": {"method": {"pause": 0}}}}))
+    settings = {"bad": "nan_at = 8", "short": "steps = 9"}
+    rows = [f'{{name = "{name}", method = "counted", options.method.{each}}}' for name, each in settings.items()]
+    file.write_text(f'title = "Of <three>"\nrows = [{", ".join(rows)}]\nconcepts.words = ["cat"]\n{grid}')
+    with pytest.raises(ErasekitError, match=r"(?s)^FAILED bad: .*stopped at step 8.*2 of 3 cells finished, 1 failed.*--retry"):
+        command(file, launcher="in-process", out=tmp_path / "runs", plugin=list(FILES))
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert (folder / "table.md").read_text().count("| counted | ") == 1
+    page = (folder / "comparison.html").read_text()
+    assert "<h1>Of &lt;three&gt;</h1>" in page
+    assert "short" in page
+    capsys.readouterr()
+    command(file, launcher="in-process", out=tmp_path / "runs", plugin=list(FILES), dry_run=True, as_json=True)
+    assert [cell["state"] for cell in json.loads(capsys.readouterr().out)] == ["finished", "failed", "finished"]
+    assert counts()[0] == [("cat", 0)] * 2
 
 
 SUITES = {"smoke": 16, "table1-mini": 396, "table2-mini": 75, "objects-mini": 540}

@@ -90,6 +90,7 @@ def do(
     with board() as told:
         swept = sweep(suite, registries, name=name, out=out, how=launching, watch=told)
     _show_table(swept, as_json=as_json)
+    _write_page(swept, registries)
     if swept.failed:
         lines = [failure(cell, how) for cell, how in swept.failed]
         raise ErasekitError(
@@ -132,3 +133,21 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     if as_json:
         put_json(content)
     say(f"Table: {swept.folder / 'table.md'}")
+
+
+def _write_page(swept: Any, registries: Registries) -> None:
+    """Write the page that compares the rows of a sweep, where there is something to compare."""
+    from erasekit.evaluation.results import read_result
+    from erasekit.runs.pages.comparison import Compared, write_comparison
+    from erasekit.runs.resolve import resolve
+    from erasekit.sweeps.cells import run_config
+
+    runs = []
+    for cell, how in swept.cells:
+        if how.state == "finished":
+            path = swept.out / cell.path
+            task = resolve(run_config(cell), registries).task
+            runs.append(Compared(cell.row, path, task, read_result(path / "results.json")))
+    if len(runs) > 1:
+        page = write_comparison(runs, swept.folder / "comparison.html", title=swept.suite.title)
+        say(f"Page: {page}")

@@ -19,6 +19,7 @@ class TinyXL(StableDiffusionXL):
 
     name: ClassVar[str] = "tiny-xl"
     domain: ClassVar[Literal["natural", "mini"]] = "mini"
+    sampling: ClassVar[dict[str, Any]] = {"guidance": 5.0, "size": 16}  # not SDXL's 1024 pixels
 
 
 def save_pipeline(folder: Path) -> Path:
