@@ -8,7 +8,8 @@ from tests.conftest import THIRD_PARTY
 
 FILES = (THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "counted.py")
 BOTH = [("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1)]
-IMAGES = 2 * 5 + 4 * 5  # the base's of two concepts once, and those of four erasures
+DRAWN = 6  # rows for the five images of a concept: a call of an odd number is filled up
+IMAGES = (DRAWN + 2) + 4 * DRAWN  # the base's once, of which the second concept has two of its own, and those of four erasures
 
 
 def grid_of(folder, **changes):

@@ -15,7 +15,7 @@ from erasekit.runs.runner import run
 from erasekit.sweeps.cells import cells_of, run_config, seen, write_cells
 from erasekit.sweeps.sweep import How, sweep
 from erasekit.sweeps.worker import work
-from tests.sweeping import BOTH, FILES, IMAGES, counted, grid_of, lines_of, numbers
+from tests.sweeping import BOTH, DRAWN, FILES, IMAGES, counted, grid_of, lines_of, numbers
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_twenty_starts_of_one_run_compute_it_once(registries, counts, tiny_folde
     assert 0 in codes
     assert set(codes) <= {0, 3}
     assert seen(cell, out).state == "finished"
-    assert counted(lines_of(counts)) == ([("cat", 0)], 10, 1)
+    assert counted(lines_of(counts)) == ([("cat", 0)], 2 * DRAWN, 1)
     assert start() == 0  # finished: read, not computed
-    assert counted(lines_of(counts)) == ([("cat", 0)], 10, 1)
+    assert counted(lines_of(counts)) == ([("cat", 0)], 2 * DRAWN, 1)
 
 
 def test_two_sweeps_at_one_folder_share_what_both_want(registries, counts, tiny_folder, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_two_sweeps_at_one_folder_share_what_both_want(registries, counts, tiny_
     assert codes_of([forked(lambda n=n, g=g: start(n, g)) for n, g in zip("ab", grids, strict=True)]) == [0, 0]
     erased, images, _ = counted(lines_of(counts))
     assert erased == sorted([*BOTH, ("cat", 2), ("dog", 2)])
-    assert images == IMAGES + 2 * 5
+    assert images == IMAGES + 2 * DRAWN
     first, second = (numbers(sweep(grid, registries, name=n, out=out, how=how)) for n, grid in zip("ab", grids, strict=True))
     assert first.items() < second.items()
 
@@ -100,4 +100,4 @@ def test_the_cell_of_a_killed_worker_is_gone_on_with(locks, registries, counts, 
     assert codes_of([worker]) == [-signal.SIGKILL]
     assert work(folder, out, plugins=FILES) == 1
     assert [seen(cell, out).state for cell in cells] == ["finished"] * 2
-    assert counted(lines_of(counts))[:2] == ([("cat", 0), ("dog", 0)], 4 * 5)
+    assert counted(lines_of(counts))[:2] == ([("cat", 0), ("dog", 0)], IMAGES - 2 * DRAWN)

@@ -23,7 +23,7 @@ from erasekit.sweeps.suite import Suite, adjusted, of_method, parse_row, read_su
 from erasekit.sweeps.sweep import How, check_gpus, sweep
 from erasekit.sweeps.table import by_attack, by_row, tables_of
 from erasekit.sweeps.worker import work
-from tests.sweeping import BOTH, FILES, IMAGES, counted, grid_of, lines_of, numbers
+from tests.sweeping import BOTH, DRAWN, FILES, IMAGES, counted, grid_of, lines_of, numbers
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,7 +155,7 @@ def test_one_bad_cell_stops_no_other_and_is_tried_again_when_asked(suite, regist
     give_another_chance(cells, out)
     assert work(folder, out, plugins=FILES) == 2
     assert [seen(cell, out).state for cell in cells] == ["finished", "failed", "failed", "finished"]
-    assert counts()[:2] == ([("cat", 0)], 5)  # its base's images are the good cell's
+    assert counts()[:2] == ([("cat", 0)], DRAWN)  # its base's images are the good cell's
 
 
 def test_what_nobody_foresaw_is_one_cells_and_leaves_its_traceback(suite, registries, counts, tmp_path):
