@@ -39,11 +39,29 @@ class Worker:
         self.number, self.of, self.where = number, of, str(job.where)
 
     def __call__(self) -> int:
-        """Work; how many cells were done."""
+        """Work; how many cells were done.
+
+        Where submitit queues the job again it ends the process by an exit, which the run that is open would take for its own
+        failure. So the run is interrupted instead, and the exit follows.
+        """
         signal.signal(signal.SIGTERM, leave_in_order)
-        plugins = [Path(path) for path in self.plugins]
+        plugins, ends = [Path(path) for path in self.plugins], list[SystemExit]()
+        queue_again: Any = signal.getsignal(signal.SIGUSR2)
+
+        def interrupt(*signalled: Any) -> None:
+            try:
+                queue_again(*signalled)
+            except SystemExit as end:
+                ends.append(end)
+                raise KeyboardInterrupt from None
+
+        if callable(queue_again):
+            signal.signal(signal.SIGUSR2, interrupt)
         more: dict[str, Any] = {"number": self.number, "of": self.of, "where": Path(self.where)}
-        return work(Path(self.folder), Path(self.out), plugins=plugins, **more)
+        try:
+            return work(Path(self.folder), Path(self.out), plugins=plugins, **more)
+        except KeyboardInterrupt:
+            raise (ends[0] if ends else KeyboardInterrupt) from None
 
     def checkpoint(self) -> Any:
         """What submitit queues again before the time is over: the same, since all that is done lies in run directories."""
