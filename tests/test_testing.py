@@ -6,15 +6,20 @@ import textwrap
 
 import pytest
 
-from erasekit.errors import ErasekitError
+from erasekit.errors import ErasekitError, UsageError
+from erasekit.registration import plugins
+from erasekit.registration.registry import Entry
+from erasekit.runs.config import build
+from erasekit.runs.resolve import resolve
 from erasekit.testing import check_attack, check_backbone, check_evaluator, check_method, check_task, tiny_folder
+from erasekit.testing.worlds import with_world
 from tests.conftest import THIRD_PARTY
 
 HEAD = """
 from dataclasses import replace
 import torch
 from pydantic import Field
-from erasekit import Attack, MethodConfig, Prompt, hookimpl
+from erasekit import Attack, Evaluator, Method, MethodConfig, Prompt, Task, hookimpl
 from erasekit.erasures.deltas import LowRank
 from erasekit.evaluation.evaluators import Scores
 from erasekit.evaluation.results import Metric
@@ -153,7 +158,7 @@ TASKS = {
     "raises for a set": (
         "def prompts(self, which, concepts, split, limit=None):\n"
         "    return {'erase': super().prompts(which, concepts, split, limit)}[which]",
-        "fails in prompts('synonyms', ..., 'train'): KeyError: 'synonyms'. A set that there is not is empty: return [].",
+        "fails in prompts('synonyms', ..., 'train'): KeyError: 'synonyms'. It is asked for prompts(which, ",
     ),
     "one seed for all splits": (
         "def prompts(self, which, concepts, split, limit=None):\n"
@@ -236,6 +241,77 @@ def test_attacks(given, wrong):
     )
     with pytest.raises(AssertionError, match=re.escape(line)):
         check_attack("given", backbones=["tiny"], **given("attacks", "Attack", body))
+
+
+WRONG = {
+    "method of no base": (
+        "methods",
+        "object",
+        NAMED,
+        "The method 'given' is 'Given', which does not derive from erasekit.Method",
+    ),
+    "method without erase": ("methods", "Method", NAMED, "The method 'given' is 'Given', which has no 'erase'. Write it"),
+    "settings of no base": (
+        "methods",
+        "Pull",
+        NAMED + "class Config: pass",
+        "has settings that do not derive from MethodConfig",
+    ),
+    "evaluator of no base": ("evaluators", "object", NAMED, "which does not derive from erasekit.Evaluator"),
+    "evaluator without update": (
+        "evaluators",
+        "Evaluator",
+        NAMED + "describe = compute = len",
+        "'Given', which has no 'update'",
+    ),
+    "attack without rounds": ("attacks", "Attack", NAMED, "The attack 'given' is 'Given', which has no 'rounds'"),
+    "task of no base": ("tasks", "object", NAMED + "domain = 'mini'", "which does not derive from erasekit.Task"),
+    "task without prompts": ("tasks", "Task", NAMED + "domain = 'mini'\nconcept = len", "'Given', which has no 'prompts'"),
+    "text for evaluators": (
+        "tasks",
+        "Words",
+        NAMED + "evaluators = 'red'",
+        "the evaluators 'red', one text. Give a tuple: ('red',)",
+    ),
+    "dictionary for a protocol": (
+        "tasks",
+        "Words",
+        NAMED + "protocol = {}",
+        "a protocol that is a dict. Give an erasekit.Protocol",
+    ),
+    "text for a concept": (
+        "tasks",
+        "Words",
+        NAMED + "def concept(self, text): return text",
+        "The task 'given' returns str from 'concept', not an erasekit.Concept.",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_run_says_what_a_class_lacks_before_anything_is_loaded(given, wrong):
+    kind, base, body, line = WRONG[wrong]
+    registries = with_world(given(kind, base, body, "mini/given" if kind == "tasks" else "given")["plugin"])
+    flags = {"method": "pull", "backbone": "tiny", "task": "words", "concepts": ("cat",)}
+    if kind == "evaluators":
+        judged = type("Judged", (registries.tasks.get("words", "mini"),), {"name": "judged", "evaluators": ("given",)})
+        registries.tasks.add(Entry("mini/judged", judged, "test", "here"))
+        flags["task"] = "judged"
+    else:
+        flags |= {"attacks": ("given",)} if kind == "attacks" else {kind.removesuffix("s"): "given"}
+    with pytest.raises(UsageError, match=re.escape(line)) as raised:
+        resolve(build(flags), registries)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_plugin_that_is_broken_says_how(given, tmp_path):
+    file = given("methods", "Pull", "pass")["plugin"]
+    (info,) = plugins.load([file]).broken()
+    assert info.error.endswith("is 'Given', which has the name 'pull'. Give both one name")
+    file.write_text(file.read_text().replace("register_methods", "register_method"))
+    sys.modules.pop("given_plugin", None)
+    (info,) = plugins.load([file]).broken()
+    assert info.error == "there is no hook 'register_method'. Did you mean 'register_methods'?"
 
 
 def test_a_name_that_the_class_does_not_have_and_a_file_that_does_not_import(given, tmp_path):

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -120,8 +121,14 @@ def code_of(error: BaseException) -> int:
         say(problem, "red")
         return EnvironmentProblem.exit_code
     line = " ".join(f"{type(error).__name__}: {error}".split())
-    say(f"This should not have happened: {line}.{_kept_trace()}", "red")
+    say(f"This should not have happened: {line}{_place(error)}.{_kept_trace()}", "red")
     return FAILED
+
+
+def _place(error: BaseException) -> str:
+    """The file and line that it comes from, of erasekit or of a plugin: a library's own lines say little to an author."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not {"site-packages", "lib"} & {*Path(f.filename).parts}]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _wrong_usage(error: Any) -> int:

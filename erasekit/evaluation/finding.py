@@ -8,7 +8,8 @@ from typing import Any
 
 from erasekit.errors import UsageError
 from erasekit.evaluation.declared import Declared
-from erasekit.evaluation.tasks import Task
+from erasekit.evaluation.tasks import Protocol, Task
+from erasekit.registration.owed import owed
 from erasekit.registration.plugins import Registries
 
 
@@ -31,6 +32,16 @@ def find_task(name: str, domain: str, registries: Registries, overrides: Mapping
         if declared.domain != domain:
             raise UsageError(f"The task of '{name}' is of the domain '{declared.domain}', the backbone is of '{domain}'.")
         return declared
+    kind: Any = target if isinstance(target, type) else type(target)
+    owed(f"The task '{name}'", kind, Task, ("concept", "prompts"))
+    if isinstance(kind.evaluators, str):
+        raise UsageError(
+            f"The task '{name}' has the evaluators '{kind.evaluators}', one text. Give a tuple: ('{kind.evaluators}',)."
+        )
+    if not isinstance(kind.protocol, Protocol):
+        raise UsageError(
+            f"The task '{name}' has a protocol that is a {type(kind.protocol).__name__}. Give an erasekit.Protocol."
+        )
     task: Task = target() if isinstance(target, type) else target
     if overrides:
         key = next(iter(overrides))

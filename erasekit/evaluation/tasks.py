@@ -162,6 +162,9 @@ class Task:
         return None
 
 
+PROMPTS_OWED = "It is asked for prompts(which, concepts, split, limit); a set that there is not is empty, []."
+
+
 def asked(task: Task, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
     """A task's `prompts`, whoever wrote them.
 
@@ -174,8 +177,12 @@ def asked(task: Task, which: str, concepts: Sequence[Concept], split: Split, lim
         raise
     except Exception as error:
         line = f"The task '{task.name}' fails in prompts('{which}', ..., '{split}'): {type(error).__name__}: {error}"
-        raise UsageError(f"{line}. A set that there is not is empty: return [].") from error
+        raise UsageError(f"{line}. {PROMPTS_OWED}") from error
     if not isinstance(prompts, list) or not all(isinstance(prompt, Prompt) for prompt in prompts):
         line = f"The task '{task.name}' gives no list of erasekit.Prompt for prompts('{which}', ..., '{split}')"
-        raise UsageError(f"{line}. A set that there is not is empty: return [].")
+        raise UsageError(f"{line}. {PROMPTS_OWED}")
+    if other := next((prompt for prompt in prompts if prompt.set != which), None):
+        raise UsageError(
+            f"The task '{task.name}' gives '{other.text}' of the set '{other.set}' for prompts('{which}', ...). Name that set."
+        )
     return prompts

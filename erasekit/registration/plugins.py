@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from erasekit.errors import UsageError
+from erasekit.errors import ErasekitError, UsageError, nearest
 from erasekit.registration import hookspecs
 from erasekit.registration.registry import BrokenPlugin, ComponentRegistry, Entry, Names, Registry, TaskRegistry
 
@@ -164,11 +165,18 @@ def _add(registries: Registries, name: str, source: str, importer: _Importer) ->
             manager.unregister(plugin)
             for names in registries.all():
                 names.remove(name)
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        details = traceback.format_exc()
+        line, details = _line(error), traceback.format_exc()
         for names in registries.all():
             names.broken[name] = BrokenPlugin(f"Plugin '{name}' ({source}) is broken: {line}", details)
         return PluginInfo(name, source, "broken", line, details)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line, without a stop; what erasekit says itself needs no name of a class."""
+    text = " ".join(str(error).split()).removesuffix(".")
+    if unknown := re.match(r"unknown hook '(\w+)'", text):
+        return f"there is no hook '{unknown[1]}'.{nearest(unknown[1], vars(hookspecs))}".removesuffix(".")
+    return text if isinstance(error, ErasekitError) else f"{type(error).__name__}: {text}"
 
 
 def _collect(registries: Registries, plugin: ModuleType, name: str, source: str) -> None:

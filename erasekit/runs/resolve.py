@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from erasekit.concepts import Concept
 from erasekit.errors import UsageError, unknown
 from erasekit.evaluation.finding import find_task
+from erasekit.registration.owed import owed
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import RunConfig, settings_of
 from erasekit.runs.plan import Plan
@@ -119,7 +120,7 @@ def _evaluators(task: Any, asked: Mapping[str, Any], registries: Registries, fau
         faults.lines.append(f"The task '{task.name}' has no evaluator '{name}' to set; {judges}.")
     found = {}
     for name in task.evaluators:
-        config = registries.evaluators.get(name).Config
+        config = _class(registries.evaluators.entry(name), "evaluator").Config
         names = {"labels": task.labels} if "labels" in config.model_fields else {}
         values = merge(names | dict(task.evaluator_settings.get(name, {})), asked.get(name, {}))
         found[name] = faults.attempt(settings_of, config, values, f"evaluators.{name}.")
@@ -131,13 +132,31 @@ def _method(config: RunConfig, backbone_entry: Any, registries: Registries, faul
     entry = faults.attempt(registries.methods.entry, config.method)
     if not entry:
         return "", None, None
-    method, backbone = entry.load(), backbone_entry and backbone_entry.load()
+    method, backbone = faults.attempt(_class, entry, "method"), backbone_entry and backbone_entry.load()
+    if method is None:
+        return "", None, None
     values = faults.attempt(_method_config, method, backbone_entry, backbone, config)
     for slot, choice in _choices(method, values) if values else ():
         faults.attempt(registries.components.entry_of, slot, choice)
     if backbone:
         faults.lines += _unmet(entry.name, method, backbone_entry.name, backbone)
     return entry.name, method, values
+
+
+def _class(entry: Any, kind: str) -> Any:
+    """The class behind a name, if it is what it should be."""
+    from erasekit.attacks.attack import Attack  # these import torch
+    from erasekit.evaluation.evaluators import Evaluator
+    from erasekit.methods.method import Method
+
+    owes: dict[str, tuple[type, tuple[str, ...]]] = {
+        "method": (Method, ("erase",)),
+        "evaluator": (Evaluator, ("describe", "update", "compute")),
+        "attack": (Attack, ("rounds",)),
+    }
+    found = entry.load()
+    owed(f"The {kind} '{entry.name}'", found, *owes[kind])
+    return found
 
 
 def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunConfig) -> Any:
@@ -164,7 +183,9 @@ def _attacks(
         entry = faults.attempt(registries.attacks.entry, name)
         if entry is None:
             continue
-        attack = entry.load()
+        attack = faults.attempt(_class, entry, "attack")
+        if attack is None:
+            continue
         own, values = attack.defaults, dict[str, Any]()
         for layer in (own.get(backbone.capabilities.family, {}), own.get(backbone_entry.name, {})):
             values = merge(values, layer)
@@ -187,7 +208,10 @@ def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...
     texts = config.concepts or task.concepts
     if not texts:
         faults.lines.append(f"The task '{task.name}' declares no concepts. Name one: --concept 'a cat'.")
-    concepts = [_as_asked(c, config, faults) for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    found = [c for c in (faults.attempt(task.concept, text) for text in texts) if c]
+    if other := [c for c in found if not isinstance(c, Concept)]:
+        raise UsageError(f"The task '{task.name}' returns {type(other[0]).__name__} from 'concept', not an erasekit.Concept.")
+    concepts = [_as_asked(c, config, faults) for c in found]
     for concept in concepts:
         prompts = concept.prompts()
         faults.attempt(reject_unsafe, [*prompts, *map(concept.neutralise, prompts), *concept.preserve])
