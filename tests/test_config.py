@@ -138,11 +138,14 @@ def test_presets_stand_between_defaults_and_overrides(registries):
 
 
 class Velocity(Method):
+    erase = print
     name = "velocity"
     requires = frozenset({"velocity", "unet"})
 
 
 class PerBackbone(Method):
+    erase = print
+
     class Config(MethodConfig):
         a: int = 0
         b: int = 0
@@ -152,6 +155,8 @@ class PerBackbone(Method):
 
 
 class Slotted(Method):
+    erase = print
+
     class Config(MethodConfig):
         refine: str = "none"
         divergence: tuple[str, ...] = ()
@@ -161,6 +166,8 @@ class Slotted(Method):
 
 
 class Strict(Evaluator):
+    describe = update = compute = print
+
     class Config(EvaluatorConfig):
         threshold: float = 0.5
         classes: tuple[str, ...] = ("a", "b")
