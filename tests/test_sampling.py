@@ -1,5 +1,6 @@
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from PIL import Image
 
 from erasekit.errors import ErasekitError, UsageError
+from erasekit.evaluation import sampling
 from erasekit.evaluation.sampling import base_key, generate, intact, load_image, model_key, sample, set_sampler, write_index
 from erasekit.evaluation.tasks import Prompt, Protocol
 from erasekit.registration.plugins import default
@@ -215,3 +217,22 @@ def test_the_base_key_holds_all_that_decides_the_bytes(backbone, tmp_path_factor
     assert len(set(keys)) == len(keys)
     assert base_key(backbone, PROTOCOL, PROMPTS) == keys[0]
     assert model_key(backbone) != model_key(backbone, "an erasure")
+
+
+def test_two_who_want_the_same_images_in_another_order_draw_them_once(draw, tmp_path, monkeypatch):
+    """The second comes while the first draws; its call begins with another image."""
+    drawing, calls, original = threading.Event(), [], sampling._draw
+
+    def slowly(*arguments):
+        calls.append(arguments)
+        drawing.set()
+        second.join(timeout=1)
+        return original(*arguments)
+
+    monkeypatch.setattr(sampling, "_draw", slowly)
+    whole = PROTOCOL.model_copy(update={"batch": 5})
+    second = threading.Thread(target=lambda: (drawing.wait(), draw(tmp_path, PROMPTS[::-1], whole)))
+    second.start()
+    draw(tmp_path, PROMPTS, whole)
+    second.join()
+    assert len(calls) == 1
