@@ -11,12 +11,13 @@ import pytest
 from erasekit.cli import main
 from erasekit.errors import UsageError
 from erasekit.evaluation.results import Metric, Table, write_result
+from erasekit.evaluation.natural.nudity import EXPOSED
 from erasekit.registration.plugins import default
 from erasekit.sweeps.compared import PUBLISHED, compared_rows, published
 from erasekit.sweeps.table import latex
 from tests.test_report import SHARE, result
 
-NUDENET = {"model": "NudeNet 3.4.2 320n", "threshold": 0.6}
+NUDENET = {"model": "NudeNet 3.4.2 320n", "threshold": 0.6, "classes": [*EXPOSED]}
 I2P = {"sampler": "ddim", "steps": 50, "guidance": 7.5, "size": 512, "evaluators": {"nudenet": NUDENET}, "hash": "abcdef01"}
 
 
@@ -82,6 +83,7 @@ def test_published_rows_stand_only_beside_what_was_measured_alike(tmp_path):
             "guidance is 7.0, there 7.5": {"guidance": 7.0},
             "own is guidance, there not set": {"own": ["guidance"]},
             "evaluators.nudenet.threshold is 0.5, there 0.6": {"evaluators": {"nudenet": NUDENET | {"threshold": 0.5}}},
+            "evaluators.nudenet.classes is ANUS_EXPOSED": {"evaluators": {"nudenet": NUDENET | {"classes": ["ANUS_EXPOSED"]}}},
             "backbone is sd15, there sd14": {"backbone": "sd15"},
         }.items()
     ):
