@@ -10,8 +10,8 @@ import pytest
 
 from erasekit.cli import main
 from erasekit.errors import UsageError
-from erasekit.evaluation.results import Metric, Table, write_result
 from erasekit.evaluation.natural.nudity import EXPOSED
+from erasekit.evaluation.results import Metric, Table, write_result
 from erasekit.registration.plugins import default
 from erasekit.sweeps.compared import PUBLISHED, compared_rows, published
 from erasekit.sweeps.table import latex
