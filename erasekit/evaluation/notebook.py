@@ -18,10 +18,10 @@ def shown(
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     lines = "".join(f"<p>{escape(note)}</p>" for note in notes)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<div><p><b>{escape(title)}</b></p>{table}{lines}{_pictures(run)}</div>"
+    return f"<div><p><b>{escape(title)}</b></p>{table}{lines}{_images(run)}</div>"
 
 
-def _pictures(run: Path | None) -> str:
+def _images(run: Path | None) -> str:
     """The pairs of base and erased images, as the run drew them: blurred, where they are to be."""
     files = sorted((run / "samples").glob("*.png")) if run else []
     return "".join(_figure(file) for file in files if file.stat().st_size <= LARGEST)

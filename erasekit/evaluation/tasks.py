@@ -157,7 +157,7 @@ class Task:
         """The task's metrics from the scored images of both sides; by default those that `metrics` names."""
         return measured(self.metrics, rows, [c.name for c in concepts])
 
-    def pictures(self, prompts: Sequence[Prompt]) -> Any:
+    def images(self, prompts: Sequence[Prompt]) -> Any:
         """Images (n, 3, h, w), uint8, of what prompts ask for, where no model draws it; None if the models do."""
         return None
 

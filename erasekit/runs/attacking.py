@@ -90,7 +90,7 @@ class Stage:
         folder = self.cache / FOLDER / base_key(self.backbone, self.plan.protocol, prompts)
         ctx = replace(self._context(), task=task, concepts=control.concepts)
         with _closing(ErasedModel(ctx, None)) as model:
-            x0 = self.backbone.to_latents(task.pictures(prompts).float() / 127.5 - 1).cpu()
+            x0 = self.backbone.to_latents(task.images(prompts).float() / 127.5 - 1).cpu()
             examples = {i: x0[[i]] for i in range(len(x0))}
             for name, attack, config in self.plan.attacks:
                 place = folder / self._key(name, attack, config, task)

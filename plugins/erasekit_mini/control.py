@@ -78,7 +78,7 @@ class Control(Task):
         rows = words.object_prompts(NAME, split, 50)[:limit] if which == "erase" else []
         return [Prompt(row.prompt, words.seed_of(split, SEED + k), NAME, which, NAME) for k, row in enumerate(rows)]
 
-    def pictures(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+    def images(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """A mushroom for each prompt, (n, 3, 64, 64) uint8."""
         return torch.stack([torch.from_numpy(np.array(mushroom(p.seed))).permute(2, 0, 1) for p in prompts])
 
