@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -157,6 +158,11 @@ def lock_of(path: Path) -> Any:
         raise UsageError(f"ERASEKIT_LOCKS is '{kind}'. Set it to one of: {', '.join(LOCKS)}.")
     file.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(file) if kind == "system" else SoftFileLease(file, lease_duration=LEASE_S)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full: safetensors wraps the system's error in one of its own."""
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
 
 
 def _beside(path: Path, kind: str) -> Path:

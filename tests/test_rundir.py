@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from erasekit.cli.ends import code_of
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.evaluation.results import write_result
 from erasekit.events import StepEnd
@@ -116,6 +117,12 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path, plan, error):
         raise error
     with open_run(tmp_path, plan) as run:
         assert run.done("load")
+
+
+def test_a_full_disk_is_said_outside_of_a_run_too(capsys):
+    """As when `erase` writes a checkpoint: safetensors has an error of its own for it."""
+    assert code_of(RuntimeError("I/O error: No space left on device (os error 28)")) == 3
+    assert capsys.readouterr().err == "The disk is full. Free some space, and run the same command again.\n"
 
 
 def test_other_errors_pass_through(tmp_path, plan):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import typer
 
+from erasekit.atomic import disk_full
 from erasekit.errors import EnvironmentProblem, ErasekitError
 from erasekit.registration.registry import BrokenPlugin
 from erasekit.texts import shown
@@ -147,9 +147,8 @@ def _problem(error: BaseException) -> str:
         return f"There is not enough memory{f' ({error})' if str(error) else ''}. Use a smaller batch, size or model."
     if isinstance(error, OSError) and error.strerror:
         where = f"'{error.filename}': " if error.filename else ""
-        advice = " Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return f"{where}{error.strerror}.{advice}"
-    return ""
+        return f"{where}{error.strerror}.{' Free some space.' if disk_full(error) else ''}"
+    return "The disk is full. Free some space, and run the same command again." if disk_full(error) else ""
 
 
 def _forget_stdout() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from filelock import Timeout
 
-from erasekit.atomic import lock_of, remove, replacing, sweep, sweep_below
+from erasekit.atomic import disk_full, lock_of, remove, replacing, sweep, sweep_below
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.evaluation.results import read_result
 from erasekit.events import Event
@@ -179,8 +179,7 @@ def _full_disk_reported(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "os error 28" not in str(error):  # safetensors wraps the system's error in one of its own
+        if not disk_full(error):
             raise
         advice = "Free some space and run the same command again: what is done is kept."
         raise EnvironmentProblem(f"The disk of '{out}' is full. {advice}") from error
