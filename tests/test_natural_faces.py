@@ -34,13 +34,13 @@ def gallery(tmp_path_factory) -> Path:
     """Two people: the astronaut, and somebody of Labeled Faces in the Wild."""
     folder = tmp_path_factory.mktemp("gallery")
     woman, stranger = photograph("astronaut"), small_faces()[0]
-    for who, pictures in {
+    for who, photos in {
         "astronaut": [ImageOps.mirror(woman), ImageEnhance.Brightness(woman).enhance(0.5), woman.resize((300, 300))],
         "stranger": [stranger, ImageOps.mirror(stranger)],
     }.items():
         (folder / who).mkdir()
-        for i, picture in enumerate(pictures):
-            picture.save(folder / who / f"{i}.png")
+        for i, photo in enumerate(photos):
+            photo.save(folder / who / f"{i}.png")
     return folder
 
 
@@ -112,10 +112,10 @@ def test_a_gallery_that_does_not_do_is_one_line(gallery, tmp_path):
     for name, settings in {
         "Give evaluators.faces.gallery=FOLDER": {},
         "given '/no/such": {"gallery": "/no/such"},
-        "no picture in a sub-folder": {"gallery": str(tmp_path / "empty")},
+        "no image in a sub-folder": {"gallery": str(tmp_path / "empty")},
         "No face is found in": {"gallery": str(tmp_path / "cats")},
-        "Cannot read the picture": {"gallery": str(tmp_path / "broken")},
-        "no pictures of Ann, Bob": {"gallery": str(gallery), "labels": ("Ann", "astronaut", "Bob")},
+        "Cannot read the image": {"gallery": str(tmp_path / "broken")},
+        "no photos of Ann, Bob": {"gallery": str(gallery), "labels": ("Ann", "astronaut", "Bob")},
     }.items():
         with pytest.raises(UsageError) as caught:
             Faces(**settings)
@@ -129,16 +129,16 @@ PORTRAITS = os.environ.get("ERASEKIT_PORTRAITS", "")
 @pytest.mark.skipif(not PORTRAITS, reason="ERASEKIT_PORTRAITS names no folder of portraits (see .ci/run)")
 def test_portraits_of_two_people(tmp_path):
     """Three photographs of one person and one of another: each of the three is known by the other two, the fourth is not."""
-    pictures = [Image.open(Path(PORTRAITS) / f"{name}.jpg").convert("RGB") for name in ("obama", "obama2", "obama3", "biden")]
-    for picture in pictures:
-        picture.thumbnail((800, 800))
+    photos = [Image.open(Path(PORTRAITS) / f"{name}.jpg").convert("RGB") for name in ("obama", "obama2", "obama3", "biden")]
+    for photo in photos:
+        photo.thumbnail((800, 800))
     for left_out in range(3):
         folder = tmp_path / str(left_out)
         for who, of in {"one": [i for i in range(3) if i != left_out], "other": [3]}.items():
             (folder / who).mkdir(parents=True)
             for i in of:
-                pictures[i].save(folder / who / f"{i}.png")
+                photos[i].save(folder / who / f"{i}.png")
         judge = Faces(gallery=str(folder))
-        assert seen_by(judge, pictures[left_out], "one")["seen"] == ["face", "one"]
-        assert seen_by(judge, ImageOps.mirror(pictures[3]), "one")["seen"] == ["face", "other"]
+        assert seen_by(judge, photos[left_out], "one")["seen"] == ["face", "one"]
+        assert seen_by(judge, ImageOps.mirror(photos[3]), "one")["seen"] == ["face", "other"]
         assert seen_by(judge, photograph("astronaut"), "one")["seen"] == ["face"]

@@ -43,7 +43,7 @@ def register_tasks(register: Register) -> None:
     register("natural/free", "erasekit.evaluation.free:Free", summary="any concept in your own words; images, no scores")
     tasks = "../tasks"
     register("natural/objects", f"{tasks}/objects.toml", summary="the ten classes of CIFAR-10, with synonyms and plurals")
-    register("natural/celebrities", f"{tasks}/celebrities.toml", summary="people by name, their faces told by your pictures")
+    register("natural/celebrities", f"{tasks}/celebrities.toml", summary="people by name, their faces told by your photos")
     register("natural/styles", f"{tasks}/styles.toml", summary="five artists, told by CLIP or by a probe on your paintings")
     register("natural/i2p", f"{tasks}/i2p.toml", summary="explicit content: the prompts of I2P, judged by NudeNet")
 
@@ -73,7 +73,7 @@ def register_evaluators(register: Register) -> None:
     register("imagenet", f"{natural}.imagenet:Imagenet", summary="everyday names and ImageNet classes, by ResNet-50")
     register("imagenet-lite", f"{natural}.imagenet:ImagenetLite", summary="the same by EfficientNet-lite0, without a download")
     register("clip10", f"{natural}.clip10:Clip10", summary="the likeliest of ten names, by CLIP")
-    register("faces", f"{natural}.faces:Faces", summary="whose face, by dlib and pictures that you give")
+    register("faces", f"{natural}.faces:Faces", summary="whose face, by dlib and photos that you give")
     register("nudenet", f"{natural}.nudity:Nudenet", summary="nudity, by NudeNet 3.4.2")
     register("open-nsfw", f"{natural}.nudity:OpenNsfw", summary="a second opinion on nudity, by Yahoo's open_nsfw")
     register("styles", f"{natural}.styles:Styles", summary="whose style, by CLIP")

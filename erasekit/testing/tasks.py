@@ -35,7 +35,7 @@ def check_task(name: str, *, concepts: Sequence[str] = (), evaluators: bool = Tr
         name: the registered name, "domain/name", or the path of a TOML file.
         concepts: what is erased; left out, the first two that the task declares, or "a dog".
         evaluators: whether the task's evaluators judge the images; otherwise no weights are needed, and the task gets rows of
-            a judge that sees every label. That judge stands in too where an evaluator lacks weights or pictures.
+            a judge that sees every label. That judge stands in too where an evaluator lacks weights or images.
         plugin: the file of a task that is not installed.
 
     Raises:
@@ -132,7 +132,7 @@ def check_metrics(what: str, task: Task, concepts: Sequence[Concept], drawn: Seq
 
 
 def _evaluators(task: Task, registries: Registries) -> Judges | None:
-    """The task's evaluators with their settings; None if one lacks weights, or pictures that a user gives."""
+    """The task's evaluators with their settings; None if one lacks weights, or images that a user gives."""
     found = []
     for name in task.evaluators:
         kind = registries.evaluators.get(name)

@@ -1,4 +1,4 @@
-"""Whose face an image shows: dlib's face embeddings, compared with pictures of people that the user gives."""
+"""Whose face an image shows: dlib's face embeddings, compared with photos of people that the user gives."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ LOOSEST = 0.6  # dlib's own threshold, at which its model has 99.4 % on Labeled 
 class FacesConfig(EvaluatorConfig):
     """Settings of the judge of faces."""
 
-    gallery: str = Field(
-        "", description="folder of the user's: a folder of pictures for each person (NAME/*.jpg), five or more"
-    )
+    gallery: str = Field("", description="folder of the user's: a folder of photos for each person (NAME/*.jpg), five or more")
     labels: tuple[str, ...] = Field((), description="people who must be among them; without any, those of the task")
     kept: tuple[str, ...] = Field(
-        (), description="people on whose pictures the threshold is set, those who stay; without any, all"
+        (), description="people on whose photos the threshold is set, those who stay; without any, all"
     )
     false_accepts: float = Field(0.001, ge=0, lt=1, description="the share of comparisons of two people that may pass for one")
     threshold: float = Field(
@@ -85,9 +83,9 @@ class Threshold(NamedTuple):
 
     Attributes:
         distance: the threshold.
-        comparisons: of a picture with another person, on which it is set.
+        comparisons: of a photo with another person, on which it is set.
         false_accepts: the share of them that pass.
-        false_rejects: the share of pictures that are not taken for their own person, compared with the others of that person.
+        false_rejects: the share of photos that are not taken for their own person, compared with the others of that person.
     """
 
     distance: float
@@ -96,9 +94,9 @@ class Threshold(NamedTuple):
     false_rejects: float
 
 
-def nearest(face: np.ndarray, pictures: np.ndarray) -> float:
-    """The distance of a face (d,) to the nearest of a person's pictures (n, d)."""
-    return float(np.linalg.norm(pictures - face, axis=1).min())
+def nearest(face: np.ndarray, photos: np.ndarray) -> float:
+    """The distance of a face (d,) to the nearest of a person's photos (n, d)."""
+    return float(np.linalg.norm(photos - face, axis=1).min())
 
 
 def set_threshold(gallery: Mapping[str, np.ndarray], kept: Sequence[str], share: float, *, given: float = 0.0) -> Threshold:
@@ -106,7 +104,7 @@ def set_threshold(gallery: Mapping[str, np.ndarray], kept: Sequence[str], share:
 
     Args:
         gallery: {person: faces (n, 128)}.
-        kept: the people whose pictures are compared with one another.
+        kept: the people whose photos are compared with one another.
         share: of comparisons that may pass.
         given: a threshold to be taken as it is.
     """
@@ -120,7 +118,7 @@ def set_threshold(gallery: Mapping[str, np.ndarray], kept: Sequence[str], share:
 
 
 class Faces(PerImage):
-    """The people in an image: each face is the nearest person's whose pictures are closer than the threshold, or nobody's.
+    """The people in an image: each face is the nearest person's whose photos are closer than the threshold, or nobody's.
 
     `face` is seen where there is any face. An image of a person without a face has `no_face`, so that shares over faces, as
     MACE reports, and over all images can both be made; `score` is 1 - the distance.
@@ -130,21 +128,19 @@ class Faces(PerImage):
     Config = FacesConfig
 
     def __init__(self, **settings: Any) -> None:
-        """Load the networks, and take the faces from the user's pictures.
+        """Load the networks, and take the faces from the user's photos.
 
         Raises:
             EnvironmentProblem: dlib or its weights are missing.
-            UsageError: there is no gallery, a person is missing in it, or a picture has no face.
+            UsageError: there is no gallery, a person is missing in it, or a photo has no face.
         """
         super().__init__(**settings)
-        pictures = albums(self.config.gallery, setting="evaluators.faces.gallery", holds="pictures")
-        if missing := [who for who in dict.fromkeys((*self.config.labels, *self.config.kept)) if who not in pictures]:
-            raise UsageError(
-                f"There are no pictures of {', '.join(missing)} in '{self.config.gallery}'. Add a folder for each."
-            )
+        photos = albums(self.config.gallery, setting="evaluators.faces.gallery", holds="photos")
+        if missing := [who for who in dict.fromkeys((*self.config.labels, *self.config.kept)) if who not in photos]:
+            raise UsageError(f"There are no photos of {', '.join(missing)} in '{self.config.gallery}'. Add a folder for each.")
         self._dlib = Dlib(self.config)
-        self._gallery = {who: np.stack([self._one(path) for path in files]) for who, files in pictures.items()}
-        self._sha256 = digest_of([(who, path) for who, files in pictures.items() for path in files])
+        self._gallery = {who: np.stack([self._one(path) for path in files]) for who, files in photos.items()}
+        self._sha256 = digest_of([(who, path) for who, files in photos.items() for path in files])
         self.labels = ("face", *self._gallery)
         kept = self.config.kept or tuple(self._gallery)
         limits = {"share": self.config.false_accepts, "given": self.config.threshold}
@@ -154,7 +150,7 @@ class Faces(PerImage):
         """The largest face in a picture of the gallery."""
         faces = self._dlib.faces(read(path))
         if not len(faces):
-            raise UsageError(f"No face is found in '{path}'. Replace or remove the picture, or use the detector cnn.")
+            raise UsageError(f"No face is found in '{path}'. Replace or remove the photo, or use the detector cnn.")
         face: np.ndarray = faces[0]
         return face
 
@@ -169,7 +165,7 @@ class Faces(PerImage):
         return [self._row(p.label, self._dlib.faces(i)) for p, i in zip(batch.prompts, as_arrays(batch.images), strict=True)]
 
     def _row(self, label: str, faces: np.ndarray) -> dict[str, Any]:
-        distances = [{who: nearest(face, pictures) for who, pictures in self._gallery.items()} for face in faces]
+        distances = [{who: nearest(face, photos) for who, photos in self._gallery.items()} for face in faces]
         found = [min(of, key=of.__getitem__) for of in distances]
         named = [who for who, of in zip(found, distances, strict=True) if of[who] < self._threshold.distance]
         nearby = {who: 1 - min(of[who] for of in distances) if distances else None for who in self._gallery}

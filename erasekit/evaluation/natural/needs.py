@@ -1,4 +1,4 @@
-"""What evaluators of natural images need from outside: packages of an extra, weights, pictures of the user's."""
+"""What evaluators of natural images need from outside: packages of an extra, weights, images of the user's."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def had(what: str, remedy: str) -> Iterator[None]:
         raise EnvironmentProblem(f"{what} cannot be loaded: {first.rstrip('.')}. {remedy}") from error
 
 
-def pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and below it, in order of their names."""
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below it, in order of their names."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
 def albums(folder: str, *, setting: str, holds: str) -> dict[str, list[Path]]:
-    """The pictures of the user's in the sub-folders of a folder, by the names of the sub-folders.
+    """The images of the user's in the sub-folders of a folder, by the names of the sub-folders.
 
     Args:
         folder: of the user's.
@@ -135,20 +135,20 @@ def albums(folder: str, *, setting: str, holds: str) -> dict[str, list[Path]]:
         holds: what each sub-folder holds, for the message.
 
     Raises:
-        UsageError: there is no such folder, or no sub-folder with a picture in it.
+        UsageError: there is no such folder, or no sub-folder with an image in it.
     """
     root = Path(folder).expanduser()
     wanted = f"Give {setting}=FOLDER, with a folder of {holds} for each name in it"
     if not folder or not root.is_dir():
         raise UsageError(f"{wanted}; given '{folder}'." if folder else f"{wanted}.")
-    found = {sub.name: files for sub in sorted(root.iterdir()) if sub.is_dir() and (files := pictures(sub))}
+    found = {sub.name: files for sub in sorted(root.iterdir()) if sub.is_dir() and (files := image_files(sub))}
     if not found:
-        raise UsageError(f"There is no picture in a sub-folder of '{folder}'. {wanted}.")
+        raise UsageError(f"There is no image in a sub-folder of '{folder}'. {wanted}.")
     return found
 
 
 def read(path: Path) -> np.ndarray:
-    """A picture of the user's as (h, w, 3) uint8.
+    """An image of the user's as (h, w, 3) uint8.
 
     Raises:
         UsageError: it cannot be read.
@@ -157,11 +157,11 @@ def read(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"Cannot read the picture '{path}'. Replace or remove it.") from error
+        raise UsageError(f"Cannot read the image '{path}'. Replace or remove it.") from error
 
 
 def digest_of(named: Sequence[tuple[str, Path]]) -> str:
-    """One sha256 over names and the bytes of files: what a user's pictures are, wherever they lie."""
+    """One sha256 over names and the bytes of files: what a user's images are, wherever they lie."""
     return hashlib.sha256("\n".join(f"{name} {sha256(path)}" for name, path in named).encode()).hexdigest()
 
 

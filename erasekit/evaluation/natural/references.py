@@ -19,7 +19,7 @@ from erasekit.atomic import replacing
 from erasekit.errors import UsageError
 from erasekit.evaluation.distances import SetDistance, Summary
 from erasekit.evaluation.evaluators import EvaluatorConfig
-from erasekit.evaluation.natural.needs import pictures, read, sha256
+from erasekit.evaluation.natural.needs import image_files, read, sha256
 from erasekit.events import note, progress
 
 AT_ONCE = 16  # images of one size
@@ -53,7 +53,7 @@ class Referenced(SetDistance):
         self._path = Path(self.config.reference).expanduser() if self.config.reference else None
         if self._path:
             self.reference_name = self._path.stem
-            if not self._path.is_file() and not (self._path.is_dir() and pictures(self._path)):
+            if not self._path.is_file() and not (self._path.is_dir() and image_files(self._path)):
                 raise UsageError(f"There is no image in '{self._path}'. Give evaluators.{self.name}.reference=FOLDER.")
 
     def weights(self) -> str:
@@ -73,7 +73,7 @@ class Referenced(SetDistance):
 
     def _kept(self, folder: Path) -> Path:
         """The file of a folder's summary, made now if there is none."""
-        files = pictures(folder)
+        files = image_files(folder)
         named = [(str(p.relative_to(folder)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
         key = hashlib.sha256(json.dumps([self._identity(), named]).encode()).hexdigest()[:16]
         path = cache() / "reference" / f"{folder.name}-{self.metric}-{key}.safetensors"
