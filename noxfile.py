@@ -47,7 +47,7 @@ def matrix(session: nox.Session) -> None:
 @nox.session
 def third_party(session: nox.Session) -> None:
     """A foreign package, installed beside erasekit, and single-file plugins."""
-    session.install(".", "pytest", "tests/third_party/erasekit_example")
+    session.install(".[dev]", "tests/third_party/erasekit_example")
     session.run("pytest", "tests/third_party", *session.posargs)
 
 
