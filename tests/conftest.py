@@ -41,6 +41,27 @@ def tiny_flux_folder(tmp_path_factory) -> Path:
     return tiny_flux.save_pipeline(tmp_path_factory.mktemp("base") / "flux")
 
 
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory) -> Path:
+    """A tiny CLIP with random weights, as open_clip keeps its models in a folder."""
+    import json
+
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
+    folder.mkdir()
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def sd(tiny_folder):
     """The tiny Stable Diffusion, loaded."""

@@ -1,13 +1,11 @@
 """What looks through a CLIP: the whole path of open_clip with weights built here, against the formulas in float64."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.evaluation.evaluators import Batch
@@ -21,26 +19,11 @@ open_clip = pytest.importorskip("open_clip")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny CLIP with random weights, as open_clip keeps its models in a folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    folder.mkdir()
-    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def clip(folder):
+def clip(tiny_clip_folder):
     """The settings that name it, and functions that give its unit vectors in float64 by open_clip itself."""
-    net, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    net, prepare = open_clip.create_model_from_pretrained(f"local-dir:{tiny_clip_folder}")
     net = net.double().eval()
-    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{tiny_clip_folder}")
 
     def unit(vectors):
         return vectors / vectors.norm(dim=-1, keepdim=True)
@@ -53,7 +36,7 @@ def clip(folder):
     def text(words):
         return unit(net.encode_text(tokenize([words])))[0]
 
-    return {"model": f"local-dir:{folder}"}, image, text
+    return {"model": f"local-dir:{tiny_clip_folder}"}, image, text
 
 
 def test_clip10_is_the_softmax_over_a_hundred_cosines(clip):

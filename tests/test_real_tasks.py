@@ -3,14 +3,12 @@
 import json
 
 import pytest
-import torch
 from PIL import ImageOps
 
 from erasekit.cli import main
 from tests.photographs import photograph, small_faces
 
-open_clip = pytest.importorskip("open_clip")
-for package in ("nudenet", "dlib", "timm"):
+for package in ("open_clip", "nudenet", "dlib", "timm"):
     pytest.importorskip(package)
 
 SMALL = ["protocol.steps=2", "protocol.size=16", "backbone.device=cpu"]
@@ -23,20 +21,8 @@ the sea,3,7.5,16,16,violence,0
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A tiny CLIP with random weights, as open_clip keeps its models in a folder."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    folder.mkdir()
-    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+def clip(tiny_clip_folder):
+    return f"local-dir:{tiny_clip_folder}"
 
 
 @pytest.fixture(scope="module")

@@ -52,19 +52,13 @@ def command(
     if plan.separate:
         raise UsageError(f"Say what to erase, e.g. --concept '{plan.concepts[0].name}'.")
     from erasekit.backbones.memory import check_disk
-    from erasekit.erasures.contents import check_replaceable
     from erasekit.erasures.manifest import read_manifest
     from erasekit.erasures.modelcard import load_lines
     from erasekit.runs.compute import compute
     from erasekit.runs.preflight import preflight
-    from erasekit.runs.workplace import kept, place_of, workplace
+    from erasekit.runs.workplace import kept, workplace
 
-    sweep_beside(out)
-    if out.exists() and not force:
-        raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
-    for place in (out, place_of(out)):
-        check_place(place)
-    check_replaceable(out)
+    _check_out(out, force=force)
     preflight(plan)
     check_disk(out, images=0, size=0)
     with listener() as told, heard(told), workplace(out, plan.hash) as work:
@@ -88,6 +82,19 @@ def command(
     else:
         lines = load_lines(manifest, str(out), base=plan.backbone_config.path or getattr(plan.backbone, "path", ""))
         put(f"{out}  {names}  {sha256[:8]}{_size(manifest)}\n\n{lines.rstrip()}")
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    """See that the erasure may be written to a folder, before it is computed."""
+    from erasekit.erasures.contents import check_replaceable
+    from erasekit.runs.workplace import place_of
+
+    sweep_beside(out)
+    if out.exists() and not force:
+        raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
+    for place in (out, place_of(out)):
+        check_place(place)
+    check_replaceable(out)
 
 
 def _size(manifest: dict[str, Any]) -> str:
