@@ -18,7 +18,6 @@ from erasekit.evaluation.natural.lpips import Lpips
 from erasekit.evaluation.tasks import Prompt
 from erasekit.events import heard
 from tests.photographs import photograph, tensor
-from tests.test_natural_clip import folder as clip_folder  # noqa: F401 a fixture
 
 models = pytest.importorskip("torchvision.models")
 
@@ -204,9 +203,9 @@ def test_inception_without_weights_is_one_line(monkeypatch, tmp_path):
         Fid()
 
 
-def test_cmmd_is_the_published_formula(clip_folder, real, cache):  # noqa: F811
+def test_cmmd_is_the_published_formula(tiny_clip_folder, real, cache):
     pytest.importorskip("open_clip")
-    judge = Cmmd(model=f"local-dir:{clip_folder}", reference=str(real))
+    judge = Cmmd(model=f"local-dir:{tiny_clip_folder}", reference=str(real))
     base, erased = pieces("cat", "coffee"), pieces("rocket")
     judge.update(batch(base, side="base"))
     judge.update(batch(erased))
