@@ -97,7 +97,7 @@ class Watched(Event):
 
 @dataclass(frozen=True)
 class Sampled(Event):
-    """Images were drawn: `done` of `total` in the set `which` (`base` or `erased`)."""
+    """Of the images of a side, `which` (`base` or `erased`), `done` of `total` are there; first those that were before."""
 
     which: str
     done: int

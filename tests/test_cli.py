@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -138,15 +139,33 @@ def test_dry_run_shows_settings_and_directories_and_loads_nothing(call, names, t
     assert list(tmp_path.iterdir()) == []
 
 
+def log_of(settings, drawn, seconds):
+    """The log of a run that found 20 images but for `drawn`, and took so many seconds for each of these."""
+    begun = datetime(2030, 1, 1, tzinfo=UTC)
+    events = [{"event": "RunStarted", "settings": settings}, {"event": "StageStarted", "stage": "sample"}]
+    counts = [20 - drawn, *([20] if drawn else [])]
+    events += [{"event": "Sampled", "which": "erased", "done": done, "total": 20} for done in counts]
+    later = [0.0, 0.0, 5.0, 5.0 + drawn * seconds]  # the first seconds of the stage draw nothing
+    return [{"time": (begun + timedelta(seconds=t)).isoformat(), **e} for t, e in zip(later, events, strict=False)]
+
+
 def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
-    """Seconds per image from all runs on the backbone, of the erasing from the method's; a damaged one is passed over."""
+    """Seconds per image from runs on the backbone that drew some, of the erasing from the method's at the same settings."""
     code, out, _ = call("run", "--dry-run", "--json", *names, "-c", "cat")
-    stages = json.loads(out)["stages"]
+    plan = json.loads(out)
+    stages, backbone = plan["stages"], plan["backbone"]
     assert code == 0
     assert all("time unknown" in stages[stage] for stage in ("base_images", "erase", "sample"))
-    images = int(stages["sample"].split()[0])
-    backbone = json.loads(out)["backbone"]
-    for i, (method, seconds, erase) in enumerate([("pull", 20.0, 7.0), ("pull", 40.0, 9.0), ("uce", 30.0, 1.0)]):
+    images, own = int(stages["sample"].split()[0]), {f"method.{k}": v for k, v in plan["options"]["method"].items()}
+    runs = [
+        ("pull", own, 20, 1.0, 7.0),
+        ("pull", own, 20, 2.0, 9.0),
+        ("uce", {}, 20, 3.0, 1.0),
+        ("pull", own | {"method.steps": 999}, 10, 2.0, 500.0),
+        ("pull", own, 0, 0.0, 8.0),  # another run had drawn its images
+        ("pull", own, 1, 90.0, 8.0),  # one image says little
+    ]
+    for i, (method, settings, drawn, each, erase) in enumerate(runs):
         result = RunResult(
             method=method,
             backbone=backbone,
@@ -155,20 +174,22 @@ def test_dry_run_takes_times_from_earlier_runs(call, names, tmp_path):
             concepts=("cat",),
             seed=i,
             config_hash="0",
-            protocol={"steps": int(stages["base_images"].split("images, ")[1].split()[0]), "hash": "0"},
-            counts={"images": 20, "scored": 20, "failed": 0, "no_face": 0},
+            protocol={**plan["options"]["protocol"], "hash": "0"},
+            counts={"images": 40, "scored": 40, "failed": 0, "no_face": 0},
             metrics={},
-            timings_s={"sample": seconds, "erase": erase},
+            timings_s={"sample": 5.0 + drawn * each, "erase": erase},
             peak_memory_mb=1.0,
             erasure_sha256="0",
         )
-        write_result(result, tmp_path / "runs" / backbone / "words" / method / str(i) / "results.json")
+        folder = tmp_path / "runs" / backbone / "words" / method / str(i)
+        write_result(result, folder / "results.json")
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_of(settings, drawn, each)))
     damaged = tmp_path / "runs" / backbone / "words" / "pull" / "9" / "results.json"
     damaged.parent.mkdir()
     damaged.write_text("{")
     stages = json.loads(call("run", "--dry-run", "--json", *names, "-c", "cat")[1])["stages"]
-    assert f"about {images * 3} s (as 3 earlier runs here)" in stages["sample"]
-    assert "about 8 s (as 2 earlier runs here)" in stages["erase"]
+    assert f"about {images * 2} s (as 4 earlier runs here)" in stages["sample"]
+    assert "about 8 s (as 4 earlier runs here)" in stages["erase"]
 
 
 def test_an_out_folder_that_cannot_be_written_to(call, names, tmp_path):

@@ -51,6 +51,7 @@ def test_without_any_the_first_images_say_it(clock):
     told = Forecast(images=10, erase_rows=300, image_rows=30)
     told(STARTED)
     told(StageStarted("base_images"))
+    told(Sampled("base", 0, 10))
     clock.now += 4
     told(Sampled("base", 2, 10))
     assert told.left() is None  # nobody knows yet how long the erasing takes
@@ -81,6 +82,20 @@ def test_images_that_were_there_already_say_nothing(clock):
     told(STARTED)
     told(StageStarted("base_images"))
     clock.now += 0.1
+    told(Sampled("base", 100, 100))
+    told(StageStarted("erase"))
+    assert told.left() == pytest.approx(100)
+
+
+def test_of_images_that_were_there_in_part_only_the_others_say_something(clock):
+    told = Forecast(images=100, stage_s={"erase": 0.0})
+    told(STARTED)
+    told(StageStarted("base_images"))
+    told(Sampled("base", 90, 100))
+    clock.now += 5
+    told(Sampled("base", 95, 100))
+    assert told.left() is None
+    clock.now += 5
     told(Sampled("base", 100, 100))
     told(StageStarted("erase"))
     assert told.left() == pytest.approx(100)

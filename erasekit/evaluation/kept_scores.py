@@ -10,6 +10,7 @@ from typing import Any
 
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.tasks import Prompt
+from erasekit.registration.source import source_digest
 
 Row = dict[str, Any]
 
@@ -42,7 +43,9 @@ class KeptScores:
                 file.write(("" if _ends_a_line(path) else "\n") + lines)
 
     def _path(self, evaluator: Evaluator) -> Path:
-        return self._folder / f"{evaluator.name}-{_digest([evaluator.tag, evaluator.describe()])}.jsonl"
+        source = source_digest(type(evaluator).__module__)
+        said_by = [evaluator.tag, evaluator.describe(), *([source] if source else [])]
+        return self._folder / f"{evaluator.name}-{_digest(said_by)}.jsonl"
 
 
 def score_key(image: Path, prompt: Prompt) -> str:

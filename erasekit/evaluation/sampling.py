@@ -21,6 +21,7 @@ from erasekit.backbones.protocol import Backbone, Conditioning
 from erasekit.errors import ErasekitError, UsageError
 from erasekit.evaluation.tasks import Prompt, Protocol, Sampler
 from erasekit.events import progress
+from erasekit.registration.source import source_digest
 from erasekit.safety import reject_unsafe
 
 LEAST = 8  # rows of a call on one thread: fewer take other ways through its matrix products, which round otherwise
@@ -56,7 +57,8 @@ def model_key(backbone: Backbone, *more: str) -> str:
     """Sixteen hex digits over all of a model that decides the bytes of its images; `more` says what was done to it."""
     weights = f"{backbone.source}@{backbone.revision}" if backbone.revision else backbone.fingerprint()
     held = [str(backbone.dtype), backbone.device.type, backbone.embedded_guidance, version("torch"), version("diffusers")]
-    return _digest([weights, held, *more])
+    source = source_digest(type(backbone).__module__)
+    return _digest([weights, held, *([source] if source else []), *more])
 
 
 def base_key(backbone: Backbone, protocol: Protocol, prompts: Sequence[Prompt]) -> str:
@@ -146,7 +148,7 @@ def sample(
         empty: the encoded empty prompt, one row.
         protocol: how to draw.
         folder: where the images of this model are; several processes may draw into it at once.
-        on_batch: called with (images done, images in all) after every call.
+        on_batch: called with (images done, images in all) before the first call and after every one.
 
     Returns:
         The files, in the order of the prompts.
@@ -166,6 +168,8 @@ def sample(
     paths = [folder / f"{image_key(p, protocol, calls)}.png" for p in prompts]
     missing = {path: i for i, path in enumerate(paths) if not intact(path)}
     left = len(missing)
+    if on_batch:
+        on_batch(len(prompts) - left, len(prompts))
     for call in _alike(list(missing.values()), prompts, protocol, calls.most):
         with _held(folder, [paths[i] for i in call]), calls.steady():  # who comes second finds them drawn
             rows = [i for i in call if not intact(paths[i])]
@@ -180,8 +184,6 @@ def sample(
         left -= len(call)
         if on_batch:
             on_batch(len(prompts) - left, len(prompts))
-    if on_batch and not missing:
-        on_batch(len(prompts), len(prompts))
     return paths
 
 

@@ -73,6 +73,14 @@ class Entry:
             raise BrokenPlugin(" ".join(message.split()), traceback.format_exc()) from error
         return self._named(found)
 
+    @property
+    def module(self) -> str:
+        """The module that the target is in; "" of a TOML file."""
+        if isinstance(self.target, str):
+            return "" if self.target.endswith(".toml") else self.target.partition(":")[0]
+        found: str = getattr(self.target, "__module__", None) or type(self.target).__module__
+        return found
+
     def _named(self, found: Any) -> Any:
         """What was found, if it has the name that it is registered under: results and files are named by either."""
         own = getattr(found, "name", None)

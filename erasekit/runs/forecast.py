@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from erasekit.errors import ErasekitError
 from erasekit.events import Event, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
 from erasekit.runs.plan import Plan
+from erasekit.runs.records import read_log
 from erasekit.runs.rundir import path_of, read_status
 
 STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "attack", "report")
@@ -20,11 +22,12 @@ DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images
 BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
 POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
 PREDICTIONS = 3.0  # at each step of such a trajectory
+FEW = 4  # images, of which fewer say little of how long one takes
 VALIDATION = 2000.0  # rows that say what an erasure leaves (`methods.validation`)
 
 
 class Earlier(NamedTuple):
-    """Seconds that finished runs took, a list for each: by image, to erase, and by stage."""
+    """Seconds that finished runs took, a list for each: by image that they drew themselves, to erase, and by stage."""
 
     image: list[float]
     erase: list[float]
@@ -32,7 +35,10 @@ class Earlier(NamedTuple):
 
 
 def earlier(out: Path, plan: Plan) -> Earlier:
-    """Seconds that finished runs under `out` took on the plan's backbone: for an image, and to erase by its method."""
+    """Seconds that finished runs under `out` took on the plan's backbone: for an image, and to erase by its method.
+
+    Images count where they have the plan's size and steps, erasures where they were made with the plan's settings.
+    """
     from erasekit.evaluation.results import read_result
 
     together = 1 if plan.separate else len(plan.concepts)
@@ -40,14 +46,32 @@ def earlier(out: Path, plan: Plan) -> Earlier:
     for path in sorted((out / plan.config.backbone).glob("*/*/*/results.json")):
         with suppress(ErasekitError):  # of another version, or cut
             result = read_result(path)
-            drawn, steps = result.counts["images"] / 2, result.protocol.get("steps")
-            if drawn and steps == plan.protocol.steps and result.timings_s["sample"]:
-                found.image.append(result.timings_s["sample"] / drawn)
+            log = list(read_log(path.parent / "log.jsonl", only=("RunStarted", "StageStarted", "Sampled")))
+            if all(result.protocol.get(key) == getattr(plan.protocol, key) for key in ("steps", "size")):
+                found.image.extend(_each_image(log))
             if (result.method, len(result.concepts)) == (plan.config.method, together) and result.timings_s["erase"]:
-                found.erase.append(result.timings_s["erase"])
+                if _method_of(plan.settings()) == _method_of(next((e.get("settings", {}) for e in log), {})):
+                    found.erase.append(result.timings_s["erase"])
                 for stage, seconds in read_status(path.parent).get("timings_s", {}).items():
                     found.stages.setdefault(stage, []).append(seconds)
     return found
+
+
+def _method_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key.startswith("method.")}
+
+
+def _each_image(log: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Seconds for an image that a run drew, of both sides together; none if it found nearly all of them drawn already."""
+    drawn, seconds, before = 0, 0.0, None
+    for event in log:
+        here = None
+        if event["event"] == "Sampled":
+            here = (event["done"], datetime.fromisoformat(event["time"]))
+            if before is not None and here[0] > before[0]:
+                drawn, seconds = drawn + here[0] - before[0], seconds + (here[1] - before[1]).total_seconds()
+        before = here  # another stage, or another attempt, begins anew
+    return [seconds / drawn] if drawn >= FEW else []
 
 
 @dataclass
@@ -90,7 +114,7 @@ class Forecast:
             self._took.append(self._gone())
             self._run_began = None
         elif isinstance(event, Sampled):
-            self._counted("images", event.done, event.total, first=(0, self._stage_began))
+            self._counted("images", event.done, event.total, first=(event.done, now))
         elif isinstance(event, StepEnd):
             self._counted("steps", event.step, event.total, first=(event.step, now))
         elif isinstance(event, Progressed):
@@ -155,10 +179,8 @@ class Forecast:
         if not self._stage:
             return
         drawn = self._part[1] - self._first[0] if self._part[0] == "images" else 0
-        if self._stage in DRAWING and drawn:
-            each = (now - self._first[1]) / drawn
-            if self.image_s is None or each > self.image_s / 4:  # images that were there already say nothing
-                self.image_s = each
+        if self._stage in DRAWING and drawn:  # images that were there already say nothing
+            self.image_s = (now - self._first[1]) / drawn
         elif self._stage not in DRAWING:
             self.stage_s[self._stage] = now - self._stage_began
 

@@ -30,6 +30,7 @@ class Plan:
         erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
         attacks: what tries to bring the concepts back: name, class, settings.
         only_attacks: nothing else is measured.
+        sources: digests of the code of plugins that do not come with erasekit.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Plan:
     erasure_sha256: str = ""
     attacks: tuple[tuple[str, type[Attack], AttackConfig], ...] = ()
     only_attacks: bool = False
+    sources: tuple[str, ...] = ()
 
     @property
     def task_name(self) -> str:
@@ -68,6 +70,8 @@ class Plan:
             content["files"] = self.config.files
         if self.task.digest:
             content["task_content"] = self.task.digest
+        if self.sources:
+            content["sources"] = self.sources
         if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
             content["evaluators"] = judged
         if self.attacks:

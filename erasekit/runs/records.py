@@ -6,7 +6,7 @@ A damaged file that can be made again (status, certificate) or done without (env
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -73,14 +73,22 @@ def read_text(path: Path) -> str:
         return ""
 
 
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The events in log.jsonl; lines that were cut when a run was killed, or are no events, are left out."""
+def read_log(path: Path, *, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The events in log.jsonl; lines that were cut when a run was killed, or are no events, are left out.
+
+    Args:
+        path: the file.
+        only: names of the events that are wanted; all, if left out.
+    """
+    wanted = [f'"{name}"'.encode() for name in only]
     try:
         plain_file(path, most=LONGEST_LOG)
         lines = path.read_bytes().split(b"\n")
     except (OSError, Damaged):
         return
     for line in lines:
+        if wanted and not any(name in line for name in wanted):
+            continue
         try:
             yield LogLine.model_validate(json.loads(line)).model_dump(exclude_unset=True)
         except (ValueError, ValidationError, RecursionError):

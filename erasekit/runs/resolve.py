@@ -10,6 +10,7 @@ from erasekit.errors import UsageError, unknown
 from erasekit.evaluation.finding import find_task
 from erasekit.registration.owed import owed
 from erasekit.registration.plugins import Registries
+from erasekit.registration.source import source_digest
 from erasekit.runs.config import RunConfig, settings_of
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import fitted
@@ -76,10 +77,22 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     parts = (backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
-    plan = Plan(canonical, *parts, attacks=attacks)
+    plan = Plan(canonical, *parts, attacks=attacks, sources=_sources(registries, canonical, task, method_config, given))
     check_drawing(backbone, protocol)
     method(method_config).check(plan)
     return fitted(plan)
+
+
+def _sources(registries: Registries, config: RunConfig, task: Any, values: Any, given: Any) -> tuple[str, ...]:
+    """Digests of the code of chosen plugins that do not come with erasekit."""
+    entries = [registries.backbones.entry(config.backbone), *map(registries.evaluators.entry, task.evaluators)]
+    entries += map(registries.attacks.entry, config.attacks)
+    modules = [type(task).__module__, *(entry.module for entry in entries)]
+    if given is None:
+        method = registries.methods.entry(config.method)
+        choices = [registries.components.entry_of(*choice) for choice in _choices(method.load(), values)]
+        modules += [entry.module for entry in (method, *choices)]
+    return tuple(sorted({digest for module in modules if (digest := source_digest(module))}))
 
 
 def check_drawing(backbone: type[Backbone], protocol: Protocol) -> None:
