@@ -72,6 +72,13 @@ def test_differences_are_taken_seed_by_seed_over_what_both_rows_have():
     assert differences(one, drawn_otherwise) == {}
 
 
+def test_a_single_run_is_compared_with_every_seed_of_the_other_row():
+    closed = {"cat": [result_of("cat", 0, "c", value=0.5)]}
+    trained = {"cat": [result_of("cat", s, f"t{s}", value=v) for s, v in ((0, 0.2), (1, 0.4))]}
+    assert differences(closed, trained)["acc_e"]["mean"] == pytest.approx(0.2)
+    assert differences(trained, closed)["acc_e"]["mean"] == pytest.approx(-0.2)
+
+
 def test_a_share_of_exactly_the_limit_counts_as_erased_however_many_seeds():
     """The mean of three times 0.2 is a little more than 0.2 in floating point."""
     metric = {"mean": 0.2, "ci95": [0.1, 0.3], "base": 1.0}

@@ -277,7 +277,62 @@ def test_the_command_ends_with_a_table_and_a_page_and_names_what_failed(suite, c
     assert counts()[0] == [("cat", 0)] * 2
 
 
-SUITES = {"smoke": 16, "table1-mini": 396, "table2-mini": 75, "objects-mini": 540}
+def test_a_method_that_has_no_use_for_a_seed_is_run_at_the_first_one_only(tmp_path):
+    values = {"methods": ("uce", "rece", "sld", "negative-prompt", "speed", "esd"), "tasks": ("objects",), "seeds": (3, 4)}
+    shares = {"on": {"uce": {"options": {"method": {"guides": ["a", "b"], "debias_rounds": 1}}}}}
+    plain = Suite(**values, concepts={"objects": ("cat", "dog")})
+
+    def seeds(**changes):
+        cells = cells_of(plain.model_copy(update=changes), plugins.default(), tmp_path)
+        assert len(cells) == len({cell.path for cell in cells})
+        cats = [cell for cell in cells if cell.config["concepts"] == ("cat",)]
+        assert {cell.config["seed"] for cell in cats} == {3, 4}
+        return {cell.row for cell in cats if cell.config["seed"] == 4}
+
+    assert seeds() == {"speed", "esd"}
+    assert seeds(**shares) == {"uce", "speed", "esd"}
+    assert seeds(run={"attacks": ["seeds"]}) == set(values["methods"])  # they search at random
+
+
+def test_only_some_cells_are_worked_on_and_shown(suite, counts, tmp_path, capsys):
+    file, out = tmp_path / "suite.toml", tmp_path / "runs"
+    file.write_text(toml_of(suite(on={"counted": {"options": {"method": {"pause": 0}}}})))
+    how = {"launcher": "in-process", "out": out, "plugin": list(FILES), "as_json": True}
+
+    def cells(**more):
+        capsys.readouterr()
+        command(file, **how, dry_run=True, **more)
+        found = json.loads(capsys.readouterr().out)
+        return [(*cell["config"]["concepts"], cell["config"]["seed"], cell["state"]) for cell in found]
+
+    assert [cell[:2] for cell in cells()] == BOTH
+    assert [cell[:2] for cell in cells(only=["concept=c*"])] == BOTH[:2]
+    assert [cell[:2] for cell in cells(only=["seed=1", "seed=0", "concept=dog"])] == BOTH[2:]
+    for wrong, line in {"dog": "AXIS=PATTERN", "concepts=dog": "AXIS=PATTERN", "concept=bird": "There are: cat, dog"}.items():
+        with pytest.raises(UsageError, match=line):
+            cells(only=[wrong])
+    command(file, **how, only=["concept=cat", "seed=1"])
+    assert counts()[0] == [("cat", 1)]
+    assert [cell for cell in cells() if cell[2] == "finished"] == [("cat", 1, "finished")]
+
+
+def test_a_report_of_a_sweep_that_was_stopped_shows_what_there_is_and_begins_nothing(suite, counts, tmp_path, capsys):
+    file, out = tmp_path / "suite.toml", tmp_path / "runs"
+    file.write_text(toml_of(suite(on={"counted": {"options": {"method": {"pause": 0}}}})))
+    how = {"launcher": "in-process", "out": out, "plugin": list(FILES)}
+    command(file, **how, report_only=True)
+    assert "0 of 4 cells finished" in capsys.readouterr().err
+    command(file, **how, only=["concept=cat"])
+    counts()
+    command(file, **how, report_only=True)
+    assert "2 of 4 cells finished" in capsys.readouterr().err
+    assert counts() == ([], 0, 0)
+    tables = [json.loads(path.read_text())["tables"] for path in (out / "sweeps").glob("*/table.json")]
+    assert [len(table["rows"]["counted"]["runs"]) for each in tables for table in each] == [2, 2]
+    assert len(list((out / "sweeps").glob("*/comparison.html"))) == 2
+
+
+SUITES = {"smoke": 16, "table1-mini": 484, "table2-mini": 75, "objects-mini": 380}
 SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15, "attacks": 36}
 
 

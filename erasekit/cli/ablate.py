@@ -32,11 +32,13 @@ def command(
     launcher: sweeping.Launcher = "local",
     workers: sweeping.Workers = 0,
     retry: sweeping.Retry = False,
+    only: sweeping.Only = None,
     limit: options.Limit = None,
     settings: sweeping.Settings = None,
     vram: options.Vram = None,
     out: options.Out = Path("runs"),
     dry_run: sweeping.DryRun = False,
+    report_only: sweeping.ReportOnly = False,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
@@ -55,6 +57,6 @@ def command(
         concepts={task or "": wanted} if wanted else {},
         seeds=range(seeds),
     )
-    how = {"launcher": launcher, "workers": workers, "retry": retry}
+    how = {"launcher": launcher, "workers": workers, "retry": retry, "only": tuple(only or ()), "work": not report_only}
     overrides = options.overrides(settings, vram)
     sweeping.do(suite, f"ablate-{method}", how, limit, overrides, out, plugin, dry_run=dry_run, as_json=as_json)

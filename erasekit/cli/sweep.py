@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,19 @@ Launcher = Annotated[
 ]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="How many; 0 leaves it to the launcher.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Begin again with cells that have failed.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="AXIS=PATTERN",
+        help="Only some cells, e.g. method=stereo, seed=0, 'concept=cat*'; repeatable. An axis is row, method, backbone, task, "
+        "concept or seed.",
+        show_default=False,
+    ),
+]
+ReportOnly = Annotated[
+    bool, typer.Option("--report-only", help="Begin nothing; write the table and the page of the cells that are finished.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show every cell and how far it is; do nothing.")]
 Settings = Annotated[
     list[str] | None,
@@ -44,11 +58,13 @@ def command(
     launcher: Launcher = "local",
     workers: Workers = 0,
     retry: Retry = False,
+    only: Only = None,
     limit: options.Limit = None,
     settings: Settings = None,
     vram: options.Vram = None,
     out: options.Out = Path("runs"),
     dry_run: DryRun = False,
+    report_only: ReportOnly = False,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:
@@ -59,7 +75,7 @@ def command(
     from erasekit.sweeps.suite import read_suite
 
     given = read_suite(suite)
-    how = {"launcher": launcher, "workers": workers, "retry": retry}
+    how = {"launcher": launcher, "workers": workers, "retry": retry, "only": tuple(only or ()), "work": not report_only}
     do(given, suite.stem, how, limit, options.overrides(settings, vram), out, plugin, dry_run=dry_run, as_json=as_json)
 
 
@@ -85,24 +101,26 @@ def do(
     launching = How(**how, settings=chosen.pop("launcher", {}), plugins=plugins)
     suite = adjusted(suite, limit=limit, options=chosen)
     if dry_run:
-        _show_cells(suite, registries, out, as_json=as_json)
+        _show_cells(suite, registries, out, launching.only, as_json=as_json)
         return
     with board() as told:
         swept = sweep(suite, registries, name=name, out=out, how=launching, watch=told)
     _show_table(swept, as_json=as_json)
     _write_page(swept, registries)
-    if swept.failed:
+    if not launching.work:
+        say(f"{summary(swept.cells)}.")
+    if swept.failed and launching.work:
         lines = [failure(cell, how) for cell, how in swept.failed]
         raise ErasekitError(
             "\n".join([*lines, f"{summary(swept.cells)}. Remove the cause, and run the same command with --retry."])
         )
 
 
-def _show_cells(suite: Any, registries: Registries, out: Path, *, as_json: bool) -> None:
+def _show_cells(suite: Any, registries: Registries, out: Path, only: Sequence[str], *, as_json: bool) -> None:
     """Print every cell, where its run lies, and how far it is."""
-    from erasekit.sweeps.cells import cells_of, seen
+    from erasekit.sweeps.cells import cells_of, chosen, seen
 
-    cells = [(cell, seen(cell, out)) for cell in cells_of(suite, registries, out)]
+    cells = [(cell, seen(cell, out)) for cell in chosen(cells_of(suite, registries, out), only)]
     if as_json:
         records = [{"row": c.row, "path": c.path, "config": c.config, **how._asdict()} for c, how in cells]
         put_json(records)

@@ -120,9 +120,10 @@ def differences(runs: Runs, reference: Runs) -> dict[str, Any]:
 
 
 def _paired(runs: Sequence[RunResult], reference: Sequence[RunResult]) -> list[tuple[RunResult, RunResult]]:
-    """Runs of equal seeds and protocols."""
-    others = {(run.seed, run.protocol["hash"]): run for run in reference}
-    return [(run, others[key]) for run in runs if (key := (run.seed, run.protocol["hash"])) in others]
+    """Runs of equal seeds and protocols; a single run, as closed forms have, beside each run of the other row."""
+    single = 1 in (len(runs), len(reference))
+    together = [(one, other) for one in runs for other in reference if one.protocol["hash"] == other.protocol["hash"]]
+    return [(one, other) for one, other in together if single or one.seed == other.seed]
 
 
 def _less(one: Metric, other: Metric) -> float | None:

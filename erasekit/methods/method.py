@@ -55,6 +55,11 @@ class Method:
         """Keep the validated settings, an instance of `Config`."""
         self.config = config
 
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed gives another erasure at these settings. If not, a sweep runs the first of its seeds only."""
+        return True
+
     def footprint(self, plan: Planned) -> Footprint:
         """What a training step holds at once, from which its memory is predicted.
 

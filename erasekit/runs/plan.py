@@ -78,6 +78,11 @@ class Plan:
             content["attacks"] = [*self.budgets(), self.only_attacks, self.config.keep_texts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed gives other numbers: attacks search at random, whatever the method does."""
+        return bool(self.attacks) or self.method(self.method_config).seeded
+
     def budgets(self) -> list[tuple[str, int, dict[str, Any]]]:
         """Name, version and settings of every attack."""
         return [(name, attack.version, config.model_dump(mode="json")) for name, attack, config in self.attacks]

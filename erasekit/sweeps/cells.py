@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,11 +88,51 @@ def cells_of(suite: Suite, registries: Registries, out: Path) -> list[Cell]:
         UsageError: a name is unknown, or no cell can be run.
     """
     _check_names(suite, registries)
-    cells = [cell for row, values in grid(suite, registries) for cell in _cells(row, values, registries, out)]
+    cells: list[Cell] = []
+    known: set[tuple[str, str]] = set()
+    for row, values in grid(suite, registries):
+        new = [c for c in _cells(row, values, suite.seeds[0], registries, out) if c.refused or (row, c.path) not in known]
+        known |= {(row, cell.path) for cell in new}
+        cells += new
     if all(cell.refused for cell in cells):
         raise UsageError("\n".join(dict.fromkeys(cell.refused for cell in cells)))
     drawn = list(dict.fromkeys(map(_images, cells)))
     return sorted(cells, key=lambda cell: drawn.index(_images(cell)))
+
+
+def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells that `--only` leaves: of patterns for one axis any may fit, and of every axis one has to.
+
+    Args:
+        cells: of a suite.
+        patterns: `method=stereo`, `seed=0`, `concept=cat+*`: an axis and what the shell would call a pattern.
+
+    Raises:
+        UsageError: a pattern has another form, or fits no cell.
+    """
+    wanted: dict[str, list[str]] = {}
+    for text in patterns:
+        axis, equals, pattern = text.partition("=")
+        if not equals or axis not in AXES:
+            raise UsageError(f"Cannot read --only '{text}'. Write AXIS=PATTERN with one of: {', '.join(AXES)}.")
+        if not any(fnmatchcase(AXES[axis](cell), pattern) for cell in cells):
+            known = ", ".join(dict.fromkeys(AXES[axis](cell) for cell in cells))
+            raise UsageError(f"No cell has {axis} '{pattern}'. There are: {known}.")
+        wanted.setdefault(axis, []).append(pattern)
+    found = [c for c in cells if all(any(fnmatchcase(AXES[a](c), p) for p in of) for a, of in wanted.items())]
+    if not found:
+        raise UsageError(f"No cell fits all of: {', '.join(patterns)}.")
+    return found
+
+
+AXES: dict[str, Callable[[Cell], str]] = {
+    "row": lambda cell: cell.row,
+    "method": lambda cell: str(cell.config["method"]),
+    "backbone": lambda cell: str(cell.config["backbone"]),
+    "task": lambda cell: str(cell.config.get("task", "")),
+    "concept": lambda cell: "+".join(cell.config.get("concepts", ())),
+    "seed": lambda cell: str(cell.config["seed"]),
+}
 
 
 def _images(cell: Cell) -> tuple[Any, ...]:
@@ -99,12 +140,17 @@ def _images(cell: Cell) -> tuple[Any, ...]:
     return cell.config["backbone"], cell.config.get("task", ""), tuple(cell.config.get("concepts", ()))
 
 
-def _cells(row: str, values: dict[str, Any], registries: Registries, out: Path) -> list[Cell]:
-    """The cell of some keys; one for each of the task's concepts, if the keys name none."""
+def _cells(row: str, values: dict[str, Any], first: int, registries: Registries, out: Path) -> list[Cell]:
+    """The cell of some keys; one for each of the task's concepts, if the keys name none.
+
+    Where the seed changes nothing, it is the first one: of the others come the same cells.
+    """
     try:
         plan = resolve(config_of(values), registries)
     except ErasekitError as error:
         return [Cell(row, values, refused=str(error))]
+    if not plan.seeded:
+        plan = replace(plan, config=plan.config.model_copy(update={"seed": first}))
     plans = plan.singles() if plan.separate else [plan]
     return [Cell(row, p.config.model_dump(mode="json", exclude_defaults=True) | _named(p), _path(out, p)) for p in plans]
 

@@ -53,7 +53,7 @@ class Suite(BaseModel):
         description="what is erased, by task: names, each a cell, and lists of names that are erased together; the task's own, "
         "one by one, for a task that is not named",
     )
-    seeds: tuple[int, ...] = Field((0,), description="each a cell")
+    seeds: tuple[int, ...] = Field((0,), description="each a cell; of a method that has no use for a seed, the first only")
     run: dict[str, Any] = Field(default_factory=dict, description="keys of a config file, for every cell")
     on: dict[str, dict[str, Any]] = Field(
         default_factory=dict,

@@ -15,7 +15,7 @@ from erasekit.errors import ErasekitError, UsageError
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import settings_of
 from erasekit.runs.resolve import resolve
-from erasekit.sweeps.cells import Cell, Seen, cells_of, give_another_chance, run_config, seen, write_cells
+from erasekit.sweeps.cells import Cell, Seen, cells_of, chosen, give_another_chance, run_config, seen, write_cells
 from erasekit.sweeps.launchers import Job
 from erasekit.sweeps.suite import Suite
 
@@ -34,6 +34,8 @@ class How:
         workers: how many; 0 leaves it to the launcher.
         retry: begin again with cells that have failed.
         plugins: plugin files, for the workers.
+        only: which cells, of `cells.chosen`; none for all.
+        work: if not, nothing is begun.
     """
 
     launcher: str = "local"
@@ -41,6 +43,8 @@ class How:
     workers: int = 0
     retry: bool = False
     plugins: tuple[Path, ...] = ()
+    only: tuple[str, ...] = ()
+    work: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Swept:
         suite: what was asked for.
         folder: where its table is.
         out: where its runs are.
-        cells: every cell, and how it ended.
+        cells: every cell, and how far it is: ended, unless nobody was to work.
     """
 
     suite: Suite
@@ -89,14 +93,14 @@ def sweep(
     how = how or How()
     launcher = registries.launchers.get(how.launcher)
     settings = settings_of(launcher.Config, how.settings, "launcher.")
-    cells = cells_of(suite, registries, out)
+    cells = chosen(cells_of(suite, registries, out), how.only)
     if launcher.elsewhere:
         check_gpus(cells, registries)
     folder = write_cells(cells, out, name)
-    if how.retry:
+    if how.retry and how.work:
         give_another_chance(cells, out)
     board = Board(cells, out)
-    if left := board.left():
+    if how.work and (left := board.left()):
         workers = min(how.workers, len(left))
         _work(launcher(settings, Job(folder.resolve(), out.resolve(), how.plugins, workers)), board, watch)
     return Swept(suite, folder, out, board.look())

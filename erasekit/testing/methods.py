@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,11 @@ def check_on(backbone: str, name: str, settings: Mapping[str, Any], concepts: tu
         first, second = Path(folder) / "first", Path(folder) / "second"
         sha256 = compute(plan, loaded, registries).save(first)
         check_base(what, loaded, plain.denoiser.state_dict())
-        again = compute(plan, _tight(plan).load(plan.backbone_config), registries).save(second)
+        other = plan if plan.seeded else replace(plan, config=plan.config.model_copy(update={"seed": 1}))
+        again = compute(other, _tight(plan).load(plan.backbone_config), registries).save(second)
         line = f"{what}: the same settings and seed gave another file. Draw all that is random from ctx.generator(name)."
+        if not plan.seeded:
+            line = f"{what}: it says that its seed does not matter, and another one gave another file. Set seeded = True."
         owe(sha256 == again, line)
         erasure = Erasure.load(first, loaded)
         owe(erasure.method == name, f"{what}: the erasure is called '{erasure.method}'. Make it with self.erasure(...).")

@@ -35,6 +35,7 @@ class NegativePrompt(Method):
     name = "negative-prompt"
     Config = NegativePromptConfig
     config: NegativePromptConfig
+    seeded = False
 
     def texts(self, ctx: RunContext) -> list[str]:
         """Also the text that is steered away from."""

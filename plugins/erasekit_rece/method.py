@@ -99,6 +99,7 @@ class Rece(Method):
         "recovered": "of the concept, how much each round's closed-form embedding brought back"
     }
     config: ReceConfig
+    seeded = False
 
     def texts(self, ctx: RunContext) -> list[str]:
         """Also what the guides make of the concepts' prompts."""

@@ -62,6 +62,7 @@ class Sld(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     config: SldConfig
+    seeded = False
 
     def texts(self, ctx: RunContext) -> list[str]:
         """Also the text that is steered away from."""

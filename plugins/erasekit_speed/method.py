@@ -70,6 +70,11 @@ class Speed(Method):
     }
     config: SpeedConfig
 
+    @property
+    def seeded(self) -> bool:
+        """Only the copies of preserved embeddings are random."""
+        return bool(self.config.augment)
+
     def texts(self, ctx: RunContext) -> list[str]:
         """Also what the guides make of the concepts' prompts."""
         return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]

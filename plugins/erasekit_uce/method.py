@@ -77,6 +77,11 @@ class Uce(Method):
     }
     config: UceConfig
 
+    @property
+    def seeded(self) -> bool:
+        """Only debiasing draws images; what stages to harden the edit do is theirs."""
+        return bool(self.config.debias_rounds or self.config.robustify)
+
     def texts(self, ctx: RunContext) -> list[str]:
         """Also what the guides make of the concepts' prompts."""
         return [*super().texts(ctx), *guided_texts(ctx, self.config.guides)]
