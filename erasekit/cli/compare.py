@@ -32,11 +32,11 @@ def command(
     rows = compared.compared_rows(runs)
     papers, reasons = compared.published(runs[0]) if published else ({}, [])
     for reason in reasons:
-        typer.echo(f"Not measured alike, so left out: {reason}", err=True)
+        typer.echo(f"Published rows left out: {reason}.", err=True)
     if published and not papers:
         typer.echo("No published row was measured as these runs were.", err=True)
     if as_json:
-        typer.echo(json.dumps({"rows": rows, "published": papers}, indent=1))
+        typer.echo(json.dumps({"rows": rows, "published": papers, "left_out": reasons}, indent=1))
         return
     formats = [(as_markdown, table.markdown), (as_latex, table.latex), (as_csv, table.as_csv)]
     printed = next((how for wanted, how in formats if wanted), None)

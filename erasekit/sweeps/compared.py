@@ -77,24 +77,40 @@ def published(folder: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
     """
     result = read_result(folder / "results.json")
     rows: dict[str, dict[str, float]] = {}
-    reasons = []
-    for table in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["table"]:
+    reasons: dict[str, None] = {}
+    for table in tables():
         if table["task"] != result.task:
             continue
         if unmet := _unmet(table, result):
-            reasons.append(f"{table['source']}: {'; '.join(unmet)}")
+            metrics = dict.fromkeys(metric.partition("[")[0] for metric in table["metrics"])
+            reasons[f"{table['source']} ({', '.join(metrics)}): {'; '.join(unmet)}"] = None
             continue
-        for name, value in table["rows"].items():
-            rows[f"{name} [published: {table['source']}]"] = {table["metric"]: value}
-    return rows, reasons
+        for name, values in table["rows"].items():
+            row = rows.setdefault(f"{name} [published: {table['source']}]", {})
+            row.update(zip(table["metrics"], values, strict=True))
+    return rows, list(reasons)
+
+
+def tables() -> list[dict[str, Any]]:
+    """The published tables, as the file has them."""
+    found: list[dict[str, Any]] = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["table"]
+    return found
 
 
 def _unmet(table: Mapping[str, Any], result: RunResult) -> list[str]:
     """What a published table was measured with and a run was not."""
+    if never := table.get("never"):
+        return [str(never)]
     flat = {"own": []} | _flat(result.protocol) | {"backbone": result.backbone, "concepts": len(result.concepts)}
-    flat["n"] = result.metrics[table["metric"]].n if table["metric"] in result.metrics else 0
-    wanted = {"n": table["n"], "own": [], **table["where"]}
-    return [f"{key} is {_told(flat.get(key))}, there {_told(value)}" for key, value in wanted.items() if flat.get(key) != value]
+    wanted = {"own": [], **table["where"]}
+    unmet = [
+        f"{key} is {_told(flat.get(key))}, there {_told(value)}" for key, value in wanted.items() if flat.get(key) != value
+    ]
+    for metric in table["metrics"]:
+        n = result.metrics[metric].n if metric in result.metrics else 0
+        if n != table["n"]:
+            unmet.append(f"{metric} is of {n} images, there of {table['n']}" if n else f"{metric} was not measured")
+    return unmet
 
 
 def _told(value: Any) -> str:
