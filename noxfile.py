@@ -60,7 +60,9 @@ def cluster(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """That the documentation names all there is, and that its links lead somewhere."""
+    """The pages as a site, in site/: every link leads to a page and a heading. And that they name all there is."""
+    session.install("furo", "myst-parser", "sphinx", "sphinx-copybutton", "sphinx-external-toc", "sphinxcontrib-mermaid")
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "-E", "-c", "docs", ".", "site")
     session.install("-e", ".[dev]")
     session.run("pytest", "tests/test_docs.py", *session.posargs)
 
