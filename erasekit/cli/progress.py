@@ -13,6 +13,7 @@ from typing import Self
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from erasekit.backbones.memory import peak_memory_mb
 from erasekit.events import Event, Noted, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
@@ -38,12 +39,12 @@ class Pace:
         return new
 
     def told(self, done: int, total: int) -> str:
-        """The rate and the time left, "" while nothing is known."""
+        """The time left and the rate, "" while nothing is known."""
         seconds = (time.monotonic() - self._since) / max(1, done - self._first)
         if done == self._first or not seconds:
             return ""
-        rate = f"{seconds:.1f} s each" if seconds >= 1 else f"{1 / seconds:.1f} a second"
-        return f"{rate}, {duration(seconds * (total - done))} left  "
+        rate = f"{seconds:.1f} s each" if seconds >= 1 else f"{1 / seconds:.1f}/s"
+        return f"{duration(seconds * (total - done))} left, {rate}, "
 
 
 class Bars:
@@ -55,18 +56,17 @@ class Bars:
 
     def __init__(self, forecast: Forecast | None = None, console: Console | None = None) -> None:
         """Draw on stderr; without a forecast, no line says when all will be done."""
-        columns = (
-            TextColumn("{task.description:12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        console = console or Console(stderr=True)
+        whole = Column(no_wrap=True)  # in a narrow terminal the note is cut, and nothing else
+        name = TextColumn("{task.description:11}", table_column=whole)
+        note = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1), markup=False)
+        bar = BarColumn(min(40, max(8, console.width - 76)), table_column=whole)
+        elapsed = TimeElapsedColumn(table_column=whole)
         self.started = False
         self._forecast = forecast
-        self._progress = Progress(*columns)
-        self._whole = Progress(TextColumn("{task.description:12}"), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-        self._live = Live(Group(self._progress, self._whole), console=console or Console(stderr=True), refresh_per_second=4)
+        self._progress = Progress(name, bar, MofNCompleteColumn(table_column=whole), elapsed, note, expand=True)
+        self._whole = Progress(name, elapsed, note, expand=True)
+        self._live = Live(Group(self._progress, self._whole), console=console, refresh_per_second=4)
         self._pace = Pace()
         self._task: TaskID | None = None
         self._all: TaskID | None = None
@@ -102,7 +102,7 @@ class Bars:
         if self._task is None:
             self._task = self._progress.add_task(part, total=total, note="")
         self._pace.begins(part, done)
-        told = f"{part}  {self._pace.told(done, total)}{peak_memory_mb():.0f} MB  {note}"
+        told = f"{part}: {self._pace.told(done, total)}{memory()}{_comma(note)}"
         self._progress.update(self._task, completed=done, total=total, note=told)
 
     def _tell(self, event: Event) -> None:
@@ -118,8 +118,7 @@ class Bars:
         """Fill the line of the stage that ends; one that counted nothing gets a single step."""
         if self._task is not None:
             task = next(t for t in self._progress.tasks if t.id == self._task)
-            note = f"{peak_memory_mb():.0f} MB"
-            self._progress.update(self._task, completed=task.total or 1, total=task.total or 1, note=note)
+            self._progress.update(self._task, completed=task.total or 1, total=task.total or 1, note=memory())
             self._progress.stop_task(self._task)
 
     def _clear(self) -> None:
@@ -171,19 +170,19 @@ class Lines:
         elif counted := _count(event):
             part, done, total, note = counted
             self._pace.begins(part, done)
-            at = f"{part} {done}/{total}  "
+            at = f"{part} {done}/{total}, "
             main = not isinstance(event, Progressed)
             if main or not self._main:
                 self._done, self._main = at, main
             if now - self._last > SECONDS_BETWEEN_LINES:
                 self._last = now
-                told = f"{note}{self._pace.told(done, total)}{peak_memory_mb():.0f} MB"
+                told = f"{self._pace.told(done, total)}{memory()}{_comma(note)}"
                 _write(f"{self._stage}: {at}{told}{_comma(ahead(self._forecast))}")
 
     def _end(self) -> None:
         """Write what the stage that ends did."""
         if self._stage:
-            took = f"{duration(time.monotonic() - self._began)}  {peak_memory_mb():.0f} MB"
+            took = f"{duration(time.monotonic() - self._began)}, {memory()}"
             _write(f"{self._stage}: {self._done}{took}{_comma(ahead(self._forecast))}")
         self._stage = ""
 
@@ -200,6 +199,12 @@ def ahead(forecast: Forecast | None) -> str:
     if left is None or left < 1:
         return ""
     return f"all in about {duration(left)}, at {datetime.now() + timedelta(seconds=left):%H:%M}"
+
+
+def memory() -> str:
+    """The most memory that was in use."""
+    used = peak_memory_mb()
+    return f"{used:.0f} MB" if used < 1000 else f"{used / 1000:.1f} GB"
 
 
 def duration(seconds: float) -> str:
@@ -232,5 +237,5 @@ def _count(event: Event) -> tuple[str, int, int, str] | None:
     if isinstance(event, Sampled):
         return "images", event.done, event.total, ""
     if isinstance(event, StepEnd):
-        return "steps", event.step, event.total, " ".join(f"{k} {v:.3g}" for k, v in event.values.items()) + "  "
+        return "steps", event.step, event.total, ", ".join(f"{k} {v:.2g}" for k, v in event.values.items())
     return None

@@ -177,7 +177,8 @@ def sample(
             if rows:
                 guidance, width, height = _drawn_as(prompts[rows[0]], protocol)
                 arguments = backbone.call_arguments(conditioning[filled], empty=empty, guidance=guidance)
-                images = _draw(pipe, [prompts[i].seed for i in filled], protocol.steps, width, height, arguments)
+                place = Place(len(prompts) - left, len(rows), len(prompts))
+                images = _draw(pipe, [prompts[i].seed for i in filled], protocol.steps, width, height, arguments, place)
                 for i, image in zip(rows, images, strict=False):
                     with replacing(paths[i]) as temporary:
                         image.save(temporary, format="PNG")
@@ -291,10 +292,25 @@ def _batch(
 ) -> list[Image.Image]:
     here, empty = slice(start, start + protocol.batch), backbone.encode([""])
     arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
-    return _draw(pipe, seeds[here], protocol.steps, protocol.size, protocol.size, arguments)
+    place = Place(start, len(prompts[here]), len(prompts))
+    return _draw(pipe, seeds[here], protocol.steps, protocol.size, protocol.size, arguments, place)
 
 
-def _draw(pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, arguments: dict[str, Any]) -> list[Image.Image]:
+class Place(NamedTuple):
+    """A call among all that are made: how many images were done before it, how many it draws, and how many there are."""
+
+    before: int
+    rows: int
+    total: int
+
+
+def _draw(
+    pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, arguments: dict[str, Any], place: Place
+) -> list[Image.Image]:
+    def told(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress("images", place.before + place.rows * min(index + 1, steps) // (steps + 1), place.total)
+        return {}
+
     drawn = pipe(
         **arguments,
         num_inference_steps=steps,
@@ -302,6 +318,7 @@ def _draw(pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, 
         width=width,
         generator=[torch.Generator().manual_seed(s) for s in seeds],
         output_type="np",
+        callback_on_step_end=told,
     ).images
     if not np.isfinite(drawn).all():
         raise ErasekitError("The model draws images that are not finite numbers. Erase again in float32 or with a lower rate.")

@@ -99,6 +99,7 @@ class Forecast:
     _part: tuple[str, int, int] = ("", 0, 0)  # of the stage: its name, done, total
     _first: tuple[int, float] = (0, 0.0)  # of the part: what was done when, at its beginning
     _took: list[float] = field(default_factory=list)  # seconds of the runs that have ended
+    _image_now: float | None = None  # seconds for an image, as the first ones go
 
     def __call__(self, event: Event) -> None:
         """Hear an event."""
@@ -119,6 +120,8 @@ class Forecast:
             self._counted("steps", event.step, event.total, first=(event.step, now))
         elif isinstance(event, Progressed):
             self._counted(event.what, event.done, event.total, first=(event.done, now))
+        if self.image_s is None and self._stage in DRAWING:
+            self._image_now = self._pace(now)
 
     def left(self) -> float | None:
         """Seconds until all runs are done; None while nothing is known of what takes longest."""
@@ -144,13 +147,19 @@ class Forecast:
 
     def _expected(self, stage: str) -> float | None:
         """Seconds of a stage that has not begun; None where nothing is known."""
-        if stage in DRAWING and self.image_s is not None:
-            return self.image_s * self.images
+        image_s = self._image_now if self.image_s is None else self.image_s
+        if stage in DRAWING and image_s is not None:
+            return image_s * self.images
         if stage in self.stage_s:
             return self.stage_s[stage]
-        if stage == "erase" and self.image_s is not None:
-            return self.image_s / self.image_rows * self.erase_rows
+        if stage == "erase" and image_s is not None:
+            return image_s / self.image_rows * self.erase_rows
         return None
+
+    def _pace(self, now: float) -> float | None:
+        """Seconds for each piece of the part at work; None before the first is done."""
+        done = self._part[1] - self._first[0]
+        return (now - self._first[1]) / done if done > 0 else None
 
     def _of_stage(self) -> float | None:
         """Seconds until the stage at work is done."""
@@ -158,7 +167,7 @@ class Forecast:
             return 0.0
         part, done, total = self._part
         now = time.monotonic()
-        pace = (now - self._first[1]) / (done - self._first[0]) if done > self._first[0] else None
+        pace = self._pace(now)
         if self._stage in DRAWING:
             each = pace if pace is not None else self.image_s
             return None if each is None else each * ((total or self.images) - done)

@@ -18,13 +18,13 @@ def choose_eta(ctx: RunContext, refined: Deltas) -> float:
     drawn = validation(ctx)  # before the denoiser is edited
     best, least = ETAS[0], math.inf
     for i, eta in enumerate(ETAS):
-        progress("eta", i, len(ETAS))
+        progress("damping", i, len(ETAS))
         with merged(ctx.backbone.denoiser, scale(refined, eta)):
             found = cost(drawn.measure(), ctx.protocol.guidance)
         if found >= least:
             break
         best, least = eta, found
-    progress("eta", len(ETAS), len(ETAS))
+    progress("damping", len(ETAS), len(ETAS))
     return best
 
 
