@@ -22,6 +22,15 @@ def names(kind: str) -> Callable[[typer.Context, str], list[tuple[str, str]]]:
     return complete
 
 
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """What completes one of a few words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
 def kinds(ctx: typer.Context, incomplete: str) -> list[str]:
     """What there is to list."""
     return [names.plural for names in _registered(ctx).all() if names.plural.startswith(incomplete)]

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from erasekit.cli import options
-from erasekit.registration.scaffold import scaffold
+from erasekit.cli import completing, options
+from erasekit.registration.scaffold import KINDS, scaffold
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="method, backbone, task, evaluator or attack.", show_default=False)],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="method, backbone, task, evaluator or attack.", show_default=False, autocompletion=completing.one_of(*KINDS)
+        ),
+    ],
     name: Annotated[str, typer.Argument(help="What it is called, e.g. my-method.", show_default=False)],
     single_file: Annotated[
         bool, typer.Option("--single-file", help="One file in place of a package.", show_default=False)

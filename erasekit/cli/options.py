@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from erasekit.cli import completing
 from erasekit.cli.ends import say
+from erasekit.concepts import Kind as ConceptKind
 from erasekit.errors import UsageError
 from erasekit.registration.plugins import Registries, default, load
 from erasekit.runs.config import parse_overrides
@@ -45,7 +46,12 @@ Concept = Annotated[
 ]
 Kind = Annotated[
     str | None,
-    typer.Option("--kind", help="What the concept is: object, identity, style, nsfw or free.", show_default=False),
+    typer.Option(
+        "--kind",
+        help="What the concept is: object, identity, style, nsfw or free.",
+        show_default=False,
+        autocompletion=completing.one_of(*get_args(ConceptKind)),
+    ),
 ]
 Neutral = Annotated[
     str | None,
@@ -82,7 +88,10 @@ Preset = Annotated[str | None, typer.Option("--preset", help="A named set of the
 Files = Annotated[
     str | None,
     typer.Option(
-        "--files", help="Type of the erasure's tensors: float32, float16, bfloat16.  [default: float32]", show_default=False
+        "--files",
+        help="Type of the erasure's tensors: float32, float16, bfloat16.  [default: float32]",
+        show_default=False,
+        autocompletion=completing.one_of("float32", "float16", "bfloat16"),
     ),
 ]
 Strength = Annotated[
@@ -105,7 +114,13 @@ SampleEvery = Annotated[
 ]
 Tracker = Annotated[
     str | None,
-    typer.Option("--tracker", metavar="NAME", help="Who follows the run: tensorboard, wandb, ...", show_default=False),
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="Who follows the run: tensorboard, wandb, ...",
+        show_default=False,
+        autocompletion=completing.one_of("tensorboard", "wandb"),
+    ),
 ]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file of settings.", show_default=False)]
 Set = Annotated[
@@ -115,7 +130,11 @@ Set = Annotated[
 Vram = Annotated[
     str | None,
     typer.Option(
-        "--vram", metavar="GB", help="GPU memory to get along with: auto, 8, 12, 16, 24, 32, 48, 80, 141.", show_default=False
+        "--vram",
+        metavar="GB",
+        help="GPU memory to get along with: auto, 8, 12, 16, 24, 32, 48, 80, 141.",
+        show_default=False,
+        autocompletion=completing.one_of("auto", "8", "12", "16", "24", "32", "48", "80", "141"),
     ),
 ]
 
