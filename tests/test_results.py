@@ -11,6 +11,7 @@ from erasekit.evaluation.results import (
     RunResult,
     compare,
     mean_over_concepts,
+    number,
     read_result,
     read_scores,
     table,
@@ -145,3 +146,11 @@ def test_the_mean_does_not_depend_on_the_order_of_runs():
     parts = [result("cat", value=0.0), result("dog", value=0.1), result("ship", value=0.2)]
     values = {round(mean_over_concepts(order).metrics["acc_e"].value, 12) for order in itertools.permutations(parts)}
     assert len(values) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "-"), (0.0714, "0.071"), (-1e-9, "0.000"), (9.5, "9.500"), (84.1914, "84.2"), (-151.67, "-151.7")],
+)
+def test_numbers_have_the_digits_that_a_reader_needs(value, said):
+    assert number(value) == said

@@ -143,7 +143,8 @@ def show_results(plan: Plan, out: Path) -> None:
     from erasekit.erasures.erasure import Erasure
     from erasekit.erasures.manifest import read_manifest
     from erasekit.erasures.modelcard import load_lines
-    from erasekit.evaluation.results import number, read_result, table
+    from erasekit.evaluation.results import number, read_result, read_scores, table
+    from erasekit.runs.pages.gallery import lead, pairs_of, things
 
     folder = path_of(out, plan)
     result = read_result(folder / "results.json")
@@ -154,13 +155,16 @@ def show_results(plan: Plan, out: Path) -> None:
         show(["concept", *result.metrics], rows, title=title)
     heading = "mean over the concepts" if plan.separate else f"{title}, erased: {', '.join(result.concepts)}"
     if result.metrics:
-        show(*table(result), title=heading)
+        show(*table(result), title=heading, spare=("evaluator", "better"))
     else:
         put(f"{heading}. Nothing judged the images: look at them.")
+    runs = [path_of(out, p) for p in (plan.singles() if plan.separate else [plan])]
+    found = things([pair for run in runs for pair in pairs_of(read_scores(run / "scores.parquet"))])
+    put("\n".join(["", *lead(found, result.concepts)]))
     if plan.separate:
-        put(f"\nThe reports are beside {folder}")
+        put("\n".join(["", *(f"Report: {run / 'report.html'}" for run in runs)]))
         return
     tell(Erasure.load(folder / "erasure"))
     base = plan.backbone_config.path or getattr(plan.backbone, "path", "")
     lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"), base=base)
-    put(f"\nReport: {folder / 'report.html'}\n\n{lines.rstrip()}")
+    put(f"Report: {folder / 'report.html'}\n\n{lines.rstrip()}")

@@ -199,15 +199,15 @@ def _mean_metric(metrics: Sequence[Metric]) -> Metric:
 
 
 def number(value: float | None) -> str:
-    """A number as tables show it."""
-    return "-" if value is None else f"{value:z.3f}"
+    """A number as tables show it: shares to a thousandth, scores and distances that are large to a tenth."""
+    return "-" if value is None else f"{value:z.{3 if abs(value) < 10 else 1}f}"
 
 
 def table(result: RunResult) -> Table:
     """One row per metric, with the base's value beside it."""
     rows = []
     for name, m in result.metrics.items():
-        interval = f"{m.ci95[0]:.3f} to {m.ci95[1]:.3f}" if m.ci95 else "-"
+        interval = " to ".join(map(number, m.ci95)) if m.ci95 else "-"
         better = "higher" if m.higher_is_better else "lower"
         rows.append([name, number(m.value), number(m.base), interval, str(m.n), better, m.evaluator])
     return Table(["metric", "value", "base", "95 % interval", "n", "better", "evaluator"], rows)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from erasekit.evaluation.tasks import PROMPT_SETS
 
 MOST_IMAGES = 500
+MOST_NAMES = 6
 T = TypeVar("T")
 
 
@@ -120,3 +121,25 @@ def things(pairs: Sequence[Pair]) -> list[Thing]:
         before, after = (sum(side) / len(seen) for side in zip(*seen, strict=True))
         rows.append(Thing(label, erased, before, after, len(seen)))
     return sorted(rows, key=lambda thing: (not thing.erased, thing.after - thing.base))
+
+
+def names(concepts: Sequence[str]) -> str:
+    """The concepts of a run, the first of them if they are many."""
+    more = len(concepts) - MOST_NAMES
+    return ", ".join(concepts) if more <= 1 else f"{', '.join(concepts[:MOST_NAMES])} and {more} more"
+
+
+def lead(found: Sequence[Thing], concepts: Sequence[str]) -> list[str]:
+    """A run in a sentence or two: whether what was erased is gone, and whether the rest stayed; none if nothing judged it."""
+    sentences = []
+    for gone in (True, False):
+        own = [thing for thing in found if thing.erased is gone]
+        n = sum(thing.n for thing in own)
+        before, after = (round(sum(getattr(t, side) * t.n for t in own)) for side in ("base", "after"))
+        if n and gone:
+            sentences.append(
+                f"Asked for {names(concepts)}, {after} of {n} images still show it; the unedited model's {before} of {n}."
+            )
+        elif n:
+            sentences.append(f"Asked for other things, {after} of {n} show what they should; the unedited model's {before}.")
+    return sentences

@@ -44,7 +44,7 @@ class Axis:
         """(where, text) of its marks."""
         if self.names:
             return [(self.at(value), text) for value, text in self.names]
-        return [(self.at(v), f"{v:.10g}" if 1e-3 <= abs(v) < 1e5 or v == 0 else f"{v:.0e}") for v in self._values()]
+        return [(self.at(v), _tick(v)) for v in self._values()]
 
     def _values(self) -> list[float]:
         if self.log:
@@ -55,6 +55,14 @@ class Axis:
         step = next(unit * s for s in STEPS if unit * s >= size * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _tick(value: float) -> str:
+    """A round number, whole: 0.25, 1.5e-04."""
+    if 1e-3 <= abs(value) < 1e5 or value == 0:
+        return f"{value:.10g}"
+    mantissa, exponent = f"{value:.4e}".split("e")
+    return f"{float(mantissa):g}e{exponent}"
 
 
 class Mark(NamedTuple):

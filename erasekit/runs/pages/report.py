@@ -25,7 +25,6 @@ from erasekit.runs.records import Environment, read_text, read_whole
 
 TILES = 4
 GRID = 12  # pairs of a grid under samples/
-MOST_NAMES = 6
 MOST_THINGS = 24
 
 
@@ -53,7 +52,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
     content = _numbers(result, pairs) | _images(directory, pairs, blur=blur) | _provenance(directory, result)
     content |= {
         "title": task.title or task.name,
-        "names": names(result.concepts),
+        "names": gallery.names(result.concepts),
         "blur": _why(task) if blur else "",
         "curves": training.curves(training.history(log), meanings or {}),
         "film": training.film(directory, log),
@@ -65,12 +64,6 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
         "version": __version__,
     }
     return write_page(directory / "report.html", "report.html.j2", **content)
-
-
-def names(concepts: Sequence[str]) -> str:
-    """The concepts of a run, the first of them if they are many."""
-    more = len(concepts) - MOST_NAMES
-    return ", ".join(concepts) if more <= 1 else f"{', '.join(concepts[:MOST_NAMES])} and {more} more"
 
 
 def _why(task: Task) -> str:
@@ -85,24 +78,10 @@ def _numbers(result: RunResult, pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         "result": result,
         "tiles": dict(list(shares.items())[:TILES]),
-        "lead": _lead(found, names(result.concepts)),
+        "lead": gallery.lead(found, result.concepts),
         "by_thing": _things(shown) if len(found) > 1 else None,
         "things_left": len(found) - len(shown),
     }
-
-
-def _lead(found: Sequence[Thing], erased: str) -> str:
-    """The run in a sentence or two; "" if nothing judged it."""
-    sentences = []
-    for gone in (True, False):
-        own = [thing for thing in found if thing.erased is gone]
-        n = sum(thing.n for thing in own)
-        before, after = (round(sum(getattr(t, side) * t.n for t in own)) for side in ("base", "after"))
-        if n and gone:
-            sentences.append(f"Asked for {erased}, {after} of {n} images still show it; the unedited model's {before} of {n}.")
-        elif n:
-            sentences.append(f"Asked for other things, {after} of {n} show what they should; the unedited model's {before}.")
-    return " ".join(sentences)
 
 
 def _things(found: Sequence[Thing]) -> Chart:
@@ -179,7 +158,7 @@ def _strength(measured: Strength | None, result: RunResult) -> dict[str, Any]:
             charts.append(Chart(curve.metric, [series], x, Axis(curve.metric, *plots.around(ends)), width=520, height=260))
     if together:
         charts.insert(0, Chart("Strength", together, x, Axis("share of images", 0, 1), width=520, height=280))
-    return {"names": names(measured.concepts), "charts": charts}
+    return {"names": gallery.names(measured.concepts), "charts": charts}
 
 
 def _interference(measured: Interference | None) -> dict[str, Any]:
