@@ -183,7 +183,7 @@ def test_the_page_shows_pairs_numbers_training_certificate_and_how_to_load(run):
     assert "base shows cat (0.50), erased no cat (0.50)" in page
     assert "Asked for cat, " in page
     assert "1 of 15 images still show it; the unedited model&#39;s 15 of 15." in page
-    assert "4 of 4 show what they should; the unedited model&#39;s 4." in page
+    assert "4 of 4 show them; the unedited model&#39;s 4." in page
 
 
 def test_failures_come_first_and_each_pair_says_what_became_of_it(run):

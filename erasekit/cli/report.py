@@ -62,8 +62,10 @@ def command(
             say(f"Report: {path}")
     if as_json:
         put_json([r.model_dump(mode="json") for r in results])
+    elif len(results) == 1:
+        show(*table(results[0]), spare=("evaluator", "better"))
     else:
-        show(*(table(results[0]) if len(results) == 1 else compare(results)))
+        show(*compare(results))
 
 
 def meanings_of(registries: Registries, method: str) -> Mapping[str, str]:

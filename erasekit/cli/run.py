@@ -160,11 +160,11 @@ def show_results(plan: Plan, out: Path) -> None:
         put(f"{heading}. Nothing judged the images: look at them.")
     runs = [path_of(out, p) for p in (plan.singles() if plan.separate else [plan])]
     found = things([pair for run in runs for pair in pairs_of(read_scores(run / "scores.parquet"))])
-    put("\n".join(["", *lead(found, result.concepts)]))
+    told = ["", *lead(found, result.concepts)]
     if plan.separate:
-        put("\n".join(["", *(f"Report: {run / 'report.html'}" for run in runs)]))
+        put("\n".join([*told, *(f"Report: {run / 'report.html'}" for run in runs)]))
         return
     tell(Erasure.load(folder / "erasure"))
     base = plan.backbone_config.path or getattr(plan.backbone, "path", "")
     lines = load_lines(read_manifest(folder / "erasure"), str(folder / "erasure"), base=base)
-    put(f"Report: {folder / 'report.html'}\n\n{lines.rstrip()}")
+    put("\n".join([*told, f"Report: {folder / 'report.html'}", "", lines.rstrip()]))

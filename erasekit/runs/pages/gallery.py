@@ -141,5 +141,5 @@ def lead(found: Sequence[Thing], concepts: Sequence[str]) -> list[str]:
                 f"Asked for {names(concepts)}, {after} of {n} images still show it; the unedited model's {before} of {n}."
             )
         elif n:
-            sentences.append(f"Asked for other things, {after} of {n} show what they should; the unedited model's {before}.")
+            sentences.append(f"Asked for other things, {after} of {n} show them; the unedited model's {before}.")
     return sentences
