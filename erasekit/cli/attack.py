@@ -55,5 +55,9 @@ def command(
         put_json(result.model_dump(mode="json"))
         return
     plan = planned(wanted, registries, erasure=erasure, only_attacks=True)
-    show(*table(result), title=f"Attacks on {', '.join(result.concepts)}, erased by {result.method} from {result.backbone}")
+    show(
+        *table(result),
+        title=f"Attacks on {', '.join(result.concepts)}, erased by {result.method} from {result.backbone}",
+        spare=("evaluator", "better"),
+    )
     put(f"\nReport: {path_of(out, plan) / 'report.html'}")

@@ -177,7 +177,7 @@ def sample(
             if rows:
                 guidance, width, height = _drawn_as(prompts[rows[0]], protocol)
                 arguments = backbone.call_arguments(conditioning[filled], empty=empty, guidance=guidance)
-                place = Place(len(prompts) - left, len(rows), len(prompts))
+                place = len(prompts) - left, len(rows), len(prompts)
                 images = _draw(pipe, [prompts[i].seed for i in filled], protocol.steps, width, height, arguments, place)
                 for i, image in zip(rows, images, strict=False):
                     with replacing(paths[i]) as temporary:
@@ -292,23 +292,18 @@ def _batch(
 ) -> list[Image.Image]:
     here, empty = slice(start, start + protocol.batch), backbone.encode([""])
     arguments = backbone.call_arguments(backbone.encode(prompts[here]), empty=empty, guidance=protocol.guidance)
-    place = Place(start, len(prompts[here]), len(prompts))
+    place = start, len(prompts[here]), len(prompts)
     return _draw(pipe, seeds[here], protocol.steps, protocol.size, protocol.size, arguments, place)
 
 
-class Place(NamedTuple):
-    """A call among all that are made: how many images were done before it, how many it draws, and how many there are."""
-
-    before: int
-    rows: int
-    total: int
-
-
 def _draw(
-    pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, arguments: dict[str, Any], place: Place
+    pipe: Any, seeds: Iterable[int], steps: int, width: int, height: int, arguments: dict[str, Any], place: tuple[int, int, int]
 ) -> list[Image.Image]:
+    """Images of one call; `place` says how many were done before it, how many it draws, and how many there are."""
+    before, rows, total = place
+
     def told(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress("images", place.before + place.rows * min(index + 1, steps) // (steps + 1), place.total)
+        progress("images", before + rows * min(index + 1, steps) // (steps + 1), total)
         return {}
 
     drawn = pipe(
