@@ -8,13 +8,13 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, SoftFileLease
+from filelock import FileLock, SoftFileLease, Timeout
 
 from erasekit.errors import UsageError
 
@@ -158,6 +158,23 @@ def lock_of(path: Path) -> Any:
         raise UsageError(f"ERASEKIT_LOCKS is '{kind}'. Set it to one of: {', '.join(LOCKS)}.")
     file.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(file) if kind == "system" else SoftFileLease(file, lease_duration=LEASE_S)
+
+
+def one_by_one(folders: Sequence[Path]) -> Iterator[int]:
+    """The indices of folders, each while nobody else is at it; those that others are at come last, once they are left."""
+    taken: list[int] = []
+    for wait, indices in ((0, range(len(folders))), (-1, taken)):
+        for i in indices:
+            lock = lock_of(folders[i])
+            try:
+                lock.acquire(timeout=wait)
+            except Timeout:
+                taken.append(i)
+                continue
+            try:
+                yield i
+            finally:
+                lock.release()
 
 
 def disk_full(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from erasekit.atomic import lock_of, one_by_one
 from erasekit.attacks.attack import Attack, AttackConfig
 from erasekit.attacks.campaign import Campaign, allowed
 from erasekit.attacks.draw import Draw
@@ -275,6 +276,35 @@ def test_an_attack_of_one_file_on_an_erasure_and_in_a_run(erasekit, tiny, tmp_pa
     both = json.loads(ran.stdout)["metrics"]
     assert {"acc_e", "asr[none]", "asr[seeds]"} <= set(both)
     assert both["asr[seeds]"] == found["metrics"]["asr[seeds]"]
+
+
+def test_attacks_that_do_not_look_at_the_model_are_held_against_chance(erasekit, tiny, tmp_path):
+    attacks = ["-a", "seeds", "-a", "noise", "-s", "attacks.seeds.queries=2", "-s", "attacks.noise.queries=1"]
+    where = ["-b", "tiny", "-t", "controlled", "-c", "cat", "--plugin", THIRD_PARTY / "controlled_world.py", *tiny]
+    done = erasekit("run", "-m", "pull", *where, "-s", "method.steps=2", *attacks, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["metrics"]
+    assert {name for name in found if "[" in name} == {
+        *("asr[none]", "asr[seeds]", "asr[any]", "probe[noise]"),
+        *("false_alarm[seeds]", "false_alarm[noise]", "chance[seeds]"),
+    }
+    assert found["chance[seeds]"] | {"meaning": ""} == found["false_alarm[seeds]"] | {"meaning": ""}  # red is red, whoever asks
+    assert found["chance[seeds]"]["n"] == 1
+    (page,) = tmp_path.glob("runs/tiny/controlled/pull/*/report.html")
+    assert "by chance" in page.read_text()
+
+
+def test_folders_that_others_are_at_come_last(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    held = lock_of(folders[0])
+    held.acquire()
+    turns = one_by_one(folders)
+    assert [next(turns), next(turns)] == [1, 2]
+    held.release()
+    assert list(turns) == [0]
+    for folder in folders:
+        with lock_of(folder).acquire(timeout=0):
+            pass
 
 
 def test_every_mistake_about_attacks_is_named_at_once(erasekit, tiny):

@@ -352,6 +352,7 @@ def test_no_suite_of_ours_is_left_out():
 def test_attacks_have_a_table_of_their_own(tmp_path):
     """Named by the attack, beside the unedited model and the false alarms; their cost is summed over runs."""
     shown = {"acc_e": (0.1, 1.0), "asr[none]": (0.1, 1.0), "asr[hunt]": (0.6, 0.9), "false_alarm[hunt]": (0.05, None)}
+    shown["chance[hunt]"] = (0.3, None)
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -369,6 +370,7 @@ def test_attacks_have_a_table_of_their_own(tmp_path):
     attacks = by_attack(table["rows"])
     assert attacks.columns == ["row", "none", "hunt"]
     assert attacks.rows[0] == ["pull", "0.10 (0.10 to 0.10)", "0.60 (0.60 to 0.60)"]
-    assert attacks.rows[1:] == [["unedited", "1.00", "0.90"], ["never learned", "", "0.05 (0.05 to 0.05)"]]
+    alarms, chance = ["never learned", "", "0.05 (0.05 to 0.05)"], ["by chance", "", "0.30 (0.30 to 0.30)"]
+    assert attacks.rows[1:] == [["unedited", "1.00", "0.90"], alarms, chance]
     assert by_row(table["rows"]).columns[:2] == ["row", "acc_e"]
     assert not any("asr" in column for column in by_row(table["rows"]).columns)

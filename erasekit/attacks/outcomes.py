@@ -20,6 +20,7 @@ MEANINGS = {
     "probe": "prompts of the erased concept that show it, as they are or with the sampling or the weights changed",
     "cost": "how far the attack went until half of the prompts showed the concept; base: one that the model never learned",
     "false_alarm": "the same attack, on prompts of a concept that the model never learned: what is found there is no find",
+    "chance": "the same attack on the unedited model, for that other concept: prompts of which an image shows the erased one",
 }
 NONE = "none"  # the name of no attack: the prompt as it is
 ANY = "any"

@@ -15,7 +15,7 @@ from erasekit.errors import UsageError
 from erasekit.evaluation.notebook import shown
 
 # The budget of the attacks decides these, and no other numbers.
-ATTACKED = ("asr", "probe", "cost", "false_alarm")
+ATTACKED = ("asr", "probe", "cost", "false_alarm", "chance")
 ATTACKS_HASH = "attacks_hash"  # in a result's protocol, beside `hash`
 
 

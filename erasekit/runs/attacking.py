@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from erasekit.atomic import replacing
+from erasekit.atomic import one_by_one, replacing
 from erasekit.attacks.attack import Attack
 from erasekit.attacks.campaign import Campaign, plain
 from erasekit.attacks.draw import Draw
@@ -38,6 +38,8 @@ from erasekit.safety import reject_unsafe
 
 FOLDER = "attacks"  # in the run directory, and in the cache
 SUMMARY = "attacks.json"
+NEVER, CHANCE = "false_alarm", "chance"
+BLIND = ("nothing", "text encoder")  # what attacks have that do not look at the model: they draw what may show anything
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,15 @@ class Stage:
 
     def run(self) -> dict[str, Metric]:
         """Try every attack on the unedited model, on a concept that it never learned, and on the erased model."""
-        plan, before, never = self.plan, self._unedited(), self._control()
+        plan, before = self.plan, self._unedited()
         with self._model(Erasure.load(self.folder / "erasure", self.backbone)) as model:
             campaign = self._campaign(model, "erased", before.examples, self.folder / FOLDER)
             erased = {name: campaign.run(name, attack(config)) for name, attack, config in plan.attacks}
         outcomes = {NONE: self._plain_outcomes("erased"), **erased}
+        never, chance = self._controls()
         write_json(self.folder / SUMMARY, self._summary(outcomes, never))
         unedited = {NONE: self._plain_outcomes("base"), **before.outcomes}
-        return metrics(plan, replace(before, outcomes=outcomes, judge=self._judge()), unedited, never)
+        return metrics(plan, replace(before, outcomes=outcomes, judge=self._judge()), unedited, never, chance)
 
     def _unedited(self) -> Found:
         """What attacks find on the unedited model, and its images of the concepts."""
@@ -80,24 +83,43 @@ class Stage:
                 outcomes[name] = self._campaign(model, "base", examples, place).run(name, attack(config))
         return Found(outcomes, examples)
 
-    def _control(self) -> Found:
-        """What attacks find of a concept that no model has learned; nothing if the task knows none."""
+    def _controls(self) -> tuple[Found, Found]:
+        """What attacks find of a concept that no model has learned, and of the erased ones in images that do not ask for them.
+
+        Nothing if the task knows no such concept. Runs that work at once share these: what another one is at comes last.
+        """
         control = control_of(self.plan, self.registries)
         if control is None:
-            return Found({}, {})
-        task, prompts, outcomes = control.task, control.prompts, {}
+            return Found({}, {}), Found({}, {})
+        task, attacks = control.task, {name: (attack, config) for name, attack, config in self.plan.attacks}
         judge = Judge(task.name, [self.registries.evaluators.get(name)() for name in task.evaluators])
-        folder = self.cache / FOLDER / base_key(self.backbone, self.plan.protocol, prompts)
-        ctx = replace(self._context(), task=task, concepts=control.concepts)
-        with _closing(ErasedModel(ctx, None)) as model:
-            x0 = self.backbone.to_latents(task.images(prompts).float() / 127.5 - 1).cpu()
-            examples = {i: x0[[i]] for i in range(len(x0))}
-            for name, attack, config in self.plan.attacks:
-                place = folder / self._key(name, attack, config, task)
-                campaign = Campaign(model, prompts, [], examples, judge, place, told=_told)
+        found: dict[tuple[str, str], list[Outcome]] = {(kind, name): [] for kind in (NEVER, CHANCE) for name in attacks}
+        with _closing(ErasedModel(replace(self._context(), task=task, concepts=control.concepts), None)) as model:
+            jobs = list(self._jobs(model, control, judge))
+            for k in one_by_one([campaign.folder for _, _, campaign in jobs]):
+                kind, name, campaign = jobs[k]
+                attack, config = attacks[name]
                 shown = [outcome.shown for outcome in plain(campaign, self.plan.protocol.batch)]
-                outcomes[name] = replace(campaign, plain=shown).run(name, attack(config))
-        return Found(outcomes, examples, judge.tag)
+                found[kind, name] += replace(campaign, plain=shown).run(name, attack(config))
+        never, chance = ({n: of for (kind, n), of in found.items() if kind == which and of} for which in (NEVER, CHANCE))
+        return Found(never, {}, judge.tag), Found(chance, {}, self._judge())
+
+    def _jobs(self, model: ErasedModel, control: Control, judge: Judge) -> Iterator[tuple[str, str, Campaign]]:
+        """(`NEVER` or `CHANCE`, attack, campaign): each attack on the control, judged for it and for each erased concept.
+
+        The latter only for attacks that do not look at the model, whose find may be no more than one image of many; for
+        the others it would be another attack, on another concept.
+        """
+        folder = self.cache / FOLDER / base_key(self.backbone, self.plan.protocol, control.prompts)
+        x0 = self.backbone.to_latents(control.task.images(control.prompts).float() / 127.5 - 1).cpu()
+        whole = Campaign(model, control.prompts, [], {i: x0[[i]] for i in range(len(x0))}, judge, folder, told=_told)
+        for name, attack, config in self.plan.attacks:
+            yield NEVER, name, replace(whole, folder=folder / self._key(name, attack, config, control.task))
+            for concept in self.plan.concepts if attack.knows in BLIND else ():
+                labels = [p.label for p in self.prompts if p.concept == concept.name]
+                asked = [p._replace(label=label) for p, label in zip(control.prompts, labels, strict=True)]
+                place = folder / self._key(name, attack, config, self.plan.task, concept.name)
+                yield CHANCE, name, replace(whole, prompts=asked, judge=self._own_judge(), folder=place)
 
     def _examples(self, model: ErasedModel, folder: Path) -> dict[int, torch.Tensor]:
         """Latents (1, ...) of the unedited model's images that show their concept, by the index of their prompt."""
@@ -121,8 +143,11 @@ class Stage:
         return context(self.plan, self.backbone, self.registries)
 
     def _campaign(self, model: ErasedModel, side: str, examples: Mapping[int, torch.Tensor], folder: Path) -> Campaign:
-        keep, judge = self.plan.config.keep_texts and side == "erased", Judge(self.plan.task.name, self.evaluators)
-        return Campaign(model, self.prompts, self._plain(side), examples, judge, folder, keep, _told)
+        keep = self.plan.config.keep_texts and side == "erased"
+        return Campaign(model, self.prompts, self._plain(side), examples, self._own_judge(), folder, keep, _told)
+
+    def _own_judge(self) -> Judge:
+        return Judge(self.plan.task.name, self.evaluators)
 
     def _plain(self, side: str) -> list[bool | None]:
         """Whether the images of the prompts show their concept, as the run's evaluators have said.
@@ -150,11 +175,11 @@ class Stage:
         plain = zip(keys, self._plain(side), strict=True)
         return [Outcome(index=i, prompt=key, shown=shown, queries=1) for i, (key, shown) in enumerate(plain)]
 
-    def _key(self, name: str, attack: type[Attack], config: Any, task: Any) -> str:
-        """Eight hex digits over an attack with its budget, the task that judges, and the seed."""
+    def _key(self, name: str, attack: type[Attack], config: Any, task: Any, *more: str) -> str:
+        """Eight hex digits over an attack with its budget, the task that judges, the seed, and more."""
         judges = [self.registries.evaluators.get(name)().describe() for name in task.evaluators]
         parts = (name, attack.version, config.model_dump(mode="json"), task.name, task.version, judges, self.plan.config.seed)
-        return self.plan.protocol.hash(*parts)
+        return self.plan.protocol.hash(*parts, *more)
 
     def _summary(self, outcomes: Mapping[str, Sequence[Outcome]], never: Found) -> dict[str, Any]:
         """What attacks.json holds: of each attack what it knows, its budget, and what it took."""
@@ -230,8 +255,8 @@ def attack_texts(plan: Plan, registries: Registries) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def metrics(plan: Plan, erased: Found, unedited: Mapping[str, list[Outcome]], never: Found) -> dict[str, Metric]:
-    """The numbers of all attacks, each with the unedited model's, and their false alarms."""
+def metrics(plan: Plan, erased: Found, unedited: Mapping[str, list[Outcome]], never: Found, chance: Found) -> dict[str, Metric]:
+    """The numbers of all attacks, each with the unedited model's, their false alarms, and what comes by chance."""
     kinds, outcomes, judge = {name: attack.kind for name, attack, _ in plan.attacks}, erased.outcomes, erased.judge
     searches = [name for name in outcomes if kinds.get(name, "prompt") == "prompt"]
     found = {f"asr[{name}]": share(outcomes[name], unedited[name], judge) for name in searches}
@@ -241,7 +266,8 @@ def metrics(plan: Plan, erased: Found, unedited: Mapping[str, list[Outcome]], ne
     found |= {f"probe[{name}]": share(outcomes[name], unedited[name], judge) for name in outcomes if name not in searches}
     counting = [name for name, attack, _ in plan.attacks if attack.counts]
     found |= {f"cost[{name}]": median_cost(outcomes[name], never.outcomes.get(name), judge) for name in counting}
-    found |= {f"false_alarm[{name}]": share(of, None, never.judge) for name, of in never.outcomes.items()}
+    found |= {f"{NEVER}[{name}]": share(of, None, never.judge) for name, of in never.outcomes.items()}
+    found |= {f"{CHANCE}[{name}]": share(of, None, chance.judge) for name, of in chance.outcomes.items()}
     return {name: metric.model_copy(update={"meaning": MEANINGS[split(name)[0]]}) for name, metric in found.items()}
 
 

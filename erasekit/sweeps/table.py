@@ -109,7 +109,8 @@ def by_difference(rows: Mapping[str, Any]) -> Table:
 def by_attack(rows: Mapping[str, Any]) -> Table:
     """Of every row what each attack and probe finds; no rows without attacks.
 
-    Below them the unedited model, and what the same attacks find of a concept that no model has learned.
+    Below them the unedited model, what the same attacks find of a concept that no model has learned, and how often an image
+    that asks for that one shows the erased one.
     """
     names = list(dict.fromkeys(m for row in rows.values() for m in row["metrics"] if m.startswith(("asr[", "probe["))))
     cells = [
@@ -118,10 +119,11 @@ def by_attack(rows: Mapping[str, Any]) -> Table:
         if names
     ]
     if cells:
-        alarms = {m: f"false_alarm[{_inside(m)}]" for m in names}
-        known = {m: next((r["metrics"][a] for r in rows.values() if a in r["metrics"]), None) for m, a in alarms.items()}
         cells.append(["unedited", *_unedited(rows, dict.fromkeys(names, 2))])
-        cells.append(["never learned", *(_with_interval(found, 2) if found else "" for found in known.values())])
+        for title, kind in (("never learned", "false_alarm"), ("by chance", "chance")):
+            inside = [f"{kind}[{_inside(m)}]" for m in names]
+            known = [next((r["metrics"][a] for r in rows.values() if a in r["metrics"]), None) for a in inside]
+            cells.append([title, *(_with_interval(found, 2) if found else "" for found in known)])
     return Table(["row", *map(_inside, names)], cells)
 
 

@@ -41,6 +41,7 @@ def _row(name: str, about: Mapping[str, Any], metrics: Mapping[str, Metric], ima
         "settings": ", ".join(f"{key} {value}" for key, value in about["settings"].items()),
         "metric": metrics.get(f"asr[{name}]") or metrics.get(f"probe[{name}]"),
         "false_alarm": metrics.get(f"false_alarm[{name}]"),
+        "chance": metrics.get(f"chance[{name}]"),
         "cost": metrics.get(f"cost[{name}]"),
         "images": [(uri, VERDICTS[shown[file]]) for file, uri in images.items()],
     }
