@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/bench.py --out gpu.json            # one GPU; go on with the same command
     python benchmarks/gpu/bench.py --out tiny.json --tiny    # the same on a CPU at tiny size
+    python benchmarks/gpu/bench.py --out cpu.json --device cpu --row-limit 3600    # full size on a CPU, cut to very few steps
 
 README.md beside this file says what is measured.
 """
@@ -29,6 +30,7 @@ from models import DONE  # noqa: E402
 from row import Row  # noqa: E402
 
 TRAINED = ("trace", "esd", "mace", "eraseanything", "ant")
+NEWER = ("gem", "stereo", "advunlearn")
 
 # The most telling come first: a budget may end the list anywhere.
 ROWS = (
@@ -51,6 +53,10 @@ ROWS = (
     *(Row("flux", "trace", 512, vram) for vram in ("16", "12")),
     Row("flux", "uce", 512, "8", sampled=True),
     *(Row("sd15", method, 512, "80") for method in TRAINED),
+    *(Row("sd15", method, 512, "8") for method in NEWER),
+    *(Row("flux", method, 512, "80") for method in NEWER),
+    *(Row("sd15", method, 512, "8", few=True) for method in ("uce", "speed", "rece", *TRAINED, *NEWER)),
+    Row("flux", "uce", 512, "80", few=True),
 )
 
 
@@ -100,9 +106,10 @@ def child(command: list[Any], work: Path, seconds: float) -> tuple[str, float]:
 
 def built(family: str, work: Path, args: argparse.Namespace, results: dict[str, Any]) -> Path:
     """The folder of a model, written if it is not there."""
-    folder = work / f"{family}{'-tiny' if args.tiny else ''}"
+    kind = "tiny" if args.tiny else "holes" if (family, args.device) == ("flux", "cpu") else ""
+    folder = work / (f"{family}-{kind}" if kind else family)
     if not (folder / DONE).is_file():
-        command = [HERE / "models.py", family, folder, "--device", args.device, *(["--tiny"] if args.tiny else [])]
+        command = [HERE / "models.py", family, folder, "--device", args.device, *([f"--{kind}"] if kind else [])]
         problem, seconds = child(command, work, seconds=600)
         if problem:
             raise SystemExit(f"The model '{family}' could not be written: {problem}")
@@ -123,15 +130,17 @@ def measured(row: Row, base: Path, work: Path, args: argparse.Namespace, seconds
 
 
 def wanted(args: argparse.Namespace, results: dict[str, Any]) -> list[Row]:
-    """The rows that are asked for and not there yet."""
+    """The rows that are asked for and not there yet; at full size a CPU is asked for those of few steps, a GPU for the others."""
     chosen = [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in args.rows)]
+    chosen = [row for row in chosen if args.tiny or row.few == (args.device == "cpu")]
     done = {name for name, result in results["rows"].items() if not (args.retry and "failed" in result)}
     return [row for row in chosen if row.name not in done]
 
 
 def line(name: str, result: dict[str, Any]) -> str:
     """A row of the terminal."""
-    peak = max((stage["allocated_gb"] for stage in result.get("stages", {}).values()), default=0.0)
+    held = "allocated_gb" if torch.cuda.is_available() else "resident_gb"
+    peak = max((stage[held] for stage in result.get("stages", {}).values()), default=0.0)
     said = f"FAILED {result['failed']}" if "failed" in result else f"step {result.get('step_s', '-')} s"
     return f"{name:28} {result['wall_s']:7.1f} s  peak {peak:6.2f} GB  {said}"
 

@@ -1,14 +1,20 @@
 """Write SD1.5 and FLUX.1-dev with random weights to a folder in the hub's layout: no network is needed.
 
     python benchmarks/gpu/models.py flux FOLDER --device cuda
+    python benchmarks/gpu/models.py flux FOLDER --holes        # in no time, on a small disk
 
 All parts have their public configurations, text encoders at full depth; the weights are drawn on the device and written as
 bfloat16. Tokenizers are those of the shipped mini models: the few words that they know are no part of what is measured.
+
+With `--holes` the files are as large and are read as ever, but the denoiser and T5 are zeros that take no room on a disk.
+Only what a closed form needs has values: the layers that read text, and T5's table of tokens, which its layers of zeros pass on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,20 +138,71 @@ def flux(*, tiny: bool) -> FluxPipeline:
 
 
 FAMILIES = {"sd15": stable_diffusion, "flux": flux}
+HOLLOW = {"transformer": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder_2": "model"}
+FILLED = re.compile(r"attn2\.to_[kv]|context_embedder|text_embedder\.linear_1|(shared|embed_tokens|final_layer_norm)\.weight$")
+SHARD = 5 * 10**9  # bytes
 
 
-def build(family: str, folder: Path, device: str, *, tiny: bool) -> Path:
-    """Write a pipeline with random weights; one that is there and whole is kept."""
+def build(family: str, folder: Path, device: str, *, tiny: bool, holes: bool = False) -> Path:
+    """Write a pipeline with random weights, or with holes in their place; one that is there and whole is kept."""
     if not (folder / DONE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device(device):
+        with torch.device("meta" if holes else device):
             pipe = FAMILIES[family](tiny=tiny)
+        hollow = {name: getattr(pipe, name) for name in HOLLOW if holes and hasattr(pipe, name)}
+        for name in hollow:
+            setattr(pipe, name, None)
+        if holes:
+            pipe.text_encoder, pipe.vae = CLIPTextModel(pipe.text_encoder.config), AutoencoderKL.from_config(pipe.vae.config)
         torch.set_default_dtype(torch.float32)
         pipe.save_pretrained(folder, max_shard_size="5GB")
+        for name, part in hollow.items():
+            write_holes(part, folder / name, HOLLOW[name])
+        if hollow:
+            index = folder / "model_index.json"
+            kinds = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in hollow.items()}
+            index.write_text(json.dumps(json.loads(index.read_text()) | kinds, indent=2))
         (folder / DONE).touch()
     return folder
+
+
+def write_holes(model: torch.nn.Module, folder: Path, stem: str) -> None:
+    """Write the shards of a model whose weights are holes, but for those of `FILLED`, in bfloat16."""
+    model.config.save_pretrained(folder) if hasattr(model.config, "save_pretrained") else model.save_config(folder)
+    own = {name: p for name, p in model.state_dict().items() if name != "encoder.embed_tokens.weight"}  # T5's table, twice
+    shards, size = [[]], 0
+    for name, p in own.items():
+        if shards[-1] and size + 2 * p.numel() > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += 2 * p.numel()
+    places = {}
+    for k, names in enumerate(shards, 1):
+        file = f"{stem}-{k:05}-of-{len(shards):05}.safetensors"
+        places |= dict.fromkeys(names, file)
+        write_shard({name: own[name].shape for name in names}, folder / file)
+    total = {"total_size": 2 * sum(p.numel() for p in own.values())}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": places}))
+
+
+def write_shard(shapes: dict[str, torch.Size], path: Path) -> None:
+    """Write a safetensors file of bfloat16 tensors that are holes, but for those of `FILLED`."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * shape.numel()]}
+        at += 2 * shape.numel()
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+        for name, shape in shapes.items():
+            if FILLED.search(name):
+                values = torch.ones(shape) if "norm" in name else torch.randn(shape) / shape[-1] ** 0.5
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.write(values.bfloat16().view(torch.int16).numpy().tobytes())
 
 
 if __name__ == "__main__":
@@ -154,5 +211,6 @@ if __name__ == "__main__":
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--tiny", action="store_true", help="a few thousand weights")
+    arguments.add_argument("--holes", action="store_true", help="zeros that take no room, but for the layers that read text")
     given = arguments.parse_args()
-    build(given.family, given.folder, given.device, tiny=given.tiny)
+    build(given.family, given.folder, given.device, tiny=given.tiny, holes=given.holes)

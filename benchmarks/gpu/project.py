@@ -48,7 +48,7 @@ def counted(row: Row, settings: dict[str, Any], base: Path, steps: int) -> int:
 
 def projected_s(row: Row, result: dict[str, Any], base: Path) -> float | None:
     """Seconds of erasing at the default number of steps; measured, where nothing was cut; None where a row failed."""
-    if "failed" in result:
+    if "failed" in result or row.few:
         return None
     seconds: float = result["stages"]["erase"]["s"]
     if row.whole:
@@ -85,6 +85,17 @@ def cells(name: str, result: dict[str, Any], projection: float | None) -> list[s
     ]
 
 
+def cells_cpu(name: str, result: dict[str, Any]) -> list[str]:
+    """One row of the table of a CPU: wall seconds of stages, seconds of all its cores together, and the peak in RAM."""
+    stages = result.get("stages", {})
+    seconds = [f"{stages[stage]['s']:.1f}" if stage in stages else "" for stage in ("texts", "erase", "save")]
+    worked, peak = (
+        f"{sum_of(stage[key] for stage in stages.values()):.1f}" for key, sum_of in (("cpu_s", sum), ("resident_gb", max))
+    )
+    return [f"`{name}`", *seconds, worked, str(result.get("step_s", "")), peak, result.get("failed", "")]
+
+
+HEAD_CPU = ["row", "texts s", "erase s", "save s", "CPU s of all stages", "s per step", "peak GB", "failed"]
 HEAD = ["row", "load s", "encode s", "erase s", "erase s, projection", "s per step", "s per image"]
 HEAD += ["peak GB", "reserved GB", "predicted GB", "limit GB", "failed"]
 
@@ -94,6 +105,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("results", type=Path)
     results = json.loads(arguments.parse_args().results.read_text())
+    if all(Row(**result["row"]).few for result in results["rows"].values()):
+        lines = [HEAD_CPU, ["---"] * len(HEAD_CPU), *(cells_cpu(*row) for row in results["rows"].items())]
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     with tempfile.TemporaryDirectory() as work:
         sys.path.insert(0, str(write_metadata(Path(work) / "metadata")))

@@ -11,21 +11,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from erasekit.backbones import memory
 from erasekit.erasures.loading import load_into
 from erasekit.evaluation.sampling import generate
+from erasekit.methods import validation
 from erasekit.registration.plugins import default
-from erasekit.runs.compute import compute
+from erasekit.runs.compute import compute, context
 from erasekit.runs.config import build
 from erasekit.runs.plan import Plan
+from erasekit.runs.preflight import POOLS
 from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.resolve import resolve
 
 STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and images, training steps
+FEW = {"protocol": 2, "method": 3}  # a row for a CPU
+# What else is cut there: trajectories, images, and steps of what a method does beside its training.
+LITTLE = {**dict.fromkeys(POOLS, 2), "word_steps": 2, "attack_steps": 2, "plain_steps": 1, "saliency_draws": 1, "loops": 1}
 USABLE = 0.96  # share of a GPU's memory that its driver and the context of CUDA leave
 # Encoders with random weights find no words near a concept; on FLUX.1 TRACE erases 16 of them with it, and their counts.
 NEAR = ":" + ",".join(f"a cat{i},two cat{i}s" for i in range(16))
@@ -41,6 +48,7 @@ class Row(NamedTuple):
         vram: the size of GPU, in GB, that is planned for and that memory is limited to.
         whole: nothing is cut; other rows take few steps.
         sampled: images are drawn with the erasure at the end.
+        few: cut to what a CPU does in minutes.
     """
 
     family: str
@@ -49,11 +57,13 @@ class Row(NamedTuple):
     vram: str
     whole: bool = False
     sampled: bool = False
+    few: bool = False
 
     @property
     def name(self) -> str:
         """What it is called on the command line and in the results."""
-        return f"{self.family}-{self.method}-{self.size}-{self.vram}{'-whole' if self.whole else ''}"
+        cut = "-whole" if self.whole else "-few" if self.few else ""
+        return f"{self.family}-{self.method}-{self.size}-{self.vram}{cut}"
 
 
 class Meter:
@@ -73,18 +83,19 @@ class Meter:
         """Measure a block, one that fails too."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
+        memory.reset_peak()
+        began, cpu_began = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             with_gpu = torch.cuda.is_available()
             if with_gpu:
                 torch.cuda.synchronize()
-            memory = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if with_gpu else (0, 0)
-            allocated, reserved = (round(n / 2**30, 3) for n in memory)
-            seconds = round(time.perf_counter() - began, 3)
-            self.result["stages"][name] = {"s": seconds, "allocated_gb": allocated, "reserved_gb": reserved}
+            held = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if with_gpu else (0, 0)
+            found = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
+            found |= dict(zip(("allocated_gb", "reserved_gb"), (n / 2**30 for n in held), strict=True))
+            found["resident_gb"] = memory.resident_mb() / 2**10
+            self.result["stages"][name] = {key: round(value, 3) for key, value in found.items()}
             self.note()
 
 
@@ -130,9 +141,13 @@ def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size
     if row.whole:
         return resolve(build(flags, overrides=overrides), registries)
     usual = resolve(build(flags, overrides=overrides), registries)
-    cut = [f"protocol.steps={steps or STEPS['protocol']}"]
+    counts = FEW if row.few else STEPS
+    cut = [f"protocol.steps={steps or counts['protocol']}"]
     if hasattr(usual.method_config, "steps"):
-        cut += [f"method.steps={STEPS['method']}"]
+        cut += [f"method.steps={counts['method']}"]
+    if row.few:
+        own = usual.method_config.model_dump()
+        cut += [f"method.{name}={min(own[name], most)}" for name, most in LITTLE.items() if name in own]
     return resolve(build(flags, overrides=[*overrides, *cut]), registries)
 
 
@@ -158,9 +173,9 @@ def erase(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
     finally:
         del backbone.predict
         meter.note(rows={"n": passes.rows, "s": round(passes.seconds, 3), "largest": passes.largest})
-        if len(marks) > 1:
-            (first, began), (last, ended) = marks[0], marks[-1]
-            meter.note(step_s=round((ended - began) / (last - first), 4))
+        spans = [then - now for (step, now), (after, then) in pairwise(marks) if after == step + 1]  # some train several times
+        if spans:
+            meter.note(step_s=round(sum(spans) / len(spans), 4))
     with meter.stage("save"):
         erasure.save(folder)
     meter.note(file_mb=round((folder / "all.safetensors").stat().st_size / 1e6, 2))
@@ -191,6 +206,8 @@ def measure(row: Row, base: Path, device: str, meter: Meter) -> None:
         limit = USABLE * int(row.vram) * 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         meter.note(limit_gb=round(min(total, limit) / 2**30, 2))
+    if row.few:  # what is left is measured on one prompt of each kind, not on 24
+        validation.PROMPTS = 1
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "erasure"
         with meter.stage("load"):
@@ -199,6 +216,11 @@ def measure(row: Row, base: Path, device: str, meter: Meter) -> None:
             prompts = [p.text for p in evaluation_prompts(plan)]
             backbone.encode([*prompts, ""])
         meter.note(encoded=len(prompts) + 1)
+        if row.few:  # apart, since of FLUX.1's closed form this is nearly all
+            with meter.stage("texts"):
+                texts = dict.fromkeys(plan.method(plan.method_config).texts(context(plan, backbone, default())))
+                backbone.encode(list(texts))
+            meter.note(texts=len(texts))
         erase(plan, backbone, meter, folder)
         if row.sampled:
             draw(plan, backbone, meter, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ class HeldPipeline:
         architecture: the denoiser's class and its public configuration.
         size_step: what the side of an image is a multiple of.
         cpu_dtype: what `dtype = "auto"` means on a CPU.
+        scopes: {name: pattern of the denoiser's linear layers}.
     """
 
     path: ClassVar[str]
@@ -42,6 +44,7 @@ class HeldPipeline:
     architecture: ClassVar[tuple[Any, Mapping[str, Any]]]
     size_step: ClassVar[int] = 8
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
+    scopes: ClassVar[Mapping[str, str]]
 
     @classmethod
     def dtype_of(cls, config: BackboneConfig, device: torch.device) -> torch.dtype:
@@ -86,10 +89,14 @@ class HeldPipeline:
         raise NotImplementedError
 
     @classmethod
-    def linears(cls, config: BackboneConfig) -> dict[str, int]:
-        """The denoiser's linear layers and how many weights each has, from its configuration; nothing is loaded for it."""
+    def linears(cls, config: BackboneConfig, scope: str = "all") -> dict[str, int]:
+        """The denoiser's linear layers of a scope and how many weights each has; nothing is loaded for it.
+
+        All of them, if there is no such scope: a method may have names of its own for layers.
+        """
         kind: Any = cls  # a class can be hashed, which mypy does not see
-        return _linears(kind, Path(config.path or cls.path).expanduser())
+        found, pattern = _linears(kind, Path(config.path or cls.path).expanduser()), cls.scopes.get(scope, "")
+        return {name: n for name, n in found.items() if re.search(pattern, name)}
 
 
 @cache

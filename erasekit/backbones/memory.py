@@ -176,6 +176,11 @@ def peak_memory_mb() -> float:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated() / 2**20)
+    return resident_mb()
+
+
+def resident_mb() -> float:
+    """The most of the machine's memory held since `reset_peak`, or since the process began."""
     if STATUS.is_file():
         high = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(high.split()[1]) / 2**10

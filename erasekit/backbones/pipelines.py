@@ -25,7 +25,6 @@ class PipelineBackbone(PipelineParts):
     A subclass with a `name`, a `domain` and a `path` of its own is another model of the same class.
 
     Attributes:
-        scopes: {name: pattern of the denoiser's linear layers}.
         sampling: settings of a task's protocol that are other ones on this backbone.
         reads: which field of a Conditioning each text encoder fills.
         call: what a plain call of the pipeline has to be told, where the pipeline's own defaults are for another model.
@@ -36,7 +35,6 @@ class PipelineBackbone(PipelineParts):
     reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "tokens"}
     domain: ClassVar[Literal["natural", "mini"]] = "natural"
     capabilities: ClassVar[Capabilities]
-    scopes: ClassVar[Mapping[str, str]]
     sampling: ClassVar[Mapping[str, Any]] = {}
     call: ClassVar[Mapping[str, Any]] = {}
     licence: ClassVar[Mapping[str, str]] = {}

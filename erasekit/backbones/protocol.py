@@ -168,8 +168,8 @@ class Backbone(Protocol):
         """What the model takes under these settings for images of `size` pixels; nothing is loaded for it."""
 
     @classmethod
-    def linears(cls, config: BackboneConfig) -> dict[str, int]:
-        """The denoiser's linear layers and how many weights each has; nothing is loaded for it."""
+    def linears(cls, config: BackboneConfig, scope: str = "all") -> dict[str, int]:
+        """The denoiser's linear layers (of a scope) and how many weights each has; nothing is loaded for it."""
 
     @property
     def denoiser(self) -> nn.Module:

@@ -13,7 +13,7 @@ from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show, tell
 from erasekit.runs.config import RunConfig, build
-from erasekit.runs.forecast import earlier, forecast
+from erasekit.runs.forecast import earlier, finished, forecast
 from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
@@ -62,14 +62,18 @@ def command(
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
+    from erasekit.runs.packages import check_packages
     from erasekit.runs.preflight import check_tracker
     from erasekit.runs.ready import evaluation_prompts, ready
     from erasekit.runs.runner import run
 
+    singles = plan.singles() if plan.separate else [plan]
+    if dry_run or not all(finished(path_of(out, single)) for single in singles):
+        check_packages(plan, registries)
     if dry_run:
         _show_plan(plan, out, as_json=as_json)
         check_tracker(plan.config.tracker)
-        for each in plan.singles() if plan.separate else [plan]:
+        for each in singles:
             ready(each, evaluation_prompts(each), out, registries)
         return
 

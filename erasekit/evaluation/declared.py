@@ -107,6 +107,10 @@ class Declared(Task):
             ),
         )
 
+    def packages(self) -> Mapping[str, str]:
+        """What data sets of the hub are read with, if it has any."""
+        return {"datasets": "erasekit[datasets]"} if any(spec.dataset for spec in self._keys.sets.values()) else {}
+
     def prompts(self, which: str, concepts: Sequence[Concept], split: Split, limit: int | None = None) -> list[Prompt]:
         """One prompt set of one split; sets of several concepts or things take turns between them.
 

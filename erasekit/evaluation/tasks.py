@@ -130,6 +130,10 @@ class Task:
         """What its images can be asked to show: evaluators that tell names apart (a setting `labels`) are given these."""
         return self.concepts
 
+    def packages(self) -> Mapping[str, str]:
+        """{module that reading its prompts takes and erasekit does not need: what pip installs for it}."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """What the protocol says of the task besides its prompts: which profile of it, which lists the prompts came from."""
         return {}

@@ -18,6 +18,7 @@ from erasekit.methods.context import RunContext
 from erasekit.methods.validation import remains_of
 from erasekit.registration.plugins import Registries
 from erasekit.runs.plan import Plan
+from erasekit.runs.preflight import UNVALIDATED_GB
 from erasekit.runs.watching import wanted, watched_prompts
 
 
@@ -63,7 +64,7 @@ def compute(
 
 def _predicts(plan: Plan, backbone: Backbone) -> bool:
     """Whether the erasure is measured by predictions: not a closed form of a large model on a CPU, which would take hours."""
-    slow = backbone.device.type == "cpu" and plan.backbone.weights_gb(plan.backbone_config) > 1
+    slow = backbone.device.type == "cpu" and plan.backbone.weights_gb(plan.backbone_config) > UNVALIDATED_GB
     return not slow or getattr(plan.method_config, "steps", 0) > 0
 
 

@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 from erasekit.errors import ErasekitError
 from erasekit.events import Event, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
 from erasekit.runs.plan import Plan
+from erasekit.runs.preflight import erase_rows, image_rows
 from erasekit.runs.records import read_log
 from erasekit.runs.rundir import path_of, read_status
 
 STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "attack", "report")
 DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images, and which
-BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
-POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
-PREDICTIONS = 3.0  # at each step of such a trajectory
 FEW = 4  # images, of which fewer say little of how long one takes
-VALIDATION = 2000.0  # rows that say what an erasure leaves (`methods.validation`)
 
 
 class Earlier(NamedTuple):
@@ -204,34 +201,24 @@ def forecast(plan: Plan, out: Path, images: int) -> Forecast:
     """
     known = earlier(out, plan)
     singles = plan.singles() if plan.separate else [plan]
-    waiting = [p for p in singles if not _finished(path_of(out, p))]
-    passes = 1 if plan.backbone.capabilities.guidance != "cfg" else 2
+    waiting = [p for p in singles if not finished(path_of(out, p))]
     stages: Mapping[str, list[float]] = {k: v for k, v in known.stages.items() if k not in DRAWING}
     return Forecast(
         images=images,
-        erase_rows=_rows(singles[0]),
-        image_rows=passes * plan.protocol.steps,
+        erase_rows=erase_rows(singles[0]),
+        image_rows=image_rows(plan),
         runs=max(1, len(waiting)),
         image_s=median(known.image) if known.image else None,
         stage_s={stage: median(seconds) for stage, seconds in stages.items()} | _median("erase", known.erase),
     )
 
 
-def _rows(plan: Plan) -> float:
-    """About how many rows of the denoiser a plan's method predicts, in its training, before it, and when it is validated."""
-    from erasekit.runs.preflight import training_rows
-
-    config, concepts = plan.method_config, len(plan.concepts)
-    trained = BACKWARD * training_rows(plan) * getattr(config, "steps", 0) * concepts
-    drawn = sum(getattr(config, name, 0) for name in POOLS) * concepts
-    return trained + PREDICTIONS * plan.protocol.steps * drawn + VALIDATION
-
-
 def _median(stage: str, seconds: list[float]) -> dict[str, float]:
     return {stage: median(seconds)} if seconds else {}
 
 
-def _finished(path: Path) -> bool:
+def finished(path: Path) -> bool:
+    """Whether the run in a directory has come to its end."""
     with suppress(ErasekitError):
         return bool(read_status(path).get("state") == "finished")
     return False

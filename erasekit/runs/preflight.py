@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 CORE_TFLOPS = 0.04  # about what one core of a CPU does in a second
 PATIENCE_H = 24.0
+BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
+POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
+PREDICTIONS = 3.0  # at each step of such a trajectory
+VALIDATION = 2000.0  # rows that say what an erasure leaves (`methods.validation`)
+UNVALIDATED_GB = 1.0  # closed forms of a model with more weights are not validated on a CPU: it would take hours
 
 
 def prediction(plan: Plan) -> Prediction:
@@ -56,8 +61,12 @@ def fitted(plan: Plan) -> Plan:
     return parts
 
 
-def preflight(plan: Plan) -> None:
+def preflight(plan: Plan, *, images: int = 0) -> None:
     """See that a plan can work on this machine; nothing is loaded or downloaded for it.
+
+    Args:
+        plan: what is done.
+        images: how many are drawn, of both sides together.
 
     Raises:
         EnvironmentProblem: an extra is missing, the GPU, the memory or a disk is too small, or a CPU would take days.
@@ -79,7 +88,7 @@ def preflight(plan: Plan) -> None:
             f"Use a larger GPU, or a method that solves in closed form, e.g. uce."
         )
     _check_memory(plan, gb, device)
-    _check_patience(plan, device)
+    _check_patience(plan, device, images)
     _check_download(plan)
 
 
@@ -128,11 +137,28 @@ def _fits(plan: Plan, gb: int) -> bool:
     return prediction(fitted(changed)).peak <= budget_gb(gb)
 
 
-def cpu_hours(plan: Plan) -> float:
-    """About how long the training steps of a plan take on this machine's CPU; a guess from its number of cores."""
-    rows = training_rows(plan) * getattr(plan.method_config, "steps", 0)
-    tflop = 3 * rows * plan.backbone.needs(plan.backbone_config, plan.protocol.size).tflop
-    return tflop / (CORE_TFLOPS * (os.cpu_count() or 1)) / 3600
+def cpu_hours(plan: Plan, images: int) -> tuple[float, float]:
+    """About how long erasing and drawing take on this machine's CPU; a guess from its number of cores."""
+    row = plan.backbone.needs(plan.backbone_config, plan.protocol.size).tflop
+    rows = (erase_rows(plan), images * image_rows(plan))
+    erasing, drawing = (n * row / (CORE_TFLOPS * (os.cpu_count() or 1)) / 3600 for n in rows)
+    return erasing, drawing
+
+
+def erase_rows(plan: Plan) -> float:
+    """About how many rows of the denoiser a plan's method predicts, in its training, before it, and when it is validated."""
+    config, concepts = plan.method_config, len(plan.concepts)
+    steps = getattr(config, "steps", 0)
+    trained = BACKWARD * training_rows(plan) * steps * concepts
+    drawn = sum(getattr(config, name, 0) for name in POOLS) * concepts
+    large = plan.backbone.weights_gb(plan.backbone_config) > UNVALIDATED_GB
+    validated = 0.0 if not steps and large and _device(plan).type == "cpu" else VALIDATION
+    return trained + PREDICTIONS * plan.protocol.steps * drawn + validated
+
+
+def image_rows(plan: Plan) -> int:
+    """How many rows drawing an image takes."""
+    return plan.protocol.steps * (2 if plan.backbone.capabilities.guidance == "cfg" else 1)
 
 
 def training_rows(plan: Plan) -> int:
@@ -140,14 +166,21 @@ def training_rows(plan: Plan) -> int:
     return footprint(plan).rows * int(getattr(plan.method_config, "accumulate", 1))
 
 
-def _check_patience(plan: Plan, device: Any) -> None:
+def _check_patience(plan: Plan, device: Any, images: int) -> None:
     if device.type != "cpu" or plan.backbone_config.device == "cpu":
         return
-    if (hours := cpu_hours(plan)) > PATIENCE_H:
+    erasing, drawing = cpu_hours(plan, images)
+    if erasing + drawing > PATIENCE_H:
+        parts = f"{_long(erasing)} to erase" + (f", {_long(drawing)} to draw {images} images" if images else "")
+        fewer = "a GPU, fewer images (--limit) or fewer steps" if images else "a GPU or fewer method.steps"
         raise EnvironmentProblem(
-            f"There is no GPU, and on this CPU the training of '{plan.config.method}' on '{plan.config.backbone}' would take "
-            f"about {hours / 24:.0f} days. Use a GPU or fewer method.steps, or insist with -s backbone.device=cpu."
+            f"There is no GPU, and on this CPU '{plan.config.method}' on '{plan.config.backbone}' would take about {parts}. "
+            f"Use {fewer}, or insist with -s backbone.device=cpu."
         )
+
+
+def _long(hours: float) -> str:
+    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"
 
 
 def _check_download(plan: Plan) -> None:

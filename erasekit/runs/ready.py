@@ -27,7 +27,7 @@ def ready(plan: Plan, prompts: Sequence[Prompt], out: Path, registries: Registri
     """
     check_place(path_of(out, plan))
     if not plan.erasure_sha256:  # else nothing is trained
-        preflight(plan)
+        preflight(plan, images=2 * len(prompts))
     check_disk(path_of(out, plan), images=2 * len(prompts), size=plan.protocol.size)
     return judges(plan, registries)  # what they lack shows now
 

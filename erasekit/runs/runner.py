@@ -44,6 +44,7 @@ from erasekit.runs.attacking import Stage, attack_texts
 from erasekit.runs.compute import compute, context, expect, named
 from erasekit.runs.config import RunConfig
 from erasekit.runs.kept import Kept
+from erasekit.runs.packages import check_packages
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import check_tracker
@@ -97,6 +98,7 @@ def run(
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
         reset_peak()
         with _announced(this):
+            check_packages(plan, registries)
             evaluators = ready(plan, this.prompts, out, registries)
             with _stage("load", this):
                 backbone = kept.load(plan)

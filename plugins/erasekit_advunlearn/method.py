@@ -108,7 +108,7 @@ class AdvUnlearn(Method):
         """Points of one concept beside those of preserved prompts."""
         config, trained = self.config, LORA_GB
         if config.weights == "full":
-            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
+            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config, config.scope).values()) / GIB
         return Footprint(rows=2 * config.batch if config.steps else 0, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:

@@ -101,7 +101,7 @@ class Esd(Method):
         config, trained = self.config, LORA_GB
         if config.weights == "full":
             sizes, family = plan.backbone.linears(plan.backbone_config), plan.backbone.capabilities.family
-            names = matching(sizes, family, "all" if config.variant == "auto" else config.variant)
+            names = matching(sizes, family, self.variant(plan.concepts))
             trained = BYTES * sum(sizes[name] for name in names) / GIB
         return Footprint(rows=config.batch, trained_gb=trained)
 

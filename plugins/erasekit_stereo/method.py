@@ -124,7 +124,7 @@ class Stereo(Method):
         """Points of one concept."""
         trained = LORA_GB
         if self.config.weights == "full":
-            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
+            trained = BYTES * sum(plan.backbone.linears(plan.backbone_config, self.config.scope).values()) / GIB
         return Footprint(rows=self.config.batch, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:

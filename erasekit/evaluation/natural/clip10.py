@@ -32,6 +32,7 @@ class Clip10(PerImage):
     """
 
     name = "clip10"
+    packages: ClassVar[Mapping[str, str]] = {"open_clip": "erasekit[clip]"}
     Config = Clip10Config
     meanings: ClassVar[Mapping[str, str]] = {
         "p_e": "mean probability of the erased name on its prompts, what MACE prints as Acc_e",

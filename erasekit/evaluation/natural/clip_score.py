@@ -15,6 +15,7 @@ class ClipScore(PerImage):
     """100 x the cosine of an image and its prompt, not below 0 (Hessel et al. 2021 times 40); the mean over clean prompts."""
 
     name = "clip-score"
+    packages: ClassVar[Mapping[str, str]] = {"open_clip": "erasekit[clip]"}
     Config = ClipConfig
     meanings: ClassVar[Mapping[str, str]] = {"clip_score": "how well the images of clean prompts fit their prompts"}
 

@@ -23,6 +23,7 @@ class Cmmd(Referenced):
     """1,000 x the squared maximum mean discrepancy of CLIP's unit vectors, with a Gaussian kernel of width 10, as published."""
 
     name = "cmmd"
+    packages: ClassVar[Mapping[str, str]] = {"open_clip": "erasekit[clip]"}
     Config = CmmdConfig
     metric = "cmmd"
     parts = ("features",)

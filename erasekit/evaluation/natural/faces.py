@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -125,6 +125,7 @@ class Faces(PerImage):
     """
 
     name = "faces"
+    packages: ClassVar[Mapping[str, str]] = {"dlib": "erasekit[faces]", "face_recognition_models": "erasekit[faces]"}
     Config = FacesConfig
 
     def __init__(self, **settings: Any) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from erasekit.backbones.held import find_device
 from erasekit.evaluation.distances import FrechetEvaluator
-from erasekit.evaluation.natural.imagenet import lite0
+from erasekit.evaluation.natural.imagenet import LITE0_PACKAGES, lite0
 from erasekit.evaluation.natural.references import Referenced
 
 
@@ -18,6 +19,7 @@ class FrechetLite(Referenced, FrechetEvaluator):
     """`frechet[efficientnet-lite0]`: on the 1,280 features before the classes."""
 
     name = "frechet-lite"
+    packages: ClassVar[Mapping[str, str]] = dict.fromkeys(LITE0_PACKAGES, "erasekit[offline]")
     features_name = "efficientnet-lite0"
 
     def __init__(self, **settings: Any) -> None:

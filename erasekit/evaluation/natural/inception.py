@@ -72,6 +72,7 @@ class _Inception(Referenced):
 
     Config = InceptionConfig
     unedited_name = "unedited"
+    packages: ClassVar[Mapping[str, str]] = {"torch_fidelity": "erasekit[fid]", "torchvision": "erasekit[fid]"}
     library: ClassVar[Library] = "torch-fidelity"
 
     def __init__(self, **settings: Any) -> None:

@@ -35,6 +35,7 @@ class Lpips(Evaluator):
     """LPIPS (Zhang et al. 2018) of each clean and each preserved image to the unedited model's, by torchmetrics."""
 
     name = "lpips"
+    packages: ClassVar[Mapping[str, str]] = {"torchvision": "erasekit[lpips]"}
     Config = LpipsConfig
     meanings: ClassVar[Mapping[str, str]] = {
         "lpips": "perceptual distance of clean or preserved images to the unedited model's of the same prompts and seeds"

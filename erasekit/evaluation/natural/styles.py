@@ -48,6 +48,7 @@ class Styles(PerImage):
     """
 
     name = "styles"
+    packages: ClassVar[Mapping[str, str]] = {"open_clip": "erasekit[styles]"}
     Config = StylesConfig
     meanings: ClassVar[Mapping[str, str]] = {
         "clip_e": "100 x the cosine of image and prompt on the erased artists' prompts (MACE's CLIP_e)",
@@ -116,6 +117,7 @@ class StylesProbe(PerImage):
     """
 
     name = "styles-probe"
+    packages: ClassVar[Mapping[str, str]] = {"open_clip": "erasekit[styles]", "sklearn": "erasekit[styles]"}
     Config = ProbeConfig
 
     def __init__(self, **settings: Any) -> None:
