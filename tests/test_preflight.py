@@ -186,6 +186,18 @@ def test_too_little_memory_is_said(monkeypatch):
         preflight.preflight(planned("esd", "sd15", "backbone.device=cpu"))
 
 
+def test_a_closed_form_on_a_cpu_needs_room_for_the_text_encoders_alone(monkeypatch):
+    monkeypatch.setattr(preflight, "there_gb", lambda device: 14.0)
+    for method in ("uce", "speed", "rece"):
+        preflight.preflight(planned(method, "flux", "backbone.device=cpu"))
+    for plan, images in (
+        (planned("uce", "flux", "backbone.device=cpu"), 2),
+        (planned("esd", "flux", "backbone.device=cpu"), 0),
+    ):
+        with pytest.raises(EnvironmentProblem, match="14 GB is free"):
+            preflight.preflight(plan, images=images)
+
+
 def test_days_on_a_cpu_are_refused_unless_a_cpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(preflight, "there_gb", lambda device: 1000.0)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)

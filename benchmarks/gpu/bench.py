@@ -130,7 +130,7 @@ def measured(row: Row, base: Path, work: Path, args: argparse.Namespace, seconds
 
 
 def wanted(args: argparse.Namespace, results: dict[str, Any]) -> list[Row]:
-    """The rows that are asked for and not there yet; at full size a CPU is asked for those of few steps, a GPU for the others."""
+    """The rows that are asked for and not there yet; at full size a CPU measures those of few steps, a GPU the others."""
     chosen = [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in args.rows)]
     chosen = [row for row in chosen if args.tiny or row.few == (args.device == "cpu")]
     done = {name for name, result in results["rows"].items() if not (args.retry and "failed" in result)}

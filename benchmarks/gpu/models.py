@@ -7,7 +7,7 @@ All parts have their public configurations, text encoders at full depth; the wei
 bfloat16. Tokenizers are those of the shipped mini models: the few words that they know are no part of what is measured.
 
 With `--holes` the files are as large and are read as ever, but the denoiser and T5 are zeros that take no room on a disk.
-Only what a closed form needs has values: the layers that read text, and T5's table of tokens, which its layers of zeros pass on.
+What a closed form needs has values: the layers that read text, and T5's table of tokens, which layers of zeros pass on.
 """
 
 from __future__ import annotations

@@ -89,10 +89,9 @@ def cells_cpu(name: str, result: dict[str, Any]) -> list[str]:
     """One row of the table of a CPU: wall seconds of stages, seconds of all its cores together, and the peak in RAM."""
     stages = result.get("stages", {})
     seconds = [f"{stages[stage]['s']:.1f}" if stage in stages else "" for stage in ("texts", "erase", "save")]
-    worked, peak = (
-        f"{sum_of(stage[key] for stage in stages.values()):.1f}" for key, sum_of in (("cpu_s", sum), ("resident_gb", max))
-    )
-    return [f"`{name}`", *seconds, worked, str(result.get("step_s", "")), peak, result.get("failed", "")]
+    worked = sum(stage["cpu_s"] for stage in stages.values())
+    peak = max((stage["resident_gb"] for stage in stages.values()), default=0.0)
+    return [f"`{name}`", *seconds, f"{worked:.0f}", str(result.get("step_s", "")), f"{peak:.1f}", result.get("failed", "")]
 
 
 HEAD_CPU = ["row", "texts s", "erase s", "save s", "CPU s of all stages", "s per step", "peak GB", "failed"]

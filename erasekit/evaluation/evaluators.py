@@ -61,8 +61,8 @@ class Evaluator:
         per_image: its row of an image depends on nothing but the image, its prompt and `describe()`, so that it is kept and not
             computed again. Its numbers come from `metrics_of`.
         Config: the settings, which the constructor takes by keyword; field descriptions are the documentation.
-        packages: {module that it imports and erasekit does not need: what pip installs for it}, e.g. {"nudenet": "nudenet==3.4.2"};
-            what is missing is named before anything is loaded.
+        packages: {module that it imports: what pip installs for it} of packages that erasekit itself does not need; those that
+            are missing are named before anything is loaded.
         meanings: {metric of its own, as it is called before a bracket: what it means, in a few words}.
     """
 

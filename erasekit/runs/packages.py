@@ -34,10 +34,9 @@ def _owners(plan: Plan, registries: Registries) -> list[tuple[str, Mapping[str, 
     found = [(f"the prompts of '{plan.task_name}'", plan.task.packages())]
     found += [(f"the evaluator '{name}'", registries.evaluators.get(name).packages) for name in plan.evaluators]
     if not plan.erasure_sha256:  # else nothing is trained
-        held = plan.backbone.needs(plan.backbone_config, plan.protocol.size).held
-        found += [(f"four bits, --vram {plan.backbone_config.vram}", {"bitsandbytes": "erasekit[nf4]"})] * (
-            held.weights == "nf4"
-        )
+        four_bits = plan.backbone.needs(plan.backbone_config, plan.protocol.size).held.weights == "nf4"
+        packages = {"bitsandbytes": "erasekit[nf4]"} if four_bits else {}
+        found.append((f"four bits, --vram {plan.backbone_config.vram}", packages))
     return found
 
 

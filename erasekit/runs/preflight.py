@@ -87,7 +87,7 @@ def preflight(plan: Plan, *, images: int = 0) -> None:
             f"'{plan.config.backbone}' cannot be trained with --vram {gb}: its layers are in RAM. "
             f"Use a larger GPU, or a method that solves in closed form, e.g. uce."
         )
-    _check_memory(plan, gb, device)
+    _check_memory(plan, gb, device, images)
     _check_patience(plan, device, images)
     _check_download(plan)
 
@@ -118,9 +118,10 @@ def _check_base(path: str) -> None:
         local_folder(path)
 
 
-def _check_memory(plan: Plan, gb: int | None, device: Any) -> None:
+def _check_memory(plan: Plan, gb: int | None, device: Any, images: int) -> None:
     """Compare the prediction with the preset, and with what the device has."""
-    peak = prediction(plan).peak
+    found = prediction(plan)
+    peak = found.peak if images or erase_rows(plan) else found.encode  # a closed form reads the layers that it edits, no more
     what = f"'{plan.config.method}' on '{plan.config.backbone}' at {plan.protocol.size} px is predicted to take {peak:.0f} GB"
     if gb is not None and peak > budget_gb(gb):
         larger = [size for size in VRAM_GB if size > gb and _fits(plan, size)]
