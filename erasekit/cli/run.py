@@ -12,6 +12,7 @@ from erasekit.cli import options
 from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show, tell
+from erasekit.processes import here
 from erasekit.runs.config import RunConfig, build
 from erasekit.runs.forecast import earlier, finished, forecast
 from erasekit.runs.plan import Plan
@@ -77,6 +78,9 @@ def command(
             ready(each, evaluation_prompts(each), out, registries)
         return
 
+    if not here().first:  # one of several processes at this run, of which the first one tells
+        run(wanted, out=out, force=force, registries=registries)
+        return
     with listener(forecast(plan, out, _images(plan))) as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
     if not told.started:

@@ -16,10 +16,12 @@ from erasekit.atomic import replacing
 from erasekit.backbones.protocol import Predict
 from erasekit.erasures.deltas import LowRank
 from erasekit.errors import ErasekitError
+from erasekit.events import note
 from erasekit.methods.adapters import Init
 from erasekit.methods.context import RunContext
 from erasekit.methods.method import MethodConfig, OrNone
 from erasekit.methods.students import lora
+from erasekit.processes import here
 
 Losses = Mapping[str, torch.Tensor]
 
@@ -65,7 +67,8 @@ def train(
     """Minimise the sum of `losses(batch, generator)` over `parameters`, in place.
 
     Every batch has a generator of its own, named by its number, so that a training that was killed goes on from its
-    checkpoint to the same result. Parameters without a gradient in a step keep their value and their moments.
+    checkpoint to the same result. Parameters without a gradient in a step keep their value and their moments. Where several
+    processes are at work on the run, each takes its share of a step's batches; the gradients of all make the step.
 
     Args:
         losses: gives the named losses of batch number 0, 1, ...
@@ -78,28 +81,33 @@ def train(
     Raises:
         ErasekitError: a loss or a gradient is not finite; the last checkpoint stays.
     """
+    together = here()
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     path = None if ctx.directory is None else ctx.directory / "checkpoints" / f"{name}.safetensors"
     done = 0 if path is None else _restore(path, parameters, optimizer)
+    together.begin_alike(parameters)
+    if together.count > config.accumulate:
+        note(f"Only {config.accumulate} of {together.count} processes train. Set method.accumulate={together.count} for all.")
     ctx.watch(name, done, config.steps, predict or ctx.predict)
     for step in range(done, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _rate(step, config)
         optimizer.zero_grad(set_to_none=True)
         values: dict[str, float] = {}
-        for batch in range(step * config.accumulate, (step + 1) * config.accumulate):
+        for batch in together.share(range(step * config.accumulate, (step + 1) * config.accumulate)):
             parts = losses(batch, ctx.generator(f"{name}/{batch}"))
             total = torch.stack(list(parts.values())).sum() / config.accumulate
             if not math.isfinite(total.item()):
                 raise ErasekitError(_not_finite(name, step, parts, path))
             total.backward()
             values |= {key: value.item() for key, value in parts.items()}
+        together.add_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.clip or math.inf)
         if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; no checkpoint may hold what it leads to
             raise ErasekitError(_not_finite(name, step, {"gradient": norm}, path))
         optimizer.step()
         ctx.log(step + 1, config.steps, values)
-        if path is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+        if path is not None and together.first and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _save(path, step + 1, parameters, optimizer)
         ctx.watch(name, step + 1, config.steps, predict or ctx.predict)
 

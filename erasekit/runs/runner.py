@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import linked, replacing, replacing_folder
+from erasekit.atomic import replacing, replacing_folder
 from erasekit.backbones.memory import peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify, content_of
 from erasekit.erasures.contents import copy_erasure
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.loading import load_into, unload
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
 from erasekit.evaluation.curves import INTERFERENCE, Interference
@@ -23,8 +22,6 @@ from erasekit.evaluation.evaluate import Evaluation, evaluate
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.kept_scores import KeptScores
 from erasekit.evaluation.results import ATTACKS_HASH, RunResult, mean_over_concepts, read_result, write_result, write_scores
-from erasekit.evaluation.sampling import model_key, sample, write_index
-from erasekit.evaluation.tasks import Prompt
 from erasekit.events import (
     Dispatcher,
     Evaluated,
@@ -32,25 +29,28 @@ from erasekit.events import (
     RunFailed,
     RunFinished,
     RunStarted,
-    Sampled,
     Saved,
     StageStarted,
     StepEnd,
     heard,
 )
 from erasekit.places import check_place
+from erasekit.processes import here
 from erasekit.registration.plugins import Registries, default
+from erasekit.runs.assisting import assist
 from erasekit.runs.attacking import Stage, attack_texts
 from erasekit.runs.compute import compute, context, expect, named
 from erasekit.runs.config import RunConfig
+from erasekit.runs.current import Run
+from erasekit.runs.drawing import base_images, erased_images
 from erasekit.runs.kept import Kept
 from erasekit.runs.packages import check_packages
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import check_tracker
-from erasekit.runs.ready import evaluation_prompts, ready
+from erasekit.runs.ready import ready
 from erasekit.runs.resolve import resolve
-from erasekit.runs.rundir import RunDirectory, open_run, write_json
+from erasekit.runs.rundir import open_run, write_json
 from erasekit.runs.watching import watch
 
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
@@ -91,9 +91,11 @@ def run(
     check_place(out)
     if plan.separate:
         return _run_each(plan, out, force=force, listener=listener, registries=registries, kept=kept)
+    if not here().first:
+        return assist(plan, out, registries, kept)
     check_tracker(plan.config.tracker)
     with open_run(out, plan, force=force) as directory:
-        if directory.state == "finished":
+        if here().says(directory.state == "finished"):
             return read_result(directory.path / "results.json")
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
         reset_peak()
@@ -115,9 +117,9 @@ def run(
                 erased = erased_images(this, backbone, sha256, cache=out / "cache")
             with _stage("evaluate", this):
                 if not all(path.is_file() for path in base):  # somebody has cleared the folder meanwhile
-                    base = base_images(this, backbone, cache=out / "cache")
+                    base = base_images(this, backbone, cache=out / "cache", alone=True)
                 if not all(path.is_file() for path in erased):
-                    erased = erased_images(this, backbone, sha256, cache=out / "cache")
+                    erased = erased_images(this, backbone, sha256, cache=out / "cache", alone=True)
                 said = KeptScores(out / "cache" / "scores")
                 evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts, kept=said)
             if plan.attacks:
@@ -127,29 +129,8 @@ def run(
             this.emit(Evaluated({name: m.model_dump() for name, m in result.metrics.items()}))
             with _stage("report", this):
                 report(this, result)
+            here().wait()
     return result
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: what is to be done, where it is kept, and who hears of it.
-
-    Attributes:
-        plan: names looked up, settings checked.
-        registries: what names stand for.
-        directory: where everything is kept.
-        emit: tells the log, the command line and the plugins.
-    """
-
-    plan: Plan
-    registries: Registries
-    directory: RunDirectory
-    emit: Dispatcher
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        """The prompts that are measured on."""
-        return evaluation_prompts(self.plan)
 
 
 def planned(config: RunConfig, registries: Registries, *, erasure: Path | None = None, only_attacks: bool = False) -> Plan:
@@ -165,9 +146,10 @@ def _run_each(plan: Plan, out: Path, *, registries: Registries, **how: Any) -> R
     """A run per concept, the model loaded once for all, and their mean in a directory of its own."""
     results = [run(p.config, out=out, registries=registries, **how) for p in plan.singles()]
     mean = mean_over_concepts(results).model_copy(update={"config_hash": plan.hash})
-    with open_run(out, plan, force=how["force"]) as directory:
-        write_result(mean, directory.path / "results.json")
-        directory.write_status("finished")
+    if here().first:
+        with open_run(out, plan, force=how["force"]) as directory:
+            write_result(mean, directory.path / "results.json")
+            directory.write_status("finished")
     return mean
 
 
@@ -204,40 +186,21 @@ def _stage(name: str, this: Run) -> Iterator[None]:
         yield
 
 
-def base_images(this: Run, backbone: Backbone, *, cache: Path) -> list[Path]:
-    """Images of the unedited model. Every run is compared with the same ones: kept in `cache`, linked into the run."""
-    pipe = backbone.pipeline(encoders=False, shared=True)
-    return _sampled(this, backbone, pipe, cache / "base" / model_key(backbone), which="base")
-
-
-def _sampled(this: Run, backbone: Backbone, pipe: Any, folder: Path, *, which: str) -> list[Path]:
-    """The evaluation prompts, drawn by a pipeline into the folder of all its images, and linked into the run."""
-    encoded, empty = backbone.encode([p.text for p in this.prompts]), backbone.encode([""])
-
-    def drawn(done: int, total: int) -> None:
-        this.emit(Sampled(which, done, total))
-
-    paths = sample(backbone, pipe, this.prompts, encoded, empty, this.plan.protocol, folder, on_batch=drawn)
-    own = this.directory.path / "images" / which
-    write_index(own, this.prompts, [path.name for path in paths])
-    return [linked(path, own / path.name) for path in paths]
-
-
 def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
     """Compute the erasure (or take the one that is given) and save it, unless the run has it already; its sha256."""
     folder = this.directory.path / "erasure"
-    if not (folder / MANIFEST).is_file():
-        if given is None:
+    if given is not None and not (folder / MANIFEST).is_file():
+        _copy(given, folder, backbone)
+    if not here().says((folder / MANIFEST).is_file()):
 
-            def log(step: int, total: int, values: Mapping[str, float]) -> None:
-                this.emit(StepEnd(step, total, dict(values)))
+        def log(step: int, total: int, values: Mapping[str, float]) -> None:
+            this.emit(StepEnd(step, total, dict(values)))
 
-            watching = partial(watch, this.plan, this.directory, this.emit, this.prompts)
-            path = this.directory.path
-            erasure = compute(this.plan, backbone, this.registries, directory=path, log=log, watching=watching)
-            erasure.save(folder, dtype=this.plan.config.files)
-        else:
-            _copy(given, folder, backbone)
+        watching = partial(watch, this.plan, this.directory, this.emit, this.prompts)
+        path = this.directory.path
+        erasure = compute(this.plan, backbone, this.registries, directory=path, log=log, watching=watching)
+        erasure.save(folder, dtype=this.plan.config.files)
+    here().wait()
     record = read_manifest(folder, backbone)
     sha256: str = record["erasure_sha256"]
     if measured := record["figures"].get("interference"):  # of erasures that were put together
@@ -259,22 +222,6 @@ def write_certificate(this: Run, backbone: Backbone) -> None:
     path, erasure = this.directory.path / "certificate.json", Erasure.load(this.directory.path / "erasure")
     if erasure.kind == "weights" and not content_of(path):
         write_json(path, certify(backbone, erasure, this.plan.task, this.plan.protocol))
-
-
-def erased_images(this: Run, backbone: Backbone, sha256: str, *, cache: Path) -> list[Path]:
-    """The same prompts and seeds, drawn by a fresh pipeline that has loaded the files of the erasure.
-
-    Its denoiser is the backbone's, every bit of it as it was loaded. The images are kept like the unedited model's, so that one
-    who measures the erasure in another way draws only what is missing.
-    """
-    if not backbone.unchanged():  # a method left something on it
-        backbone.release("denoiser")
-    pipe = backbone.pipeline(encoders=False, shared=True)
-    load_into(pipe, this.directory.path / "erasure", base=backbone, component=this.registries.components.get)
-    try:
-        return _sampled(this, backbone, pipe, cache / "erased" / model_key(backbone, sha256), which="erased")
-    finally:
-        unload(pipe)
 
 
 def attacked(

@@ -198,8 +198,8 @@ def _inside(metric: str) -> str:
 
 def _with_interval(metric: Mapping[str, Any], digits: int, *, sign: str = "") -> str:
     ends = metric.get("ci95")
-    told = f" ({ends[0]:{sign}.{digits}f} to {ends[1]:{sign}.{digits}f})" if ends else ""
-    return f"{metric['mean']:{sign}.{digits}f}{told}"
+    told = f" ({ends[0]:{sign}z.{digits}f} to {ends[1]:{sign}z.{digits}f})" if ends else ""
+    return f"{metric['mean']:{sign}z.{digits}f}{told}"
 
 
 def _number(values: Sequence[float | None], digits: int) -> str:

@@ -89,11 +89,13 @@ class Repelled:
         self.empty = ctx.backbone.encode([""])
         self.protocol = ctx.protocol if ctx.backbone.embedded_guidance else at_scale(ctx.protocol, config.guidance)
         self.points: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self.step = -1  # whose points they are
 
     def __call__(self, batch: int, generator: torch.Generator) -> Losses:
         """The loss of batch number `batch`: its share of the points of the step's trajectory."""
         step, part = divmod(batch, self.config.accumulate)
-        if self.points is None or part == 0:
+        if self.points is None or step != self.step:
+            self.step = step
             self.points = self.trajectory(self.ctx.generator(f"gem/{self.concept.name}/{step}"))
         x, tau, row = self.points
         n = max(len(x), self.config.accumulate)  # every pass has a point, if need be one that another pass has too
