@@ -11,6 +11,7 @@ import typer
 from erasekit.atomic import sweep_beside
 from erasekit.cli import options
 from erasekit.cli.ends import put, put_json
+from erasekit.cli.matrix import heat
 from erasekit.cli.progress import listener
 from erasekit.cli.tables import show
 from erasekit.errors import UsageError
@@ -63,9 +64,7 @@ def command(
         return
     _show(found, out)
     if images:
-        rows = [[name, *map(_share, values)] for name, values in zip(measured.erased, measured.values, strict=True)]
-        base = [["nothing", *map(_share, measured.base)]] if measured.base else []
-        show(["erased", *measured.asked], [*base, *rows], title=f"Images that show what they were asked for, {images} of each")
+        heat(measured, title=f"Images that show what they were asked for, {images} of each")
 
 
 def _show(found: Together, out: Path) -> None:

@@ -106,7 +106,7 @@ def do(
     with board() as told:
         swept = sweep(suite, registries, name=name, out=out, how=launching, watch=told)
     _show_table(swept, as_json=as_json)
-    _write_page(swept, registries)
+    write_page(swept, registries)
     if not launching.work:
         say(f"{summary(swept.cells)}.")
     if swept.failed and launching.work:
@@ -153,7 +153,7 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     say(f"Table: {swept.folder / 'table.md'}")
 
 
-def _write_page(swept: Any, registries: Registries) -> None:
+def write_page(swept: Any, registries: Registries) -> None:
     """Write the page that compares the rows of a sweep, where there is something to compare."""
     from erasekit.evaluation.results import read_result
     from erasekit.runs.pages.comparison import Compared, write_comparison

@@ -27,6 +27,11 @@ def tell(erasure: Erasure) -> None:
         say(f"Warning: {line}", "yellow")
 
 
+def terminal() -> Console:
+    """Stdout; a file or a pipe is taken for wide, so that nothing is folded or cut."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", spare: Sequence[str] = ()) -> None:
     """Print a table to stdout; a file or a pipe gets it wide, so that nothing is folded or cut.
 
@@ -36,7 +41,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
         title: printed above it.
         spare: columns that are left out, one after the other, in a terminal that is too narrow for all.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    console = terminal()
     table, unbounded = _table(columns, rows), console.options.update(width=10_000)
     for name in spare:
         if Measurement.get(console, unbounded, table).maximum > console.width:

@@ -98,6 +98,7 @@ class Interference(Measured):
         asked: a name for each column: what the images were asked for.
         values: a row for each erasure; None where it was not measured.
         base: the same of the unedited model, a value for each column, where it is known.
+        images: how many images each of `values` rests on, where it is known.
     """
 
     metric: str = "seen"
@@ -105,10 +106,12 @@ class Interference(Measured):
     asked: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
     base: tuple[float | None, ...] | None = None
+    images: tuple[tuple[int, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        columns = {len(row) for row in (*self.values, *([self.base] if self.base else []))}
-        if len(self.values) != len(self.erased) or columns - {len(self.asked)}:
+        counts = self.images if self.images is not None else self.values
+        columns = {len(row) for row in (*self.values, *counts, *([self.base] if self.base else []))}
+        if {len(self.values), len(counts)} != {len(self.erased)} or columns - {len(self.asked)}:
             raise ValueError(f"{len(self.erased)} x {len(self.asked)} names need as many values")
         return self

@@ -11,8 +11,8 @@ from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
 from erasekit.evaluation.curves import Interference
-from erasekit.evaluation.evaluate import Evaluation, evaluate
-from erasekit.evaluation.metrics import Images
+from erasekit.evaluation.evaluate import evaluate
+from erasekit.evaluation.interference import interference_of
 from erasekit.evaluation.sampling import sample
 from erasekit.evaluation.tasks import Prompt
 from erasekit.registration.plugins import Registries, default
@@ -44,7 +44,6 @@ def interference(
     base = plan.backbone.load(plan.backbone_config)
     prompts = _prompts(plan, images)
     base.encode(["", *(p.text for p in prompts)])
-    asked = list(dict.fromkeys(p.concept or p.label for p in prompts))
     with TemporaryDirectory() as place:
         drawn = [
             _draw(plan, base, folder, prompts, Path(place, str(i)), registries.components.get)
@@ -54,12 +53,7 @@ def interference(
             evaluate(plan.task, judges(plan, registries), prompts, drawn[0], paths, concepts=plan.concepts)
             for paths in drawn[1:]
         ]
-    return Interference(
-        erased=tuple(", ".join(c.name for c in e.concepts) for e in erasures),
-        asked=tuple(asked),
-        values=tuple(tuple(_seen(one, "erased", name) for name in asked) for one in found),
-        base=tuple(_seen(found[0], "base", name) for name in asked),
-    )
+    return interference_of({", ".join(c.name for c in e.concepts): f.rows for e, f in zip(erasures, found, strict=True)})
 
 
 def _prompts(plan: Plan, images: int) -> list[Prompt]:
@@ -88,11 +82,3 @@ def _draw(
         return sample(base, pipe, prompts, encoded, empty, plan.protocol, place)
     finally:
         unload(pipe)
-
-
-def _seen(found: Evaluation, side: str, name: str) -> float | None:
-    """The share of a side's images asking for a thing that show it."""
-    images = Images({side: [r for r in found.rows if r["side"] == side and not r["failed"]]}, ())
-    judged = [judgement.shown for which in ("erase", "preserve") for _, judgement in images.of(side, which, name)]
-    known = [float(shown) for shown in judged if shown is not None]
-    return sum(known) / len(known) if known else None

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from erasekit import __version__
 from erasekit.erasures.modelcard import NOT_PROMISED
+from erasekit.evaluation.curves import Interference
+from erasekit.evaluation.interference import interference_of
 from erasekit.evaluation.results import RunResult, read_result, read_scores
 from erasekit.evaluation.summary import by_protocol, summary
 from erasekit.evaluation.tasks import Task
 from erasekit.runs.pages import gallery
 from erasekit.runs.pages.gallery import Pair
+from erasekit.runs.pages.heat import heat_map
 from erasekit.runs.pages.images import BUDGET, embedded, is_blurred
 from erasekit.runs.pages.layout import write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
@@ -115,8 +118,16 @@ def _part(backbone: str, task: str, rows: Rows, share: int, *, reveal: bool) -> 
         "front": best,
         "chart": _chart(found, best),
         "costs": {title: {name: row.get(key, 0.0) for name, row in found.items()} for key, title in COSTS.items()},
+        "interference": {name: found for name, concepts in rows.items() if (found := heat_map(interference(concepts)))},
         "images": _images(rows, share, reveal=reveal),
     }
+
+
+def interference(concepts: Mapping[str, Sequence[tuple[RunResult, Compared]]]) -> Interference | None:
+    """What the erasures of one row did to one another's concepts, each at its lowest seed; None of fewer than two."""
+    runs = {", ".join(run.result.concepts): run.directory / "scores.parquet" for run in map(_first, concepts.values())}
+    found = interference_of({name: read_scores(file) for name, file in runs.items() if file.is_file()})
+    return found if len(found.erased) > 1 and found.asked else None
 
 
 def _kilobytes(folder: Path) -> float:

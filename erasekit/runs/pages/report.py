@@ -18,6 +18,7 @@ from erasekit.evaluation.tasks import Task
 from erasekit.runs.pages import gallery, plots, training
 from erasekit.runs.pages.attacks import attacks
 from erasekit.runs.pages.gallery import Pair, Thing
+from erasekit.runs.pages.heat import heat_map
 from erasekit.runs.pages.images import embedded, grid, is_blurred
 from erasekit.runs.pages.layout import is_share, write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
@@ -58,7 +59,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
         "film": training.film(directory, log),
         "strength": _strength(Strength.read(directory / "strength.json"), result),
         "attacks": attacks(directory, result, blur=blur),
-        "interference": _interference(Interference.read(directory / "interference.json")),
+        "interference": heat_map(Interference.read(directory / "interference.json")),
         "certificate": _certificate(content_of(directory / "certificate.json")),
         "limits": NOT_PROMISED,
         "version": __version__,
@@ -159,18 +160,6 @@ def _strength(measured: Strength | None, result: RunResult) -> dict[str, Any]:
     if together:
         charts.insert(0, Chart("Strength", together, x, Axis("share of images", 0, 1), width=520, height=280))
     return {"names": gallery.names(measured.concepts), "charts": charts}
-
-
-def _interference(measured: Interference | None) -> dict[str, Any]:
-    if measured is None:
-        return {}
-    rows = [("nothing (base)", measured.base)] if measured.base else []
-    rows += list(zip(measured.erased, measured.values, strict=True))
-    values = [v for _, row in rows for v in row if v is not None]
-    low, high = min(0.0, *values), max(1.0, *values)
-    said = "A cell is the share of such images that show it." if measured.metric == "seen" else f"A cell is {measured.metric}."
-    shade = [lambda value: plots.level(value, low, high)] * len(measured.asked)
-    return {"asked": measured.asked, "rows": rows, "meaning": said, "shades": shade}
 
 
 def _certificate(content: Mapping[str, Any]) -> dict[str, Any]:
