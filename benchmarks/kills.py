@@ -91,7 +91,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def ended(together: list[list[str]], folder: Path) -> list[str]:
-    """Let commands end, one after the other; those that failed. An erasure that was whole before is refused, as it should be."""
+    """Let commands end, one after the other: those that failed. An erasure that is whole is refused, as it should be."""
     wrong = []
     for arguments in together:
         there = (folder / "erasure").exists()
