@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -30,11 +31,12 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -49,6 +51,7 @@ MODULES = {
     "erasekit/runs/config.py": ("config",),
     "erasekit/concepts.py": ("concepts", "config"),
 }
+T = TypeVar("T")
 LONGEST = 8.0  # seconds of one test, on a free core; longer ones are left out
 CHANGED = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
@@ -224,29 +227,53 @@ class Lines:
         self.took[nodeid] = time.process_time() - self.began
 
 
-def in_a_child(work: Callable[[Path], Any], seconds: float) -> Any:
-    """What a function returns in a forked process with a folder of its own; None if it ends otherwise, or takes too long."""
-    place = Path(tempfile.mkdtemp(prefix="mutant-"))
-    child = os.fork()
-    if not child:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
-        nowhere = os.open(place / "said.txt", os.O_WRONLY | os.O_CREAT)
-        for stream in (0, 1, 2):
-            os.dup2(nowhere, stream)
-        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(place / "hypothesis")
-        with suppress(BaseException):
-            (place / "found.json").write_text(json.dumps(work(place)))
-        os._exit(0)
-    return child, place
+def in_children(wanted: Iterable[tuple[T, float]], work: Callable[[T], Any], workers: int) -> Iterator[tuple[T, Any, str]]:
+    """What a function returns for each thing, in forked processes, so many at a time, as they end.
+
+    Args:
+        wanted: things, each with the seconds of a core that it may take.
+        work: the function.
+        workers: how many at a time.
+
+    Yields:
+        The thing; what came out, None if the process ended otherwise or took too long; the last that it printed.
+    """
+    waiting: dict[int, tuple[T, Path, int, float]] = {}
+    queue = iter(wanted)
+    while True:
+        while len(waiting) < workers and (given := next(queue, None)):
+            thing, seconds = given
+            place = Path(tempfile.mkdtemp(prefix="mutant-"))
+            if not (child := os.fork()):
+                _child(place, seconds, partial(work, thing))
+            waiting[child] = (thing, place, os.pidfd_open(child), time.monotonic() + 20 * seconds)
+        if not waiting:
+            return
+        select.select([row[2] for row in waiting.values()], [], [], 5)
+        for child, (thing, place, descriptor, until) in list(waiting.items()):
+            if time.monotonic() > until:  # it waits for something, and takes no time of a core
+                os.kill(child, signal.SIGKILL)
+            if os.waitpid(child, os.WNOHANG)[0]:
+                os.close(descriptor)
+                del waiting[child]
+                found = json.loads((place / "found.json").read_text()) if (place / "found.json").exists() else None
+                said = (place / "said.txt").read_text(errors="replace")[-2000:] if (place / "said.txt").exists() else ""
+                shutil.rmtree(place, ignore_errors=True)
+                yield thing, found, said
 
 
-def outcome(place: Path) -> Any:
-    """What a child has found; None if it did not come to that."""
-    found = place / "found.json"
-    value = json.loads(found.read_text()) if found.exists() else None
-    shutil.rmtree(place, ignore_errors=True)
-    return value
+def _child(place: Path, seconds: float, work: Callable[[], Any]) -> NoReturn:
+    """Work in a folder of its own within so many seconds of a core, and end."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+    nowhere = os.open(place / "said.txt", os.O_WRONLY | os.O_CREAT)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(place / "hypothesis")
+    tempfile.tempdir = str(place)
+    with suppress(BaseException):
+        (place / "part").write_text(json.dumps(work()))
+        (place / "part").rename(place / "found.json")
+    os._exit(0)
 
 
 def pytest_with(tests: list[str], place: Path, *plugins: Any) -> int:
@@ -257,25 +284,29 @@ def pytest_with(tests: list[str], place: Path, *plugins: Any) -> int:
     return int(pytest.main([*options, "--basetemp", str(place / "tests"), *tests], plugins=list(plugins)))
 
 
-def tests_of(module: str) -> dict[str, Any]:
-    """For each of the module's quick tests its time and the lines that it runs, and the libraries to import beforehand."""
-    names = [f"tests/test_{name}.py" for name in MODULES[module]]
+def tests_of(modules: list[str], folder: Path, workers: int) -> dict[str, Any]:
+    """For each module its quick tests with the lines that they run, and the libraries to import first; kept in a folder."""
 
-    def work(place: Path) -> Any:
+    def work(module: str) -> Any:
         watch = Lines(module)
-        if code := pytest_with(names, place, watch):
+        if code := pytest_with([f"tests/test_{name}.py" for name in MODULES[module]], Path(tempfile.mkdtemp()), watch):
             return {"failed": code}
         ours = ("erasekit", "tests", "conftest", "test_", "__main__")
         libraries = [name for name in sys.modules if not name.startswith(ours)]
         tests = {t: {"took": watch.took[t], "lines": sorted(watch.lines[t])} for t in watch.took}
         return {"tests": tests, "libraries": libraries}
 
-    child, place = in_a_child(work, 1000)
-    os.waitpid(child, 0)
-    said = (place / "said.txt").read_text(errors="replace")[-2000:]
-    found = outcome(place)
-    if not found or "failed" in found:
-        raise SystemExit(f"{module}: its tests fail as it is.\n{said}")
+    found = {}
+    for module in modules:
+        if (kept := folder / f"{module.replace('/', '-')}.json").exists():
+            found[module] = json.loads(kept.read_text())
+    left = [(module, 1000.0) for module in modules if module not in found]
+    for module, row, said in in_children(left, work, workers):
+        if not row or "failed" in row:
+            raise SystemExit(f"{module}: its tests fail as it is.\n{said}")
+        (folder / f"{module.replace('/', '-')}.json").write_text(json.dumps(row))
+        print("baseline", module, file=sys.stderr, flush=True)
+        found[module] = row
     return found
 
 
@@ -284,7 +315,8 @@ def meeting(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
     quick = {t: row for t, row in tests.items() if row["took"] <= LONGEST}
     tree = ast.parse((ROOT / mutant.module).read_text())
     spans = [(n.lineno, n.end_lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and hasattr(n, "lineno")]
-    first, last = max((s for s in spans if s[0] <= mutant.line <= s[1]), key=lambda s: (s[0], -s[1]))
+    decorator = (mutant.line, mutant.line)  # stands before the lines of what it decorates
+    first, last = max((s for s in spans if s[0] <= mutant.line <= s[1]), key=lambda s: (s[0], -s[1]), default=decorator)
     lines = range(first, last + 1)
     outside = not any(isinstance(n, ast.FunctionDef) and n.name == mutant.inside.split(".")[-1] for n in ast.walk(tree))
     met = [t for t, row in quick.items() if any(line in lines for line in row["lines"])]
@@ -293,54 +325,38 @@ def meeting(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
     return sorted(met, key=lambda t: quick[t]["took"])
 
 
-def judge(mutant: Mutant, tests: list[str], took: float) -> tuple[int, Path]:
-    """Begin to run a mutant; the child and its folder."""
+class First:
+    """A plugin of pytest: the first test that fails."""
 
-    def work(place: Path) -> Any:
-        class First:
-            name = ""
+    name = ""
 
-            def pytest_runtest_logreport(self, report: Any) -> None:
-                if report.failed:
-                    self.name = report.nodeid
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """A test has ended."""
+        if report.failed:
+            self.name = report.nodeid
 
-            def pytest_collectreport(self, report: Any) -> None:
-                if report.failed:
-                    self.name = "import"
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file was read."""
+        if report.failed:
+            self.name = "import"
 
-        sys.meta_path.insert(0, Finder(mutant))
-        first = First()
-        code = pytest_with(tests, place, first)
-        return {"killed": code != 0, "by": first.name or ("no test runs it" if code == 5 else "import" if code else "")}
 
-    return in_a_child(work, 30 + 5 * took)
+def judged(mutant: Mutant, tests: list[str]) -> dict[str, Any]:
+    """Run tests with the changed module: whether one failed, and which."""
+    sys.meta_path.insert(0, Finder(mutant))
+    first = First()
+    code = pytest_with(tests, Path(tempfile.mkdtemp()), first)
+    return {"killed": code != 0, "by": first.name or ("import" if code else "")}
 
 
 def measured(wanted: list[Mutant], baseline: dict[str, Any], workers: int) -> Iterator[tuple[Mutant, dict[str, Any]]]:
     """Each mutant with what became of it, so many at a time."""
-    waiting: dict[int, tuple[Mutant, Path, int, float]] = {}
-    queue = iter(wanted)
-    while True:
-        while len(waiting) < workers and (mutant := next(queue, None)):
-            tests = baseline[mutant.module]["tests"]
-            met = meeting(mutant, tests)
-            if not met:
-                yield mutant, {"killed": False, "by": "no test runs it"}
-                continue
-            longest = sum(tests[t]["took"] for t in met)
-            child, place = judge(mutant, met, longest)
-            waiting[child] = (mutant, place, os.pidfd_open(child), time.monotonic() + 20 * (30 + longest))
-        if not waiting:
-            return
-        select.select([row[2] for row in waiting.values()], [], [], 5)
-        for child, (mutant, place, descriptor, until) in list(waiting.items()):
-            if time.monotonic() > until:  # it waits for something, and takes no time of a core
-                os.killpg(child, signal.SIGKILL)
-            if os.waitpid(child, os.WNOHANG)[0]:
-                os.close(descriptor)
-                del waiting[child]
-                found = outcome(place)
-                yield mutant, found or {"killed": True, "by": "time"}
+    met = {mutant: meeting(mutant, baseline[mutant.module]["tests"]) for mutant in wanted}
+    took = {mutant: sum(baseline[mutant.module]["tests"][t]["took"] for t in tests) for mutant, tests in met.items()}
+    gc.freeze()  # what is shared with the children stays shared
+    limits = ((mutant, 30 + 5 * took[mutant]) for mutant in wanted)
+    for mutant, found, _ in in_children(limits, lambda m: judged(m, met[m]), workers):
+        yield mutant, found or {"killed": True, "by": "time"}
 
 
 def summary(rows: dict[str, Any], population: dict[str, int], command: str) -> dict[str, Any]:
@@ -392,13 +408,10 @@ def main() -> None:
     names = {mutant.name for mutant in wanted}
     rows = {name: row for name, row in rows.items() if name in names}
     left = [mutant for mutant in wanted if mutant.name not in rows]
-    baseline = {}
-    for module in sorted({mutant.module for mutant in left}):
-        place = given.work / f"{module.replace('/', '-')}.json"
-        if not place.exists() or given.again:
-            place.write_text(json.dumps(tests_of(module)))
-            print("baseline", module, file=sys.stderr, flush=True)
-        baseline[module] = json.loads(place.read_text())
+    if given.again:
+        for path in given.work.glob("erasekit-*.json"):
+            path.unlink()
+    baseline = tests_of(sorted({mutant.module for mutant in left}), given.work, given.workers)
     for name in sorted({name for row in baseline.values() for name in row["libraries"]}):
         with suppress(Exception):
             importlib.import_module(name)
