@@ -6,8 +6,8 @@ A mutant has one operator, comparison, constant, branch, call or return changed.
 run the changed line, the quickest first, each mutant in a forked process that has torch imported already. The result is
 written after every mutant, and the same command goes on after those that are there. `--sample 0` takes all of them.
 
-The words of error messages, descriptions, type hints and docstrings are left as they are. Survivors that nobody can tell from
-the original, and the reasons, are in `benchmarks/survivors.toml`.
+Sentences are left as they are: error messages, descriptions, docstrings, all texts with a space in them. So are type hints.
+Survivors that nobody can tell from the original, and the reasons, are in `benchmarks/survivors.toml`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[Any], ast.AST]]]:
             yield f"{value} to {value + 1}", lambda n: ast.Constant(n.value + 1)
         case ast.Constant(value=float(value)):
             yield f"{value} to {value * 1.5 + 0.5}", lambda n: ast.Constant(n.value * 1.5 + 0.5)
-        case ast.Constant(value=str(value)):
+        case ast.Constant(value=str(value)) if " " not in value.strip():
             yield "other text", lambda n: ast.Constant(n.value + "x")
         case ast.If() | ast.IfExp():
             yield "branch turned", lambda n: _with(n, "test", ast.UnaryOp(ast.Not(), n.test))
@@ -291,8 +291,8 @@ def tests_of(modules: list[str], folder: Path, workers: int) -> dict[str, Any]:
         watch = Lines(module)
         if code := pytest_with([f"tests/test_{name}.py" for name in MODULES[module]], Path(tempfile.mkdtemp()), watch):
             return {"failed": code}
-        ours = ("erasekit", "tests", "conftest", "test_", "__main__")
-        libraries = [name for name in sys.modules if not name.startswith(ours)]
+        of = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items()) if name != "__main__"}
+        libraries = [name for name, file in of.items() if not Path(file or "/").is_relative_to(ROOT)]
         tests = {t: {"took": watch.took[t], "lines": sorted(watch.lines[t])} for t in watch.took}
         return {"tests": tests, "libraries": libraries}
 
