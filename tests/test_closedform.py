@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -298,3 +300,16 @@ def test_hard_constraints_hold_at_every_site_of_a_real_unet(tmp_path):
             reach = ((w - u) @ weight.T).norm()
             assert (w @ after.T - u @ weight.T).norm() < 1e-5 * reach
             assert (u @ after.T - u @ weight.T).norm() < 1e-5 * reach
+
+
+def test_an_edit_stays_what_it_is_and_equals_itself_alone():
+    edit = closedform.TextEdit(torch.ones(3, 1), torch.ones(1, 3))
+    with pytest.raises(FrozenInstanceError):
+        edit.read_ND = None
+    assert closedform.TextEdit(**vars(edit)) != edit
+
+
+def test_where_there_is_no_embedding_nothing_is_solved():
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    assert closedform.inverse_root(zero, ridge=0.0).shape == (4, 0)
+    assert not closedform.ridge_solve(zero, torch.ones(4, 2, dtype=torch.float64), ridge=0.0).any()

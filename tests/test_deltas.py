@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from erasekit.erasures.deltas import Dense, LowRank, add, compress, merge_, merged, norm, scale, summed, to_dense
+from erasekit.erasures.deltas import (
+    Dense,
+    LowRank,
+    add,
+    check_layers,
+    compress,
+    distance,
+    merge_,
+    merged,
+    norm,
+    reduced,
+    scale,
+    summed,
+    to_dense,
+)
 from erasekit.errors import ErasekitError
 
 
@@ -132,3 +148,44 @@ def test_a_packed_layer_has_the_delta_beside_it_and_is_never_written_to():
     with pytest.raises(ErasekitError, match="'0' holds its weight in four bits"):
         merge_(net, deltas)
     assert torch.equal(net(x), before)
+
+
+def test_distance_is_that_of_all_layers_together():
+    exact = {"a": low_rank(5, 2, 6, 1), "b": Dense(to_dense(low_rank(4, 2, 3, 2)))}
+    near = {"a": low_rank(5, 1, 6, 3), "b": Dense(torch.full((4, 3), 0.5, dtype=torch.float64))}
+
+    def squares(deltas):
+        return sum(to_dense(d).square().sum() for d in deltas)
+
+    wrong = squares(Dense(to_dense(near[name]) - to_dense(exact[name])) for name in exact)
+    assert distance(near, exact) == pytest.approx(float((wrong / squares(exact.values())).sqrt()), rel=1e-12)
+    assert distance(exact, exact) == pytest.approx(0, abs=1e-12)
+    assert distance({}, {}) == 0.0
+    assert distance(near, {"a": Dense(torch.zeros(5, 6))}) == 0.0
+
+
+def test_a_lower_rank_costs_the_singular_values_that_go():
+    delta = low_rank(6, 4, 7)
+    values = torch.linalg.svdvals(to_dense(delta))
+    low, cost = reduced({"a": delta, "b": Dense(to_dense(delta))}, 3)
+    assert {d.rank for d in low.values()} == {3}
+    assert cost == pytest.approx(float((values[3:].square().sum() / values.square().sum()).sqrt()), rel=1e-9)
+    assert compress(Dense(torch.ones(2, 9)), rank=5).down.shape == (1, 9)
+
+
+def test_what_is_said_of_a_layer_that_does_not_fit():
+    net = model()
+    with pytest.raises(ErasekitError, match=r"The delta of '1' is \(5, 6\), the module is \(4, 5\) there\."):
+        check_layers(net, {"1": low_rank(5, 1, 6)})
+    for name in ("2", ""):  # no module, and one without a weight
+        with pytest.raises(ErasekitError, match=rf"The delta of '{name}' is \(5, 6\), the module is not there\."):
+            check_layers(net, {name: low_rank(5, 1, 6)})
+    assert check_layers(net, {"1": low_rank(4, 1, 5)}) == {"1": net[1]}
+    assert check_layers(nn.ModuleDict({"e": nn.Embedding(3, 2)}), {"e": Dense(torch.ones(3, 2))})
+
+
+@pytest.mark.parametrize(("delta", "field"), [(low_rank(2, 1, 2), "up"), (Dense(torch.ones(2, 2)), "weight")])
+def test_a_delta_stays_what_it_is_and_equals_itself_alone(delta, field):
+    with pytest.raises(FrozenInstanceError):
+        setattr(delta, field, None)
+    assert type(delta)(**vars(delta)) != delta

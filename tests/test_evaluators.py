@@ -74,6 +74,22 @@ def test_the_bootstrap_resamples_groups_on_their_own():
     assert bootstrap(groups, lambda g: float(len(g[0]) + g[1].mean() - g[0].mean())) == (6.0, 6.0)
 
 
+def test_the_bootstrap_draws_every_score_and_takes_the_middle_95_percent():
+    scores = np.arange(3.0)
+    means = sorted((a + b + c) / 3 for a in scores for b in scores for c in scores)  # all 27 resamples, each as likely
+    low, high = bootstrap([scores], lambda groups: float(groups[0].mean()), draws=20_000)
+    assert (low, high) == pytest.approx((means[0], means[-1]))
+    assert bootstrap([np.arange(100.0)], lambda groups: float(groups[0].min()))[0] == 0.0
+    counted = []
+
+    def count(groups):
+        counted.append(len(groups[0]))
+        return float(len(counted))
+
+    assert bootstrap([scores], count) == pytest.approx((1 + 0.025 * 999, 1 + 0.975 * 999))
+    assert counted == [3] * 1000
+
+
 def test_harmonic_mean():
     assert harmonic_mean(0.5, 1.0, 1.0) == pytest.approx(0.75)
     assert harmonic_mean(0.0, 1.0) == 0.0

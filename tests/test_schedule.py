@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -71,3 +72,8 @@ def test_one_value_for_each_row(shape):
     assert scaled.shape == x.shape
     assert (scaled[0] == 2).all()
     assert (scaled[1] == 5).all()
+
+
+def test_a_schedule_stays_what_it_is():
+    with pytest.raises(FrozenInstanceError):
+        Schedule(torch.arange(2), torch.arange(2)).tau = None
