@@ -9,5 +9,5 @@ html_theme = "furo"
 html_title = "erasekit"
 html_use_index = html_show_copyright = html_show_sourcelink = html_copy_source = False
 myst_fence_as_directive = ["mermaid"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
