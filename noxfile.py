@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -73,7 +74,9 @@ def build(session: nox.Session) -> None:
     session.install("build")
     target = session.create_tmp()
     session.run("python", "-m", "build", "--outdir", target, ".")
-    session.install("--find-links", target, "erasekit", "pytest")
+    wheel = max(Path(target).glob("*.whl"), key=os.path.getmtime)
+    session.install(str(wheel), "pytest")
+    session.install("--force-reinstall", "--no-deps", str(wheel))  # an environment that is used again has another one
     with session.chdir(target):
         session.run("erasekit", "ls")
         session.run("erasekit", "doctor")
