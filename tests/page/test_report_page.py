@@ -50,6 +50,7 @@ def test_axe_finds_nothing(show, axe, path, theme, width):
     assert page.evaluate("async () => (await axe.run()).violations.map(v => [v.id, v.impact, v.nodes[0].html])") == []
     page.click(".pairs > li:nth-child(1) .open")
     assert page.evaluate("async () => (await axe.run('#viewer')).violations.map(v => [v.id, v.nodes[0].html])") == []
+    page.eval_on_selector("select[name=set] option", "option => { option.textContent = 'a long name of a set '.repeat(9) }")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
