@@ -187,6 +187,12 @@ def test_every_layer_is_loaded_with_scale_one(backbone, erasure, tmp_path):
     assert scales == {1.0}
 
 
+def test_folders_may_be_strings(erasure, tmp_path):
+    sha256 = erasure.save(str(tmp_path / "a"))
+    assert digest(read_manifest(tmp_path / "a")["files"]) == sha256
+    assert Erasure.load(str(tmp_path / "a")).folder == tmp_path / "a"
+
+
 def test_reading_gives_back_what_was_saved(backbone, erasure, tmp_path):
     erasure.save(tmp_path / "e")
     again = Erasure.load(tmp_path / "e", backbone)

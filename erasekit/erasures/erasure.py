@@ -121,7 +121,7 @@ class Erasure:
         """The sum over concepts and parts, as `all.safetensors` holds it."""
         return summed([part for parts in self.deltas.values() for part in parts.values()])
 
-    def save(self, folder: Path, *, dtype: str = "float32") -> str:
+    def save(self, folder: str | Path, *, dtype: str = "float32") -> str:
         """Write the erasure, replacing what is in `folder`; it appears there whole or not at all.
 
         The same deltas give the same bytes: time and environment stand in `erasure.json` only.
@@ -163,13 +163,14 @@ class Erasure:
         return digest(files)
 
     @classmethod
-    def load(cls, folder: Path, base: Backbone | None = None) -> Erasure:
+    def load(cls, folder: str | Path, base: Backbone | None = None) -> Erasure:
         """Read an erasure, every file checked against its hash and against the others (see `contents`).
 
         Raises:
             UsageError: see `read_manifest`.
             EnvironmentProblem: a file is missing, damaged, or not what the manifest says.
         """
+        folder = Path(folder)
         manifest = read_manifest(folder, base)
         check_folder(folder, manifest)
         guidance, deltas = None, {}

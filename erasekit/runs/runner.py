@@ -63,7 +63,7 @@ def run(
     force: bool = False,
     listener: Listener | None = None,
     registries: Registries | None = None,
-    erasure: Path | None = None,
+    erasure: str | Path | None = None,
     kept: Kept | None = None,
     only_attacks: bool = False,
 ) -> RunResult:
@@ -87,6 +87,7 @@ def run(
         ErasekitError: the run failed; the same call goes on from what was finished.
     """
     out, registries, kept = Path(out), registries or default(), kept or Kept()
+    erasure = None if erasure is None else Path(erasure)
     plan = planned(config, registries, erasure=erasure, only_attacks=only_attacks)
     check_place(out)
     if plan.separate:
