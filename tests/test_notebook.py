@@ -57,7 +57,7 @@ def test_a_result_shows_its_numbers_and_images(finished):
     files = sorted((path / "samples").glob("*.png"))
     assert sorted(image.size for image in pictures(html)) == sorted(Image.open(file).size for file in files)
     assert len(files) > 0
-    assert html.index("erase, what is erased, by its name") < html.index("preserve, what has to stay")
+    assert html.index("erase: base left") < html.index("preserve: base left")
     assert read_result(path / "results.json")._repr_html_() == html
 
 

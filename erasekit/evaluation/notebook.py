@@ -23,16 +23,17 @@ def shown(
 
 def _images(run: Path | None) -> str:
     """The pairs of base and erased images, as the run drew them: blurred, where they are to be."""
-    from erasekit.evaluation.tasks import PROMPT_SETS  # it needs results, which show themselves here
-
-    files = {file.stem: file for file in sorted((run / "samples").glob("*.png"))} if run else {}
-    ordered = [name for name in PROMPT_SETS if name in files]  # what was erased first
-    titles = {name: f"{name}, {PROMPT_SETS[name].meaning}" for name in ordered} | {n: n for n in files if n not in ordered}
-    return "".join(_figure(files[n], escape(title)) for n, title in titles.items() if files[n].stat().st_size <= LARGEST)
+    files = sorted((run / "samples").glob("*.png"), key=_place) if run else []
+    return "".join(_figure(file) for file in files if file.stat().st_size <= LARGEST)
 
 
-def _figure(file: Path, title: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
+def _place(file: Path) -> tuple[bool, bool, str]:
+    """What was erased comes first, by its name and then in other words."""
+    return file.stem != "erase", file.stem != "synonyms", file.stem
+
+
+def _figure(file: Path) -> str:
+    title, data = escape(file.stem), base64.b64encode(file.read_bytes()).decode()
     caption = f"<figcaption>{title}: base left, erased right of each pair</figcaption>"
     image = f'<img style="max-width: 100%" alt="base and erased images: {title}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}{caption}</figure>"

@@ -86,8 +86,7 @@ def run(
         EnvironmentProblem: weights, memory or disk are missing.
         ErasekitError: the run failed; the same call goes on from what was finished.
     """
-    out, registries, kept = Path(out), registries or default(), kept or Kept()
-    erasure = None if erasure is None else Path(erasure)
+    out, erasure, registries, kept = Path(out), Path(erasure) if erasure else None, registries or default(), kept or Kept()
     plan = planned(config, registries, erasure=erasure, only_attacks=only_attacks)
     check_place(out)
     if plan.separate:
