@@ -11,6 +11,7 @@ from erasekit.concepts import Concept
 from erasekit.erasures.deltas import merged, summed, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.errors import UsageError
+from erasekit.events import Progressed, heard
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import concept_pairs, preserve_prompts
 from erasekit.methods.sites import held, pair_rows, site_embeddings
@@ -167,6 +168,16 @@ def test_the_last_token_of_a_phrase_is_paired_with_the_neutral_noun(backbone):
     at, there = backbone.spans("a photo of red kitten", "kitten")[0][-1], backbone.spans("a photo of thing", "thing")[0][-1]
     assert torch.equal(found[0], cond.tokens[0, at : at + 1].double())
     assert torch.equal(found[1], goal.tokens[0, there : there + 1].double())
+
+
+def test_prompts_are_encoded_under_one_count(backbone):
+    """Whoever watches sees how far the encoding is, not the same few prompts again and again."""
+    prompts, said = [f"a photo of {'very ' * i}red" for i in range(20)], []
+    with heard(said.append):
+        whole = held(backbone, prompts, "tokens")
+    assert {event.total for event in said if isinstance(event, Progressed) and event.total > 1} == {20}
+    rows = backbone.encode(prompts).tokens.flatten(0, 1).double()
+    torch.testing.assert_close(whole.total_DD, rows.T @ rows)
 
 
 def test_a_prompt_without_the_phrase_is_edited_at_its_last_word(backbone):

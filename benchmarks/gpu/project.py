@@ -88,13 +88,24 @@ def cells(name: str, result: dict[str, Any], projection: float | None) -> list[s
 def cells_cpu(name: str, result: dict[str, Any]) -> list[str]:
     """One row of the table of a CPU: wall seconds of stages, seconds of all its cores together, and the peak in RAM."""
     stages = result.get("stages", {})
-    seconds = [f"{stages[stage]['s']:.1f}" if stage in stages else "" for stage in ("texts", "erase", "save")]
+    seconds = [f"{stages[stage]['s']:.0f}" if stage in stages else "" for stage in ("load", "encode", "erase", "save")]
+    texts, rows = (f"{found['s']:.0f} ({found['n']})" if (found := result.get(key)) else "" for key in ("texts", "rows"))
     worked = sum(stage["cpu_s"] for stage in stages.values())
     peak = max((stage["resident_gb"] for stage in stages.values()), default=0.0)
-    return [f"`{name}`", *seconds, f"{worked:.0f}", str(result.get("step_s", "")), f"{peak:.1f}", result.get("failed", "")]
+    return [
+        f"`{name}`",
+        *seconds,
+        texts,
+        rows,
+        f"{worked:.0f}",
+        str(result.get("step_s", "")),
+        f"{peak:.1f}",
+        result.get("failed", ""),
+    ]
 
 
-HEAD_CPU = ["row", "texts s", "erase s", "save s", "CPU s of all stages", "s per step", "peak GB", "failed"]
+HEAD_CPU = ["row", "load s", "encode s", "erase s", "save s", "of erase: texts s (n)", "rows without gradients s (n)"]
+HEAD_CPU += ["CPU s of all stages", "s per step", "peak GB", "failed"]
 HEAD = ["row", "load s", "encode s", "erase s", "erase s, projection", "s per step", "s per image"]
 HEAD += ["peak GB", "reserved GB", "predicted GB", "limit GB", "failed"]
 

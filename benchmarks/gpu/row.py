@@ -22,7 +22,7 @@ from erasekit.erasures.loading import load_into
 from erasekit.evaluation.sampling import generate
 from erasekit.methods import validation
 from erasekit.registration.plugins import default
-from erasekit.runs.compute import compute, context
+from erasekit.runs.compute import compute
 from erasekit.runs.config import build
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import POOLS
@@ -123,6 +123,21 @@ class Passes:
         return time.perf_counter()
 
 
+class Encodings:
+    """Counts prompts that are encoded, in the place of a backbone's `_encode`."""
+
+    def __init__(self, encode: Any) -> None:
+        """Wrap it."""
+        self.encode, self.n, self.seconds = encode, 0, 0.0
+
+    def __call__(self, prompt: str) -> Any:
+        """The encoded prompt, timed."""
+        began = time.perf_counter()
+        encoded = self.encode(prompt)
+        self.n, self.seconds = self.n + 1, self.seconds + time.perf_counter() - began
+        return encoded
+
+
 def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size: int | None = None) -> Plan:
     """The plan that a user would have, cut to few steps unless the row is whole.
 
@@ -163,15 +178,16 @@ def fitted(plan: Plan) -> tuple[Plan, dict[str, float] | None]:
 
 def erase(plan: Plan, backbone: Any, meter: Meter, folder: Path) -> None:
     """Compute and save the erasure; notes the time of a training step and of a predicted row."""
-    passes, marks = Passes(backbone.predict), []
-    backbone.predict = passes
+    passes, encodings, marks = Passes(backbone.predict), Encodings(backbone._encode), []
+    backbone.predict, backbone._encode = passes, encodings
     try:
         with meter.stage("erase"):
             erasure = compute(
                 plan, backbone, default(), log=lambda step, total, values: marks.append((step, time.perf_counter()))
             )
     finally:
-        del backbone.predict
+        del backbone.predict, backbone._encode
+        meter.note(texts={"n": encodings.n, "s": round(encodings.seconds, 3)})
         meter.note(rows={"n": passes.rows, "s": round(passes.seconds, 3), "largest": passes.largest})
         spans = [then - now for (step, now), (after, then) in pairwise(marks) if after == step + 1]  # some train several times
         if spans:
@@ -216,11 +232,6 @@ def measure(row: Row, base: Path, device: str, meter: Meter) -> None:
             prompts = [p.text for p in evaluation_prompts(plan)]
             backbone.encode([*prompts, ""])
         meter.note(encoded=len(prompts) + 1)
-        if row.few:  # apart, since of FLUX.1's closed form this is nearly all
-            with meter.stage("texts"):
-                texts = dict.fromkeys(plan.method(plan.method_config).texts(context(plan, backbone, default())))
-                backbone.encode(list(texts))
-            meter.note(texts=len(texts))
         erase(plan, backbone, meter, folder)
         if row.sampled:
             draw(plan, backbone, meter, folder)
