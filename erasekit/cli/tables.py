@@ -22,7 +22,9 @@ WIDTH_OF_A_FILE = 200
 
 def tell(erasure: Erasure) -> None:
     """Print to stderr what an erasure leaves, and its warnings."""
-    say(erasure.remains.line() if erasure.remains else "residual: not measured")
+    from erasekit.erasures.remains import UNMEASURED
+
+    say(erasure.remains.line() if erasure.remains else UNMEASURED)
     for line in erasure.warnings:
         say(f"Warning: {line}", "yellow")
 

@@ -27,7 +27,7 @@ from erasekit.erasures.deltas import Deltas, summed
 from erasekit.erasures.guidance import Guidance
 from erasekit.erasures.manifest import ALL, CARD, SCHEMA_VERSION, digest, file_stems, read_manifest, slug, write_manifest
 from erasekit.erasures.modelcard import model_card
-from erasekit.erasures.remains import Remains
+from erasekit.erasures.remains import UNMEASURED, Remains
 from erasekit.erasures.tensors import Written
 from erasekit.errors import EnvironmentProblem, ErasekitError
 from erasekit.evaluation.notebook import shown
@@ -75,7 +75,7 @@ class Erasure:
         """What a notebook shows: what it erases, what it leaves, and the images of the run that it lies in."""
         rows = [[concept.name, concept.kind, ", ".join(concept.phrases)] for concept in self.concepts]
         run = self.folder.parent if self.folder and (self.folder.parent / "results.json").is_file() else None
-        left = self.remains.line() if self.remains else "residual: not measured"
+        left = self.remains.line() if self.remains else UNMEASURED
         title = f"An erasure from {self.backbone} by {self.method} ({self.kind})"
         return shown(title, ["concept", "kind", "words"], rows, run, [left, *self.warnings])
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from erasekit.backbones.where import shipped, where
-from erasekit.erasures.remains import Remains
+from erasekit.erasures.remains import UNMEASURED, Remains
 from erasekit.errors import ErasekitError
 from erasekit.evaluation.results import RunResult, number
 from erasekit.registration.plugins import default
@@ -176,7 +176,7 @@ def licence(record: Mapping[str, Any]) -> dict[str, str]:
 def remains_line(record: Mapping[str, Any]) -> str:
     """What an erasure leaves of its concepts and moves of the rest, in one line; `record` is the content of erasure.json."""
     if record.get("residual") is None:
-        return "residual: not measured"
+        return UNMEASURED
     return Remains(residual=record["residual"], drift=record["drift"]).line()
 
 

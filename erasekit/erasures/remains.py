@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 LIMIT = 0.3  # a larger residual is a warning
+UNMEASURED = "residual: not measured (predictions of a large model take hours on a CPU; images tell)"
 
 
 class Residual(BaseModel):
