@@ -50,6 +50,7 @@ def test_runs_stand_side_by_side_with_intervals_front_and_cost(three, tmp_path):
     assert "9.5" in page
     assert "2.5" in page
     assert "second: 0.800 gone, 0.700 stayed" in page
+    assert page.count('<th scope="row">second</th>') == 2  # of the costs, in one table, and of the provenance
     reader = Reader(page)
     assert all(link.startswith(("data:image/webp;base64,", "#")) for link in reader.links)
     assert page.count("<script") == 1

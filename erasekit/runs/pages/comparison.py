@@ -108,6 +108,7 @@ def _part(backbone: str, task: str, rows: Rows, share: int, *, reveal: bool) -> 
     bases: list[Any] = [next(r["metrics"][m]["base"] for r in found.values() if m in r["metrics"]) for m in metrics]
     return {
         "heading": f"{first.task.title or task} on {backbone}",
+        "name": f"{task}, {backbone}",
         "concepts": list(dict.fromkeys(c for concepts in rows.values() for c in concepts)),
         "hashes": sorted({r.protocol["hash"] for concepts in rows.values() for runs in concepts.values() for r, _ in runs}),
         "metrics": metrics,
