@@ -188,15 +188,14 @@ def resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def check_disk(folder: Path, *, images: int, size: int) -> None:
-    """See that `images` PNGs of side `size` fit on the disk of `folder`, with 100 MB to spare for the erasure and the report.
+def check_disk(folder: Path, *, spare_mb: float = 100) -> None:
+    """See that the disk of `folder` has room for an erasure.
 
     Raises:
-        EnvironmentProblem: they do not.
+        EnvironmentProblem: it has not.
     """
-    need_mb = 100 + images * size * size * 3 / 1e6
     there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free_mb = shutil.disk_usage(there).free / 1e6
-    if free_mb < need_mb:
-        numbers = f"The run needs about {need_mb:.0f} MB in '{folder}', which has {free_mb:.0f} MB free."
+    if free_mb < spare_mb:
+        numbers = f"An erasure needs about {spare_mb:.0f} MB in '{folder}', which has {free_mb:.0f} MB free."
         raise EnvironmentProblem(f"{numbers} Free some or choose another folder with --out.")

@@ -60,7 +60,7 @@ def command(
 
     _check_out(out, force=force)
     preflight(plan)
-    check_disk(out, images=0, size=0)
+    check_disk(out)
     with listener() as told, heard(told), workplace(out, plan.hash) as work:
         if kept(work):
             say("Going on with what an interrupted 'erase' has left.")

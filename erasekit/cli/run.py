@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from erasekit.cli import options
 from erasekit.cli.ends import put, put_json, say
-from erasekit.cli.progress import listener
+from erasekit.cli.progress import duration, listener
 from erasekit.cli.tables import show, tell
 from erasekit.processes import here
 from erasekit.runs.config import RunConfig, build
@@ -18,6 +18,9 @@ from erasekit.runs.forecast import earlier, finished, forecast
 from erasekit.runs.plan import Plan
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
+
+if TYPE_CHECKING:
+    from erasekit.runs.cost import Cost
 
 KEPT = "What was finished is kept: the same command goes on from there."
 
@@ -63,9 +66,11 @@ def command(
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
+    from erasekit.runs.cost import runs_of
     from erasekit.runs.packages import check_packages
     from erasekit.runs.preflight import check_tracker
-    from erasekit.runs.ready import evaluation_prompts, ready
+    from erasekit.runs.ready import ready
+    from erasekit.runs.room import check_room
     from erasekit.runs.runner import run
 
     singles = plan.singles() if plan.separate else [plan]
@@ -74,8 +79,10 @@ def command(
     if dry_run:
         _show_plan(plan, out, as_json=as_json)
         check_tracker(plan.config.tracker)
-        for each in singles:
-            ready(each, evaluation_prompts(each), out, registries)
+        runs = runs_of(plan)
+        check_room(runs, out)
+        for each, drawn in runs:
+            ready(each, drawn, out, registries)
         return
 
     if not here().first:  # one of several processes at this run, of which the first one tells
@@ -93,26 +100,29 @@ def command(
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
+    from erasekit.runs.cost import cost
+
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
     parts |= {f"attacks.{name}": config for name, _, config in plan.attacks}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
-    images, known = _images(plan), earlier(out, plan)
-    drawing = _about([images * seconds for seconds in known.image])
+    images, known, whole = _images(plan), earlier(out, plan), cost(plan, out)
+    drawing = _about([images * seconds for seconds in known.image], whole.image_s and images * whole.image_s)
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
         "base_images": f"{images} images, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
-        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known.erase)}",
+        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known.erase, whole.erase_s)}",
         "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
+        "together": _together(whole),
     }
     if plan.attacks:
         stages["attack"] = ", ".join(name for name, _, _ in plan.attacks)
     if plan.backbone.domain == "natural":
-        stages["memory"] = _memory(plan)
+        stages["memory"] = _memory(plan.singles()[0] if plan.separate else plan)
     runs = {str(path_of(out, p)): [c.name for c in p.concepts] for p in (plan.singles() if plan.separate else [plan])}
     if as_json:
         settings = {part: values.model_dump(mode="json") for part, values in parts.items()}
-        put_json({**names, "options": settings, "stages": stages, "runs": runs})
+        put_json({**names, "options": settings, "stages": stages, "cost": whole._asdict(), "runs": runs})
         return
     rows = [[name, str(value), RunConfig.model_fields[name].description or ""] for name, value in names.items()]
     for part, values in parts.items():
@@ -132,11 +142,20 @@ def _memory(plan: Plan) -> str:
     return f"predicted peak {found.peak:.1f} GB ({stages})"
 
 
-def _about(seconds: list[float]) -> str:
-    """The median of what runs took, in words; nothing is guessed without any."""
-    if not seconds:
-        return ", time unknown (no such run here yet)"
-    return f", about {median(seconds):.0f} s (as {len(seconds)} earlier runs here)"
+def _about(seconds: list[float], estimate: float | None) -> str:
+    """The median of what runs took, in words, or an estimate; nothing is guessed without either."""
+    if seconds:
+        return f", about {median(seconds):.0f} s (as {len(seconds)} earlier runs here)"
+    return ", time unknown (no such run here yet)" if estimate is None else f", about {duration(estimate)} (an estimate)"
+
+
+def _together(whole: Cost) -> str:
+    """What all runs take."""
+    time = "time unknown" if whole.hours is None else f"about {duration(3600 * whole.hours)} without judging ({whole.basis})"
+    disk = f"{whole.disk_gb:.1f} GB of disk at most" + (
+        f", {whole.download_gb:.0f} GB to download" if whole.download_gb else ""
+    )
+    return f"{whole.base_images} + {whole.erased_images} images, {whole.passes:,.0f} passes, {time}, {disk}"
 
 
 def _images(plan: Plan) -> int:

@@ -184,21 +184,25 @@ def _long(hours: float) -> str:
     return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"
 
 
+def to_download(plan: Plan) -> tuple[float, Path]:
+    """GB of the base's weights that have yet to be downloaded, and the folder that they come to."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    repo, cache = plan.backbone_config.path or getattr(plan.backbone, "path", ""), Path(constants.HF_HUB_CACHE)
+    if repo.count("/") != 1 or Path(repo).expanduser().exists():
+        return 0.0, cache
+    if isinstance(try_to_load_from_cache(repo, "model_index.json", revision=plan.backbone_config.revision), str):
+        return 0.0, cache
+    return float(sum(getattr(plan.backbone, "sizes_gb", ()))), cache
+
+
 def _check_download(plan: Plan) -> None:
     """See that what has yet to be downloaded has room."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    repo = plan.backbone_config.path or getattr(plan.backbone, "path", "")
-    if repo.count("/") != 1 or Path(repo).expanduser().exists():
-        return
-    if isinstance(try_to_load_from_cache(repo, "model_index.json", revision=plan.backbone_config.revision), str):
-        return
-    need = sum(getattr(plan.backbone, "sizes_gb", ()))
-    cache = Path(HF_HUB_CACHE)
+    need, cache = to_download(plan)
     there = next(p for p in (cache, *cache.parents) if p.exists())
     free = shutil.disk_usage(there).free / 2**30
     if free < need:
+        repo = plan.backbone_config.path or getattr(plan.backbone, "path", "")
         raise EnvironmentProblem(
             f"'{repo}' is about {need:.0f} GB; the cache for downloads has {free:.0f} GB free. Free some, or set HF_HOME."
         )

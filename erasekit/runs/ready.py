@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erasekit.backbones.memory import check_disk
 from erasekit.errors import UsageError
 from erasekit.evaluation.evaluators import Evaluator
 from erasekit.evaluation.tasks import DRAWN, PROMPT_SETS, Prompt, asked
@@ -14,6 +13,7 @@ from erasekit.places import check_place
 from erasekit.registration.plugins import Registries
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import preflight
+from erasekit.runs.room import check_room
 from erasekit.runs.rundir import path_of
 from erasekit.safety import reject_unsafe
 
@@ -28,7 +28,7 @@ def ready(plan: Plan, prompts: Sequence[Prompt], out: Path, registries: Registri
     check_place(path_of(out, plan))
     if not plan.erasure_sha256:  # else nothing is trained
         preflight(plan, images=2 * len(prompts))
-    check_disk(path_of(out, plan), images=2 * len(prompts), size=plan.protocol.size)
+    check_room([(plan, prompts)], out)
     return judges(plan, registries)  # what they lack shows now
 
 

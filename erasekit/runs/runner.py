@@ -48,8 +48,9 @@ from erasekit.runs.packages import check_packages
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import check_tracker
-from erasekit.runs.ready import ready
+from erasekit.runs.ready import evaluation_prompts, ready
 from erasekit.runs.resolve import resolve
+from erasekit.runs.room import check_room
 from erasekit.runs.rundir import open_run, write_json
 from erasekit.runs.watching import watch
 
@@ -144,6 +145,7 @@ def planned(config: RunConfig, registries: Registries, *, erasure: Path | None =
 
 def _run_each(plan: Plan, out: Path, *, registries: Registries, **how: Any) -> RunResult:
     """A run per concept, the model loaded once for all, and their mean in a directory of its own."""
+    check_room([(each, evaluation_prompts(each)) for each in plan.singles()], out)
     results = [run(p.config, out=out, registries=registries, **how) for p in plan.singles()]
     mean = mean_over_concepts(results).model_copy(update={"config_hash": plan.hash})
     if here().first:
