@@ -5,6 +5,7 @@ import torch
 
 from erasekit.attacks.tokens import read_soft
 from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.students import whole
 from erasekit.methods.trajectories import base_pool
 from erasekit_advunlearn.method import AdvUnlearn, AdvUnlearnConfig
@@ -20,7 +21,7 @@ def made(backbone):
         ctx = RunContext(backbone, (task.concept("cat"),), task)
         ctx.protocol = ctx.protocol.model_copy(update={"steps": 4})
         scope = "kv" if backbone.capabilities.family == "unet" else "text"
-        small = {"trajectories": 3, "batch": 3, "guidance": None, "scope": scope}
+        small = {"trajectories": 3, "kept_trajectories": 3, "batch": 3, "kept_batch": 4, "guidance": None, "scope": scope}
         method = AdvUnlearn(AdvUnlearnConfig(**small | settings))
         student = whole(ctx, backbone.lora_targets(scope))
         generator = torch.Generator().manual_seed(0)
@@ -46,14 +47,26 @@ def test_the_prefix_stands_before_the_prompt_and_brings_the_concept_nearer(made)
     assert errors[1] < errors[0]
     for name, own in asked.slots[row].items():
         assert own.at.tolist() == [own.lexicon.begin], name
-        plain = ctx.backbone.tokenize([_prompts(ctx)[row]])[name][0].tolist()
+        plain = ctx.backbone.tokenize([_prompts(method, ctx)[row]])[name][0].tolist()
         assert own.ids[0, own.lexicon.begin + 1 :].tolist()[:3] == plain[own.lexicon.begin :][:3]
 
 
-def _prompts(ctx):
-    from erasekit.methods.prompts import concept_pairs
+def _prompts(method, ctx):
+    pairs = concept_pairs(ctx.concepts[0], ctx.prompts("erase"))
+    return [text for text, _ in method._drawn(ctx, ctx.concepts[0].name, pairs, method.config.trajectories)[0]]
 
-    return [text for text, _ in concept_pairs(ctx.concepts[0], ctx.prompts("erase"))]
+
+def test_prompts_are_drawn_from_all_of_them(made):
+    """The first ones would be of one or two things that must stay."""
+    method, ctx, _, _ = made()
+    few, seeds = method._drawn(ctx, "", range(100), 10)
+    assert len(set(few)) == len(seeds) == 10
+    assert max(few) > 50
+    everything, seeds = method._drawn(ctx, "", range(100), 150)
+    assert sorted(everything) == list(range(100))
+    assert len(set(seeds)) == 150
+    kept = method._kept(ctx)
+    assert set(kept.row.tolist()) == set(range(len(kept.cond)))
 
 
 @pytest.mark.parametrize("plain_steps", [1, 0])
@@ -65,7 +78,7 @@ def test_the_loss_is_esds_under_the_prefix_and_the_bases_on_what_is_preserved(ma
     g = torch.Generator().manual_seed(3)  # the same draws again, in the same order
     rows = asked.pool.row.unique()
     row = int(rows[torch.randint(len(rows), (1,), generator=g)])
-    at, keep = asked.pool.sample(3, g, asked.pool.row == row), kept.sample(3, g)
+    at, keep = asked.pool.sample(3, g, asked.pool.row == row), kept.sample(4, g)
     cond = asked.cond[[row]] if plain_steps else method.attack(ctx, student, asked.slots[row], at, asked.cond[[row]], g)
     with torch.no_grad():
         empty, full = (

@@ -36,6 +36,15 @@ MEDIUM = {"safety_scale": 1000.0, "threshold": 0.01, "warmup": 0.2, "momentum_sc
 UCE = {"tokens": "last", "bare": True, "guides": [], "ridge": 0.5, "ridge_unit": "absolute", "erase_scale": 1.0}
 RECE = {"guides": [], "ridge_unit": "absolute", "adversary_ridge": 0.1, "round_ridge": 0.1, "rounds": 1, "hold": False}
 MACE = CONSTANT | {"lr": 1e-4, "steps": 50, "clip": 1.0, "weight_decay": 0.01, "init": "gaussian", "images": 8}
+SPEED = {"layers": "v", "tokens": "last", "bare": True, "threshold": 0.1, "threshold_unit": "absolute", "scale": 1.0}
+SPEED |= {"lamb": 0.0, "centres": 3, "augment": 10, "filter": True}
+GEM = {"schedule": "constant", "warmup": 0, "lr": 1e-3, "rank": 16, "eta": 1.0, "gamma": 100.0, "weight_decay": 0.01}
+GEM |= {"steps": 25, "batch": 10, "share": 0.36, "guidance": 3.0, "clip": 0.0, "init": "uniform"}
+# With a negative guidance of 2 STEREO's loops aim at f(w) - (2 - 1) (f(w) - f(0)), which is f(0); the last erasing at +1 and -3.
+STEREO = CONSTANT | {"loops": 2, "steps": 200, "eta": 0.0, "keep": 1.0, "push": 3.0, "anchor": "empty", "weight_decay": 0.01}
+STEREO |= {"word_steps": 3000, "word_lr": 5e-3, "guidance": 3.0, "clip": 0.0}
+ADVUNLEARN = CONSTANT | {"steps": 1000, "kept_batch": 5, "retain": 0.3, "eta": 1.0, "anchor": "empty", "plain_steps": 200}
+ADVUNLEARN |= {"attack_steps": 30, "attack_lr": 1e-3, "tokens": 1, "guidance": 3.0, "clip": 0.0, "weight_decay": 0.0}
 PUBLISHED = {
     ("esd", "sd"): ESD | {"lr": 5e-5, "steps": 200, "weights": "full", "variant": "auto", "guidance": 3.0, "told": None},
     ("esd", "flux"): ESD | {"lr": 1e-4, "steps": 1400, "weights": "lora", "variant": "x", "told": 1.0},
@@ -52,6 +61,14 @@ PUBLISHED = {
     ("sld", "sd"): MEDIUM,
     ("sld", "flux"): MEDIUM,
     ("negative-prompt", "flux"): {"scale": 2.0},
+    ("speed", "sd"): SPEED,
+    ("speed", "flux"): SPEED,
+    ("gem", "flux"): GEM | {"scope": "qk_dual"},
+    ("gem", "sd"): GEM | {"scope": "kv"},
+    ("stereo", "sd"): STEREO | {"lr": 2e-5, "search_lr": 5e-6, "weights": "full", "scope": "no-text"},
+    ("stereo", "flux"): STEREO | {"lr": 1e-4, "search_lr": 1e-4, "weights": "lora", "scope": "qk_dual"},
+    ("advunlearn", "sd"): ADVUNLEARN | {"lr": 1e-5, "weights": "full", "scope": "kv"},
+    ("advunlearn", "flux"): ADVUNLEARN | {"lr": 1e-4, "weights": "lora", "scope": "qk_dual"},
 }
 
 
@@ -76,7 +93,8 @@ def test_real_models_have_the_published_settings(which):
         assert {name: found[name] for name in PUBLISHED[which]} == PUBLISHED[which]
 
 
-OFFICIAL = [(m, p) for m in ("esd", "mace", "ant", "eraseanything", "uce", "rece") for p in default().methods.get(m).presets]
+ONES = ("esd", "mace", "ant", "eraseanything", "uce", "rece", "speed", "gem", "stereo", "advunlearn")
+OFFICIAL = [(m, p) for m in ONES for p in default().methods.get(m).presets]
 
 
 @pytest.mark.parametrize(("method", "preset"), OFFICIAL)
@@ -88,7 +106,7 @@ def test_a_preset_is_the_same_on_every_model_but_for_its_layers(method, preset):
     if preset != "flux":
         assert found[0] == found[1]
         assert found[2] == found[3]
-    assert found[0] == found[2] or method == "ant"
+    assert found[0] == found[2] or method in ("ant", "advunlearn")
     assert found[0].get("schedule", "constant") == "constant"
 
 

@@ -7,6 +7,7 @@ import torch
 from erasekit.erasures.deltas import to_dense
 from erasekit.methods.closedform import Pairs
 from erasekit.methods.context import RunContext
+from erasekit.methods.prompts import preserve_prompts
 from erasekit_speed.method import Speed, SpeedConfig, embedded
 from erasekit_speed.solve import affected, augmented, invariants, null_projector, speed, unconstrained
 from tests.third_party.tiny_world import Words
@@ -96,3 +97,19 @@ def test_the_empty_prompt_stays_and_concepts_go_to_their_neutral_words(wide):
             mine, goal = (embedded(wide, [p], site.reads, last=True) for p in (phrase, concept.neutralise(phrase)))
             left = (mine @ (weight + delta).T - goal @ weight.T).norm() / ((mine - goal) @ weight.T).norm()
             assert left < 0.2, f"{left:.2f} of '{phrase}' is left at {site.name}"
+
+
+def test_where_nothing_is_named_the_empty_prompts_other_positions_must_stay(wide):
+    """As in the published code; the empty prompt's first token, what concepts become there, is held by itself."""
+
+    class Alone(Words):
+        def prompts(self, which, concepts, split, limit=None):
+            return [] if which == "preserve" else super().prompts(which, concepts, split, limit)
+
+    ctx = RunContext(wide, (Alone().concept("cat").model_copy(update={"preserve": ()}),), Alone())
+    method = Speed(SpeedConfig())
+    empty = embedded(wide, [""], "tokens")
+    assert torch.equal(method.kept(ctx, "tokens", empty), empty[1:])
+    assert torch.equal(method.kept(ctx, "pooled", empty[:1]), empty[:1])
+    ctx = RunContext(wide, (Words().concept("cat"),), Words())
+    assert len(method.kept(ctx, "tokens", empty)) == len([p for p in preserve_prompts(ctx) if p])

@@ -109,3 +109,16 @@ def test_words_are_sent_to_the_neutral_words_at_every_site(wide):
         w_ND, u_ND = align(mine, goals) if site.reads == "tokens" else (mine.pooled.double(), goals.pooled.double())
         before, after = ((w_ND @ w.T - u_ND @ old.T).norm() for w in (old, new))
         assert after < 0.5 * before, site.name
+
+
+def test_trajectories_are_drawn_under_all_prompts_each_with_its_own_others(ctx):
+    method = Stereo(StereoConfig(**SMALL))
+    texts = [f"a photo of a {word}" for word in ("cat", "dog", "ship", "thing", "kitten", "red")]
+    prompts = ctx.backbone.encode(texts)
+    seen = set()
+    for k in range(6):
+        pool = method._pool(ctx, prompts, f"draw/{k}", [prompts])
+        assert len(pool.cond) == 3
+        assert torch.equal(pool.predictions[:, 1], pool.predictions[:, 2]), "a prompt met another one's row"
+        seen |= {i for i in range(6) for own in range(3) if torch.equal(pool.cond.tokens[own], prompts.tokens[i])}
+    assert len(seen) > 3, "only the first prompts are drawn"

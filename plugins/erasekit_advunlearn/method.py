@@ -23,9 +23,11 @@ from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
 
-# As ESD has them, and an attack that is short enough for a laptop. Nothing was chosen or measured for AdvUnlearn there.
-MINI = {"anchor": "neutral", "guidance": None, "batch": 8, "lr": 3e-4, "schedule": "cosine", "clip": 1.0}
-MINI |= {"steps": 200, "warmup": 10, "plain_steps": 40, "attack_steps": 4, "attack_lr": 0.1, "retain": 1.0}
+# Chosen on validation prompts, with an attack that is short enough for a laptop. On FLUX's side whole weights of the text stream
+# alone move other prompts half as far as those of all attention.
+MINI: dict[str, Any] = {"anchor": "neutral", "guidance": None, "batch": 8, "kept_batch": 8, "lr": 5e-4, "schedule": "cosine"}
+MINI |= {"clip": 1.0, "steps": 150, "warmup": 10, "plain_steps": 30, "attack_steps": 2, "attack_lr": 0.1, "retain": 3.0}
+DRAWN = {"trajectories": 200, "kept_trajectories": 1000}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
@@ -34,16 +36,15 @@ class AdvUnlearnConfig(LoraTrainingConfig):
 
     steps: int = Field(1000, ge=0, description="training steps (published: 1000)")
     lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW (published: 1e-5, of Adam)")
-    batch: int = Field(
-        1, ge=1, description="points of one prompt of the concept, and of preserved ones, in a step (published: 1 and 5)"
-    )
+    batch: int = Field(1, ge=1, description="points of one prompt of the concept in a step (published: 1)")
+    kept_batch: int = Field(5, ge=1, description="points of preserved prompts in a step (published: 5)")
     retain: float = Field(0.3, ge=0, description="weight of what is preserved (published: 0.3)")
     eta: float = Field(1.0, ge=0, description="how far the target is pushed away from the concept (published: 1)")
     anchor: Literal["empty", "neutral"] = Field(
         "empty", description="what the target starts from: the empty prompt (the paper's) or the concept's neutral words"
     )
     plain_steps: int = Field(200, ge=0, description="first steps, without an attack (published: 200)")
-    attack_steps: int = Field(30, ge=1, description="steps of the attack in a training step (published: 30, fast variant 1)")
+    attack_steps: int = Field(30, ge=1, description="steps of the attack in a training step (published: 30; the paper's fast variant 1)")
     attack_lr: float = Field(1e-3, gt=0, description="size of each, along the sign of the gradient (published: 1e-3)")
     tokens: int = Field(1, ge=1, description="tokens of the prefix (published: 1)")
     scope: str = Field("kv", description="linear layers that are trained, a scope of the backbone")
@@ -52,9 +53,8 @@ class AdvUnlearnConfig(LoraTrainingConfig):
     guidance: Annotated[float | None, OrNone] = Field(
         3.0, ge=0, description="classifier-free guidance of the trajectories trained on (published: 3); none, the protocol's"
     )
-    trajectories: int = Field(
-        24, ge=1, description="trajectories per concept, and of preserved prompts; the published code draws one for each step"
-    )
+    trajectories: int = Field(24, ge=1, description="trajectories per concept; the published code draws one for each step")
+    kept_trajectories: int = Field(64, ge=1, description="trajectories of preserved prompts; the published code: five a step")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class AdvUnlearn(Method):
 
     In each step an attack looks for vectors before a prompt under which the student predicts what the base predicts for the
     concept: min |f(x, c') - f_base(x, c)|^2 by signed gradients (Madry et al. 2018). With them before it the student is trained
-    as in ESD, to predict f_base(0) - eta (f_base(c) - f_base(0)), and on preserved prompts to predict what the base does.
+    as in ESD, to predict f_base(0) - eta (f_base(c) - f_base(0)), and on preserved prompts to predict what the base does. The
+    published code gives Adam the sum of the gradients so far in place of a sign, and draws another point for each step of the
+    attack; here the attack meets the points that the step then trains on.
 
     The paper trains the text encoder; an erasure holds weights of the denoiser, so that here those that read text are trained
     (keys and values), which the paper compares with. It has no form for flows: the equations are used as they stand.
@@ -88,11 +90,11 @@ class AdvUnlearn(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"weights": "lora", "scope": "qk_dual", "lr": 1e-4},
         "sd15-mini": MINI,
-        "flux-mini": MINI,
+        "flux-mini": MINI | {"weights": "full", "scope": "add_kv"},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "official": AdvUnlearnConfig(trajectories=200).model_dump(exclude={"scope", "weights"}),
-        "fast": {"attack_steps": 1},
+        "official": AdvUnlearnConfig(**DRAWN).model_dump(exclude={"scope", "weights"}),
+        "fast": AdvUnlearnConfig(**DRAWN, attack_steps=1).model_dump(exclude={"scope", "weights"}),
     }
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "without attacks": {"plain_steps": 1_000_000},
@@ -109,7 +111,7 @@ class AdvUnlearn(Method):
         config, trained = self.config, LORA_GB
         if config.weights == "full":
             trained = BYTES * sum(plan.backbone.linears(plan.backbone_config, config.scope).values()) / GIB
-        return Footprint(rows=2 * config.batch if config.steps else 0, trained_gb=trained)
+        return Footprint(rows=config.batch + config.kept_batch if config.steps else 0, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Draw the base's trajectories, train the student on them, and keep what it added to the weights."""
@@ -124,9 +126,10 @@ class AdvUnlearn(Method):
     def asked(self, ctx: RunContext, concept: Concept) -> Asked:
         """The prompts of a concept with points of the base."""
         backbone, config = ctx.backbone, self.config
-        prompts, neutral = (list(side) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
+        pairs, seeds = self._drawn(ctx, concept.name, concept_pairs(concept, ctx.prompts("erase")), config.trajectories)
+        prompts, neutral = (list(side) for side in zip(*pairs, strict=True))
         cond, anchor = backbone.encode(prompts), backbone.encode(neutral)
-        pool = base_pool(backbone, with_guidance(ctx, config.guidance), cond, self._seeds(ctx, concept.name), [anchor])
+        pool = base_pool(backbone, with_guidance(ctx, config.guidance), cond, seeds, [anchor])
         none, full, neutral_words = pool.predictions.unbind(1)
         goal = negative_guidance(neutral_words if config.anchor == "neutral" else none, full, none, config.eta)
         slots = [{name: compose(backbone, name, [config.tokens, text]) for name in backbone.encoders} for text in prompts]
@@ -139,7 +142,7 @@ class AdvUnlearn(Method):
         own = asked[step % len(asked)]
         rows = own.pool.row.unique()
         row = int(rows[torch.randint(len(rows), (1,), generator=g)])
-        at, keep = own.pool.sample(config.batch, g, own.pool.row == row), kept.sample(config.batch, g)
+        at, keep = own.pool.sample(config.batch, g, own.pool.row == row), kept.sample(config.kept_batch, g)
         cond = own.cond[[row]]
         if step >= config.plain_steps:
             cond = self.attack(ctx, student, own.slots[row], at, cond, g)
@@ -166,11 +169,14 @@ class AdvUnlearn(Method):
 
     def _kept(self, ctx: RunContext) -> Pool:
         """Points of the base under preserved prompts."""
-        config, cond = self.config, ctx.backbone.encode(preserve_prompts(ctx))
-        return base_pool(ctx.backbone, with_guidance(ctx, config.guidance), cond, self._seeds(ctx, ""))
+        prompts, seeds = self._drawn(ctx, "", preserve_prompts(ctx), self.config.kept_trajectories)
+        return base_pool(ctx.backbone, with_guidance(ctx, self.config.guidance), ctx.backbone.encode(prompts), seeds)
 
-    def _seeds(self, ctx: RunContext, name: str) -> list[int]:
-        return torch.randint(2**31, (self.config.trajectories,), generator=ctx.generator(f"advunlearn/{name}")).tolist()
+    def _drawn(self, ctx: RunContext, name: str, prompts: Sequence[Any], n: int) -> tuple[list[Any], list[int]]:
+        """At most `n` of the prompts, at random, and the seeds of `n` trajectories that take turns between them."""
+        generator = ctx.generator(f"advunlearn/{name}")
+        order = torch.randperm(len(prompts), generator=generator)[:n].tolist()
+        return [prompts[k] for k in order], torch.randint(2**31, (n,), generator=generator).tolist()
 
     def _student(self, ctx: RunContext) -> AbstractContextManager[Student]:
         config, layers = self.config, ctx.backbone.lora_targets(self.config.scope)

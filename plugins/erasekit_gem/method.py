@@ -19,6 +19,10 @@ from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.training import LoraTrainingConfig, Losses, train
 from erasekit.methods.trajectories import at_scale, predict_each, steer
 
+# Chosen on validation prompts. With an eta of 1 the loss is zero half-way between concept and anchor already. A higher rank or a
+# rate that does not fall moves everything else further: nothing holds it.
+MINI: dict[str, Any] = {"steps": 100, "lr": 2e-3, "rank": 4, "eta": 0.25, "schedule": "cosine", "warmup": 10}
+
 
 class GemConfig(LoraTrainingConfig):
     """Settings of GEM; the defaults are those of the published code for FLUX.1."""
@@ -32,6 +36,7 @@ class GemConfig(LoraTrainingConfig):
     rank: int = Field(16, ge=1, description="rank of the LoRA (published: 16)")
     scope: str = Field("qk_dual", description="linear layers that carry a LoRA, a scope of the backbone (published: qk_dual)")
     eta: float = Field(1.0, ge=0, description="how strongly the concept repels (published: 1)")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW (published: 0.01)")
     gamma: float = Field(100.0, gt=0, description="weight of the loss (published: 100)")
     share: float = Field(
         0.36, gt=0, le=1, description="share of the sampler's steps that are trained, from the first (published: 10 of 28)"
@@ -46,11 +51,18 @@ class Gem(Method):
     A prompt of the concept is followed by the student as it stands. At the points of its first steps the loss is
     gamma/n sum relu(|f(x, c_w) - T(x, c_u)| - eta |f(x, c_w) - T(x, c_w)|), with f the student and T the base: zero where the
     student is nearer to the neutral prompt than to the concept. Nothing else is preserved: the anchor does it.
+
+    The published code has one LoRA for all concepts, with a dropout of 0.1, and takes each point after the step whose time it
+    tells the model, eleven of a trajectory. Here each concept has its own, without dropout, and a point its own time.
     """
 
     name = "gem"
     Config = GemConfig
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"unet": {"scope": "kv"}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "unet": {"scope": "kv"},
+        "sd15-mini": MINI,
+        "flux-mini": MINI | {"steps": 60},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": GemConfig().model_dump(exclude={"scope"})}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {"without repulsion": {"eta": 0.0}, "all steps": {"share": 1.0}}
     config: GemConfig

@@ -20,6 +20,10 @@ from erasekit_speed.solve import affected, augmented, invariants, null_projector
 
 VALUES = {"v": "to_v", "k": "to_k", "kv": ""}  # what the name of an edited layer holds
 
+# Chosen on validation prompts. A concept's end token and pads carry it too. What stays in the mini world does not fill its narrow
+# embeddings, as with the published many concepts: what a filter leaves out lies in the null space of the rest, and moves.
+MINI: dict[str, Any] = {"layers": "kv", "tokens": "all", "bare": False, "filter": False, "threshold_unit": "relative"}
+
 
 class SpeedConfig(MethodConfig):
     """Settings of SPEED.
@@ -58,10 +62,9 @@ class Speed(Method):
 
     name = "speed"
     Config = SpeedConfig
-    # On the mini models a concept's end token and pads carry it too; chosen on validation prompts.
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        name: {"layers": "kv", "tokens": "all", "bare": False, "threshold": 1e-2, "threshold_unit": "relative"}
-        for name in ("sd15-mini", "flux-mini")
+        "sd15-mini": MINI | {"threshold": 1e-4},
+        "flux-mini": MINI | {"threshold": 3e-2},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": SpeedConfig(guides=("",)).model_dump()}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -83,9 +86,8 @@ class Speed(Method):
         """Solve for every edited layer by itself: what is filtered and how it is augmented depend on its weight."""
         config, backbone, weights = self.config, ctx.backbone, site_weights(ctx.backbone)
         embeddings = site_embeddings(ctx, tokens=config.tokens, guides=config.guides, bare=config.bare)
-        prompts = [prompt for prompt in preserve_prompts(ctx) if prompt] or [""]
-        kept = {reads: embedded(backbone, prompts, reads, last=config.tokens == "last") for reads in embeddings}
         empty = {reads: embedded(backbone, [""], reads) for reads in embeddings}
+        kept = {reads: self.kept(ctx, reads, rows_MD) for reads, rows_MD in empty.items()}
         deltas: dict[str, Deltas] = {concept.name: {} for concept in ctx.concepts}
         sites = [site for site in backbone.text_sites() if VALUES[config.layers] in site.name] or backbone.text_sites()
         for site in sites:
@@ -94,6 +96,13 @@ class Speed(Method):
             for own, delta in zip(deltas.values(), layer_deltas(edits, weight), strict=True):
                 own[site.name] = LowRank(delta.up.cpu(), delta.down.cpu())
         return self.erasure(ctx, deltas={name: {"edit": own} for name, own in deltas.items()})
+
+    def kept(self, ctx: RunContext, reads: str, empty_MD: torch.Tensor) -> torch.Tensor:
+        """What must stay (n, width); where nothing is named, the empty prompt but for its first token, as in published code."""
+        prompts = [prompt for prompt in preserve_prompts(ctx) if prompt]
+        if prompts:
+            return embedded(ctx.backbone, prompts, reads, last=self.config.tokens == "last")
+        return empty_MD[1:] if len(empty_MD) > 1 else empty_MD
 
     def solve(
         self,
