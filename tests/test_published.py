@@ -40,7 +40,7 @@ SPEED = {"layers": "v", "tokens": "last", "bare": True, "threshold": 0.1, "thres
 SPEED |= {"lamb": 0.0, "centres": 3, "augment": 10, "filter": True}
 GEM = {"schedule": "constant", "warmup": 0, "lr": 1e-3, "rank": 16, "eta": 1.0, "gamma": 100.0, "weight_decay": 0.01}
 GEM |= {"steps": 25, "batch": 10, "share": 0.36, "guidance": 3.0, "clip": 0.0, "init": "uniform"}
-# With a negative guidance of 2 STEREO's loops aim at f(w) - (2 - 1) (f(w) - f(0)), which is f(0); the last erasing at +1 and -3.
+# At a negative guidance of 2 STEREO's loops aim at f(w) - (2 - 1) (f(w) - f(0)), which is f(0); the last erasing at +1 and -3.
 STEREO = CONSTANT | {"loops": 2, "steps": 200, "eta": 0.0, "keep": 1.0, "push": 3.0, "anchor": "empty", "weight_decay": 0.01}
 STEREO |= {"word_steps": 3000, "word_lr": 5e-3, "guidance": 3.0, "clip": 0.0}
 ADVUNLEARN = CONSTANT | {"steps": 1000, "kept_batch": 5, "retain": 0.3, "eta": 1.0, "anchor": "empty", "plain_steps": 200}

@@ -23,8 +23,8 @@ from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
 
-# Chosen on validation prompts, with an attack that is short enough for a laptop. On FLUX's side whole weights of the text stream
-# alone move other prompts half as far as those of all attention.
+# Chosen on validation prompts, with an attack that is short enough for a laptop. On flux-mini the text stream's keys and values,
+# trained whole, move other prompts half as far as all of attention does.
 MINI: dict[str, Any] = {"anchor": "neutral", "guidance": None, "batch": 8, "kept_batch": 8, "lr": 5e-4, "schedule": "cosine"}
 MINI |= {"clip": 1.0, "steps": 150, "warmup": 10, "plain_steps": 30, "attack_steps": 2, "attack_lr": 0.1, "retain": 3.0}
 DRAWN = {"trajectories": 200, "kept_trajectories": 1000}
@@ -44,7 +44,9 @@ class AdvUnlearnConfig(LoraTrainingConfig):
         "empty", description="what the target starts from: the empty prompt (the paper's) or the concept's neutral words"
     )
     plain_steps: int = Field(200, ge=0, description="first steps, without an attack (published: 200)")
-    attack_steps: int = Field(30, ge=1, description="steps of the attack in a training step (published: 30; the paper's fast variant 1)")
+    attack_steps: int = Field(
+        30, ge=1, description="steps of the attack in a training step (published: 30; the paper's fast variant 1)"
+    )
     attack_lr: float = Field(1e-3, gt=0, description="size of each, along the sign of the gradient (published: 1e-3)")
     tokens: int = Field(1, ge=1, description="tokens of the prefix (published: 1)")
     scope: str = Field("kv", description="linear layers that are trained, a scope of the backbone")
