@@ -23,8 +23,8 @@ from erasekit.methods.students import Student, lora, whole
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, with_guidance
 
-# Chosen on validation prompts, with an attack that is short enough for a laptop. On flux-mini the text stream's keys and values,
-# trained whole, move other prompts half as far as all of attention does.
+# Chosen on validation prompts, with an attack that is short enough for a laptop. On flux-mini the text stream's keys and
+# values, trained whole, move other prompts half as far as all of attention does.
 MINI: dict[str, Any] = {"anchor": "neutral", "guidance": None, "batch": 8, "kept_batch": 8, "lr": 5e-4, "schedule": "cosine"}
 MINI |= {"clip": 1.0, "steps": 150, "warmup": 10, "plain_steps": 30, "attack_steps": 2, "attack_lr": 0.1, "retain": 3.0}
 DRAWN = {"trajectories": 200, "kept_trajectories": 1000}

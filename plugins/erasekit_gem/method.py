@@ -19,8 +19,8 @@ from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.training import LoraTrainingConfig, Losses, train
 from erasekit.methods.trajectories import at_scale, predict_each, steer
 
-# Chosen on validation prompts. With an eta of 1 the loss is zero half-way between concept and anchor already. A higher rank at a
-# rate that does not fall moves everything else further: nothing holds it.
+# Chosen on validation prompts. With an eta of 1 the loss is zero half-way between concept and anchor already. A higher rank
+# at a rate that does not fall moves everything else further: nothing holds it.
 MINI: dict[str, Any] = {"steps": 100, "lr": 2e-3, "rank": 4, "eta": 0.25, "schedule": "cosine", "warmup": 10}
 
 

@@ -20,8 +20,8 @@ from erasekit_speed.solve import affected, augmented, invariants, null_projector
 
 VALUES = {"v": "to_v", "k": "to_k", "kv": ""}  # what the name of an edited layer holds
 
-# Chosen on validation prompts. A concept's end token and pads carry it too. Without the filter, as published for many concepts: what
-# it leaves out lies partly in the null space of the rest, and moves.
+# Chosen on validation prompts. A concept's end token and pads carry it too. Without the filter, as published for many
+# concepts: what it leaves out lies partly in the null space of the rest, and moves.
 MINI: dict[str, Any] = {"layers": "kv", "tokens": "all", "bare": False, "filter": False, "threshold_unit": "relative"}
 
 
