@@ -27,7 +27,7 @@ from erasekit.methods.trajectories import Pool, base_pool, negative_guidance, wi
 # values, trained whole, move other prompts half as far as all of attention does.
 MINI: dict[str, Any] = {"anchor": "neutral", "guidance": None, "batch": 8, "kept_batch": 8, "lr": 5e-4, "schedule": "cosine"}
 MINI |= {"clip": 1.0, "steps": 150, "warmup": 10, "plain_steps": 30, "attack_steps": 2, "attack_lr": 0.1, "retain": 3.0}
-DRAWN = {"trajectories": 200, "kept_trajectories": 1000}
+DRAWN: dict[str, Any] = {"trajectories": 200, "kept_trajectories": 1000}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
