@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from erasekit.atomic import LONGEST
@@ -21,6 +22,8 @@ def check_place(path: Path) -> None:
     def refused(why: str) -> UsageError:
         return UsageError(f"Cannot write to '{path}': {why}. Choose another place with --out.")
 
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # not C:/, which is a disk of Windows
+        raise refused("it is a URL, and runs need a folder with locks and renames; copy it there afterwards")
     if "\0" in str(path):
         raise refused("the name holds a null byte")
     try:

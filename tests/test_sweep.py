@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,9 @@ def test_only_some_cells_are_worked_on_and_shown(suite, counts, tmp_path, capsys
     command(file, **how, only=["concept=cat", "seed=1"])
     assert counts()[0] == [("cat", 1)]
     assert [cell for cell in cells() if cell[2] == "finished"] == [("cat", 1, "finished")]
+    how["out"] = shutil.copytree(out, tmp_path / "copied")  # as from a bucket
+    command(file, **how, only=["concept=cat"])
+    assert counts()[:2] == ([("cat", 0)], DRAWN)  # the unedited model's images came along
 
 
 def test_a_report_of_a_sweep_that_was_stopped_shows_what_there_is_and_begins_nothing(suite, counts, tmp_path, capsys):

@@ -48,7 +48,7 @@ def refused(code, lines, expected, *, of=""):
 # --- the command line
 
 LONG = "x" * 5000
-PLACES = ["/dev/null/x", "/proc/x", "x" * 300, "a/" * 3000, "there.txt", "there.txt/x", "loop/x"]
+PLACES = ["/dev/null/x", "/proc/x", "x" * 300, "a/" * 3000, "there.txt", "there.txt/x", "loop/x", "s3://bucket/x", "memory://x"]
 WORDS = {
     "no command": ["nope"],
     "no flag": ["run", "--nope"],

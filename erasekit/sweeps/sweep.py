@@ -12,6 +12,7 @@ from filelock import Timeout
 
 from erasekit.atomic import lock_of
 from erasekit.errors import ErasekitError, UsageError
+from erasekit.places import check_place
 from erasekit.registration.plugins import Registries
 from erasekit.runs.config import settings_of
 from erasekit.runs.resolve import resolve
@@ -93,6 +94,7 @@ def sweep(
     how = how or How()
     launcher = registries.launchers.get(how.launcher)
     settings = settings_of(launcher.Config, how.settings, "launcher.")
+    check_place(out)
     cells = chosen(cells_of(suite, registries, out), how.only)
     if launcher.elsewhere:
         check_gpus(cells, registries)
