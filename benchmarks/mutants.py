@@ -311,7 +311,7 @@ def tests_of(modules: list[str], folder: Path, workers: int) -> dict[str, Any]:
 
 
 def meeting(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
-    """The tests that run the mutant's line, the quickest first; all that run the module for what stands in no function."""
+    """The tests that run the mutant's line, the quickest first; all of them for what stands in no function."""
     quick = {t: row for t, row in tests.items() if row["took"] <= LONGEST}
     tree = ast.parse((ROOT / mutant.module).read_text())
     spans = [(n.lineno, n.end_lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and hasattr(n, "lineno")]
@@ -320,8 +320,8 @@ def meeting(mutant: Mutant, tests: dict[str, Any]) -> list[str]:
     lines = range(first, last + 1)
     outside = not any(isinstance(n, ast.FunctionDef) and n.name == mutant.inside.split(".")[-1] for n in ast.walk(tree))
     met = [t for t, row in quick.items() if any(line in lines for line in row["lines"])]
-    if outside or not met:  # what is run when the module is imported: a constant, a default
-        met = [t for t, row in quick.items() if row["lines"]]
+    if outside or not met:  # what is run when the module is imported: a constant, a default, a decorator
+        met = list(quick)
     return sorted(met, key=lambda t: quick[t]["took"])
 
 
