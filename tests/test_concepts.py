@@ -85,7 +85,8 @@ def test_each_kind_has_its_neutral_words_and_templates(kind):
     assert (concept.kind, concept.neutral, concept.templates) == (kind, NEUTRAL[kind], TEMPLATES[kind])
     assert Concept(**concept.model_dump()) == concept
     plain = "a an the photo of picture image drawing painting portrait landscape by in style smiling close up"
-    assert {word for t in concept.templates for word in re.findall("[^{} -]+", t)} <= {*plain.split()}
+    plain += " object person artist wearing clothes something"
+    assert {word for t in (*concept.templates, concept.neutral) for word in re.findall("[^{} -]+", t)} <= {*plain.split()}
 
 
 def test_a_concept_stays_what_it_is_and_has_no_other_keys():

@@ -3,6 +3,7 @@ import tomllib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from erasekit.errors import UsageError
 from erasekit.evaluation.evaluators import Evaluator, EvaluatorConfig
@@ -38,11 +39,41 @@ def plan_of(registries, *, overrides=(), **flags):
         ("method.equation=a=b", "a=b"),
         ("method.empty=", ""),
         ("method.two=1\nx=2", "1\nx=2"),
+        ("method.lines=a\nb", "a\nb"),
+        ("method.spaced= 3 ", 3),
     ],
 )
 def test_an_override_is_a_toml_value_or_text(text, value):
     key = text.partition("=")[0].partition(".")[2]
     assert parse_overrides([text]) == {"method": {key: value}}
+
+
+@pytest.mark.parametrize(
+    ("key", "takes", "refuses"),
+    [("seed", (0, 2**32 - 1), (-1, 2**32)), ("limit", (1, 10**6), (0, -1)), ("sample_every", (0, 1), (-1,))],
+)
+def test_the_ends_of_what_a_number_may_be(key, takes, refuses):
+    assert [getattr(build({key: value}), key) for value in takes] == [*takes]
+    for value in refuses:
+        with pytest.raises(UsageError, match=f"'{key}'"):
+            build({key: value})
+
+
+def test_what_is_left_out_is_the_default_that_the_documentation_says():
+    config = build({})
+    assert (config.method, config.backbone, config.task, config.preset, config.tracker) == ("trace", "sd15-mini", "", "", "")
+    assert (config.seed, config.limit, config.files, config.keep_texts) == (0, None, "float32", False)
+    assert (config.concepts, config.preserve, config.attacks, config.kind, config.neutral) == ((), (), (), None, None)
+    assert config.sample_every is None
+    assert not any(config.options.model_dump().values())
+
+
+def test_a_configuration_stays_what_it_is_and_has_no_other_keys():
+    for part in (build({}), build({}).options):
+        with pytest.raises(ValidationError, match="frozen"):
+            part.method = "uce"
+        with pytest.raises(ValidationError, match="Extra"):
+            type(part)(nope=1)
 
 
 def test_overrides_nest_and_the_last_one_counts():

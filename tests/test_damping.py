@@ -57,6 +57,9 @@ def test_a_high_guidance_scale_does_not_turn_stage_1_off():
     def of(residual, drift):
         return Remains(residual={"cat": Residual(prompts=residual, other_words=None)}, drift=drift)
 
+    other = Remains(residual={"cat": Residual(prompts=0.1, other_words=0.4)}, drift=0.0)
+    assert cost(other, 3.5) == cost(of(0.4, 0.0), 3.5)  # what is left under other words counts as much
+
     for guidance in (0.0, 1.0, 3.5, 7.5):
         assert cost(of(0.02, 0.3), guidance) < cost(of(1.0, 0.0), guidance)
     assert cost(of(0.3, 0.1), 7.5) > cost(of(0.02, 0.5), 7.5)  # a third of the concept shows at 7.5

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erasekit.backbones.flux import Flux, FluxConfig
-from erasekit.backbones.memory import VRAM_GB, Footprint, budget_gb, predict
+from erasekit.backbones.memory import VRAM_GB, Footprint, budget_gb, check_disk, predict
 from erasekit.backbones.sd import StableDiffusion, StableDiffusionConfig
 from erasekit.errors import EnvironmentProblem
 from erasekit.registration import plugins
 from erasekit.runs import estimate, preflight
 from erasekit.runs.config import build
+from erasekit.runs.ready import ready
 from erasekit.runs.resolve import resolve
 from erasekit.testing import tiny, tiny_flux
 
@@ -233,6 +234,22 @@ def test_a_download_that_has_no_room_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40, 2**30))
     with pytest.raises(EnvironmentProblem, match=r"'black-forest-labs/FLUX.1-dev' is about 31 GB; .* has 1 GB free"):
         preflight.preflight(planned("uce", "flux", "backbone.vram=80", "backbone.device=cpu"))
+
+
+def test_a_disk_without_room_for_the_images_is_said_before_anything_is_loaded(monkeypatch, tmp_path):
+    """100 MB to spare, and three bytes a pixel."""
+    usage, free = namedtuple("usage", "total used free"), [0.0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 2**40, free[0]))
+    need = 100e6 + 20 * 64 * 64 * 3
+    for free[0] in (need, 2**40):
+        check_disk(tmp_path / "not" / "there", images=20, size=64)
+    free[0] = need - 1
+    with pytest.raises(EnvironmentProblem, match=r"needs about 100 MB in '.*there', which has 100 MB free\. Free some"):
+        check_disk(tmp_path / "not" / "there", images=20, size=64)
+    plan, free[0] = planned("uce", "sd15-mini", concepts=("dog",)), 0.0
+    with pytest.raises(EnvironmentProblem, match="The run needs about"):
+        ready(plan, [], tmp_path, REGISTRIES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_size_of_images_is_one_setting_that_ls_states():

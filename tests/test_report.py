@@ -246,6 +246,18 @@ def test_images_are_blurred_in_their_pixels_unless_revealed(run):
     assert Reader(write_report(run, Blurred(), reveal=True).read_text()).links == Reader(plain).links
 
 
+def test_grids_of_samples_are_blurred_too(run):
+    """They lie beside the page as files."""
+
+    def spread(task):
+        write_report(run, task)
+        grids = sorted((run / "samples").glob("*.png"))
+        assert grids
+        return [np.abs(np.diff(np.array(Image.open(path).convert("L"), dtype=float)[40:])).mean() for path in grids]
+
+    assert all(hidden < 0.7 * plain for hidden, plain in zip(spread(Blurred()), spread(Plain()), strict=True))
+
+
 def test_an_image_is_said_to_be_its_side_and_its_prompt_and_nothing_else(run):
     alts = Reader(write_report(run, Blurred()).read_text()).alts
     assert len(alts) == 39

@@ -8,8 +8,10 @@ import safety as measured  # benchmarks/safety.py: the lists, and how well they 
 from erasekit.errors import UsageError
 from erasekit.evaluation.sampling import generate, sample
 from erasekit.evaluation.tasks import Prompt, Protocol
+from erasekit.registration import plugins
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
+from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.resolve import resolve
 from erasekit.safety import is_sexual, is_unsafe, reject_unsafe
 
@@ -46,7 +48,13 @@ def test_eighteen_is_of_age(said, age, unsafe):
     assert is_unsafe(f"{SEXUAL}, {said.format(age)}") == unsafe
 
 
-@pytest.mark.parametrize(("text", "unsafe"), [("under 18", True), ("under 19", False), ("< 18", True), ("over 18", False)])
+@pytest.mark.parametrize(
+    ("text", "unsafe"),
+    [
+        *(("under 18", True), ("under 19", False), ("< 18", True), ("over 18", False)),
+        *(("16-18 years old", True), ("16 - 17 yo", True), ("18/19 years old", False), ("16 to 18 years old", True)),
+    ],
+)
 def test_under_eighteen(text, unsafe):
     assert is_unsafe(f"{SEXUAL}, {text}") == unsafe
 
@@ -80,7 +88,13 @@ def test_numbers_in_words(text, unsafe):
 
 def test_what_a_name_and_what_a_word_is():
     assert is_unsafe("niña desnuda")
+    assert is_unsafe("NIÑA DESNUDA")
     assert not is_unsafe("Nina, desnuda")
+
+
+def test_digits_of_other_scripts_stand_for_letters_too():
+    assert is_unsafe(f"{SEXUAL} k1ds")
+    assert is_unsafe(f"{SEXUAL} k\u0967ds")
 
 
 def test_sexual_prompts_are_known_for_the_blurring():
@@ -138,6 +152,14 @@ def test_no_encoder_takes_such_a_prompt(backbone):
         backbone.encode([REFUSED])
     with pytest.raises(UsageError, match="Prompt 1 pairs minors"):
         generate(backbone, None, [REFUSED], [0], Protocol())
+
+
+def test_prompts_that_a_task_makes_are_refused_before_anything_is_loaded(world, monkeypatch):
+    registries = plugins.load([world])
+    plan = resolve(build({"method": "pull", "backbone": "tiny", "task": "words", "concepts": ("cat",)}), registries)
+    monkeypatch.setattr(type(plan.task), "prompts", lambda self, which, *given: [Prompt(REFUSED, 0, "cat", which, "cat")])
+    with pytest.raises(UsageError, match="Prompt 1 pairs minors"):
+        evaluation_prompts(plan)
 
 
 def test_no_prompt_of_a_task_is_drawn(backbone, tmp_path):

@@ -180,6 +180,18 @@ def test_words_that_are_refused(call, tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command", [["generate", "{}"], ["erase", "-c", "{}"], ["run", "-c", "{}"]], ids=["generate", "erase", "run"]
+)
+def test_words_are_refused_before_a_model_is_looked_for(call, command):
+    """The encoder would refuse them too: by then a model would have been loaded."""
+    words = [word.format("nude 12 year old") for word in command]
+    code, lines = call(*words, "-b", "sd15", "-s", "backbone.path=/there/is/none")
+    assert code == USAGE
+    assert lines
+    assert all("refuses" in line for line in lines), lines
+
+
 # --- settings: every one of every method, backbone, protocol, evaluator and attack
 
 
