@@ -299,12 +299,78 @@ def test_rows_say_which_of_several_concepts_they_ask_for(task, tmp_path):
         ({"prompt": "a", "seed": "x"}, "'f.csv', row 1: 'seed' is no number, given 'x'"),
         ({"prompt": "a", "width": "500"}, "'f.csv', row 1: 'width' has to be a multiple of 8, given 500"),
         ({"prompt": "a", "seed": "-1"}, "'f.csv', row 1: 'seed' may not be negative, given -1"),
+        ({"prompt": "a", "seed": "1.5"}, "'f.csv', row 1: 'seed' has to be a whole number, given '1.5'"),
+        ({"prompt": "a", "seed": "1E+09"}, "'f.csv', row 1: 'seed' has to be a whole number, given '1E+09'"),
+        ({"prompt": "a", "seed": "99999999999999999999"}, "'f.csv', row 1: 'seed' may be at most 9223372036854775807"),
+        ({"prompt": "a", "guidance": "nan"}, "'f.csv', row 1: 'guidance' may be at most 1000, given nan"),
+        ({"prompt": "a", "guidance": "inf"}, "'f.csv', row 1: 'guidance' may be at most 1000, given inf"),
+        ({"prompt": "a", "height": "80000"}, "'f.csv', row 1: 'height' may be at most 8192, given 80000"),
+        ({"prompt": "a", "height": "0"}, "'f.csv', row 1: 'height' has to be a multiple of 8, given 0"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, row, message):
     path = tmp_path / "f.csv"
     with pytest.raises(UsageError, match=re.escape(message)):
         read_rows(from_csv(type(path)(write(path, [row]))), path.name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffPrompt,Evaluation_Seed , guidance\r\na red thing,1.0,7.5\r\n,,\r\n",
+        "prompt;evaluation_seed;evaluation_guidance\na red thing;1;7,5\n",
+        "sep=;\r\nprompt;seed;guidance\r\na red thing;1;7.5\r\n",
+        "case_number\tprompt\tseed\tguidance\n0\ta red thing\t1\t7.5\n",
+        '"prompt","seed","guidance"\n"a red thing","1","7.5"\n\n',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_table_may_come_from_any_program(tmp_path, content, encoding):
+    path = tmp_path / "f.csv"
+    path.write_bytes(content.encode(encoding))
+    assert read_rows(from_csv(path), path.name).rows == [{"text": "a red thing", "seed": 1, "guidance": 7.5}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt\na dog, running\n", "row 1: 2 values for 1 columns. Put a prompt that has a ',' in double quotes"),
+        ("prompt;seed\na dog; running;1\n", "row 1: 3 values for 2 columns. Put a prompt that has a ';' in double quotes"),
+        ("prompt,seed,prompt\na,1,b\n", "'f.csv' has the column 'prompt' twice"),
+        ("prompt,seed\n", "'f.csv' has no rows"),
+        ("", "'f.csv' has no rows"),
+        ("un café\n".encode("latin-1"), "Give a CSV file in UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_a_line(tmp_path, content, message):
+    path = tmp_path / "f.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_rows(from_csv(path), path.name)
+
+
+def test_short_rows_and_line_breaks_in_prompts_are_fine(tmp_path):
+    (tmp_path / "f.csv").write_text('prompt,seed,guidance\na thing\n"two\nlines",2\n')
+    rows = read_rows(from_csv(tmp_path / "f.csv"), "f.csv").rows
+    assert rows == [{"text": "a thing"}, {"text": "two\nlines", "seed": 2}]
+
+
+def test_ten_thousand_rows_are_read_and_odd_ones_are_noted(task, tmp_path):
+    rows = [{"prompt": f"thing {i}", "seed": i} for i in range(10_000)] + [{"prompt": "thing 3", "seed": 3}] * 2
+    found = task(sets={"erase": {"csv": write(tmp_path / "a.csv", [*rows, {"prompt": " ", "seed": 7}])}})
+    assert len(texts(found, "erase", "evaluation")) == 10_003
+    empty, repeated = found.notes()
+    assert empty == "1 prompts of 'erase' are empty."
+    assert repeated.startswith("2 rows of 'erase' repeat a prompt with its seed")
+    assert task(sets={"erase": {"csv": write(tmp_path / "b.csv", [{"prompt": "x"}] * 2)}}).notes() == ()
+
+
+def test_concepts_in_a_table_are_found_whatever_their_case_and_missing_ones_are_named(task, tmp_path):
+    rows = [{"prompt": "x", "concept": "Cat"}, {"prompt": "y", "concept": "horse"}]
+    found = task(sets={"erase": {"csv": write(tmp_path / "a.csv", rows)}})
+    assert texts(found, "erase", "evaluation", "cat") == ["x"]
+    with pytest.raises(UsageError, match=r"No prompt of 'erase' asks for dog: its column 'concept' has Cat, horse"):
+        texts(found, "erase", "evaluation", "dog")
 
 
 def test_wrong_conditions_are_named():

@@ -72,6 +72,10 @@ class Declared(Task):
         for which, found in self._rows.items():
             if found.left_out:
                 lines.append(f"{found.left_out} prompts of '{which}' pair minors with sexual terms and were left out.")
+            if found.empty:
+                lines.append(f"{found.empty} prompts of '{which}' are empty.")
+            if found.repeated:
+                lines.append(f"{found.repeated} rows of '{which}' repeat a prompt with its seed: its image counts again.")
             meant = self._keys.sets[which].sha256
             if meant and not found.sha256.startswith(meant):
                 lines.append(f"The prompts of '{which}' are not the declared list ({found.sha256[:8]}, declared {meant[:8]}).")
@@ -209,18 +213,23 @@ class Declared(Task):
         rows = self._rows_of(which, spec).rows
         asks = which in ("erase", "synonyms", "pairs")
         names = [c.name for c in concepts]
+        both = [f"{a}+{b}" for a, b in itertools.permutations(names, 2)] if which == "pairs" else []
+        spoken = {name.lower(): name for name in (*names, *both)}
         if asks and len(names) > 1 and not all("concept" in row for row in rows):
             raise UsageError(
                 f"The prompts of '{which}' do not say which concept they ask for. Erase one concept, or add a column 'concept'."
             )
         first, found = 1_000_000 * SPLITS.index("evaluation") + seed_offset(which), []
         for k, row in enumerate(rows):
-            concept = row.get("concept", names[0]) if asks else ""
-            if asks and concept not in names:
+            concept = (spoken.get(row["concept"].lower(), "") if "concept" in row else names[0]) if asks else ""
+            if asks and not concept:
                 continue
             label = row.get("label") or (self._label(concept) if asks else "")
             drawn = {key: row[key] for key in ("guidance", "width", "height") if key in row}
             found.append(Prompt(row["text"], row.get("seed", first + k), label, which, concept, **drawn))
+        if rows and not found:
+            others = ", ".join(dict.fromkeys(row["concept"] for row in rows[:20]))
+            raise UsageError(f"No prompt of '{which}' asks for {' or '.join(names)}: its column 'concept' has {others}.")
         return _limited(found, limit, asks)
 
     def _rows_of(self, which: str, spec: SetSpec) -> PromptRows:

@@ -209,7 +209,9 @@ class Content:
         merged: dict[str, Any] = merge({key: value for key, value in values.items() if key not in whole}, plain)
         for name, given in _table(plain.get("sets")).items():
             if isinstance(given, dict) and any(given.get(key) for key in SOURCES):  # a new source, so no more the old one
-                gone = set(SOURCES) - given.keys()
+                before = _table(_table(values.get("sets")).get(name))
+                counted = {"n"} if not any(before.get(key) for key in SOURCES) else set()  # how many were made from templates
+                gone = {*SOURCES, *counted} - given.keys()
                 merged["sets"] = merged["sets"] | {name: {k: v for k, v in merged["sets"][name].items() if k not in gone}}
         return merged
 
