@@ -97,8 +97,17 @@ def images(work: Path) -> dict[str, int]:
     return {"runs": len(runs), "images_of_runs": len(had), "different": len(different), "drawn": drawn}
 
 
+def table(found: dict[str, Any]) -> str:
+    """The measurement in Markdown."""
+    lines = [f"| {found['cells']} runs by | CPU, s | wall, s |", "|---|---|---|"]
+    lines += [f"| {way} | {own['cpu_s']:.0f} | {own['wall_s']:.0f} |" for way, own in found["ways"].items()]
+    base = found["base_images"]
+    told = f"{base['runs']} runs have {base['images_of_runs']} images of the unedited model, {base['different']} different ones"
+    return "\n".join([*lines, "", f"{told}; {base['drawn']} were drawn."])
+
+
 def main() -> None:
-    """Measure what is not measured yet."""
+    """Measure, write, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", type=Path, default=SUITES / "smoke.toml")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
@@ -115,6 +124,7 @@ def main() -> None:
             print(way, found["ways"][way], file=sys.stderr)
         found |= {"cells": len(known or ()), "base_images": images(work)}
     write(found, given.out)
+    sys.stdout.write(table(found) + "\n")
 
 
 if __name__ == "__main__":
