@@ -43,12 +43,16 @@ def cells(suite: Path, out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def configs(suite: Path, out: Path) -> None:
+    """A config file for each run of a suite, as a shell loop would have them."""
+    out.mkdir()
+    for number, cell in enumerate(cells(suite, out)):
+        (out / f"{number:02}.toml").write_text(to_toml(build(cell["config"])))
+
+
 def loop(suite: Path, out: Path) -> None:
     """The runs of a suite, one after the other, a process each."""
-    for number, cell in enumerate(cells(suite, out)):
-        file = out / f"{number}.toml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_toml(build(cell["config"])))
+    for file in sorted(out.glob("*.toml")):
         erasekit("run", "--config", file, "--out", out)
 
 
@@ -79,6 +83,7 @@ def seconds() -> float:
 def measured(way: str, suite: Path, work: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Seconds of one way through a suite, and the numbers that came of it."""
     out = work / way.replace(" ", "-").replace(",", "")
+    configs(suite, out)
     cpu, wall = seconds(), time.monotonic()
     WAYS[way](suite, out)
     found = {"cpu_s": round(seconds() - cpu, 1), "wall_s": round(time.monotonic() - wall, 1)}
