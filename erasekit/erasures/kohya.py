@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from erasekit.atomic import replacing
-from erasekit.erasures.deltas import LowRank
+from erasekit.erasures.deltas import LowRank, distance
 from erasekit.erasures.exporting import Exported, Exporter, Order
 from erasekit.erasures.tensors import rounded
 from erasekit.errors import UsageError
@@ -90,19 +90,33 @@ class Kohya(Exporter):
         Raises:
             UsageError: a layer has no name there.
         """
-        low, rounding = rounded(order.deltas, order.dtype or torch.float32)
-        layers = named(low, order.erasure.prefix)
+        layers = named(rounded(order.deltas, torch.float32)[0], order.erasure.prefix)
+        low, alpha, rounding = with_one_alpha(layers, order.dtype or torch.float32)
         tensors: dict[str, torch.Tensor] = {}
-        for name, delta in layers.items():
-            alpha = torch.tensor(float(delta.rank))  # not in the file's type: bfloat16 has no odd numbers above 256
-            tensors |= {f"{name}.alpha": alpha, f"{name}.lora_down.weight": delta.down, f"{name}.lora_up.weight": delta.up}
+        for name, delta in low.items():
+            own = torch.tensor(float(alpha))  # not in the file's type: bfloat16 has no odd numbers above 256
+            tensors |= {f"{name}.alpha": own, f"{name}.lora_down.weight": delta.down, f"{name}.lora_up.weight": delta.up}
         out = order.out
         with replacing(out) as temporary:
-            temporary.write_bytes(stamped(tensors, metadata(order, out.stem, {d.rank for d in layers.values()})))
+            temporary.write_bytes(stamped(tensors, metadata(order, out.stem, {d.rank for d in low.values()})))
         where = "models/loras (ComfyUI) or models/Lora (A1111, Forge)"
         return Exported(
             out, order.costs(rounding), f"Copy {out.name} to {where}. Strength 1 is the erasure as it was measured."
         )
+
+
+def with_one_alpha(layers: Mapping[str, LowRank], dtype: torch.dtype) -> tuple[dict[str, LowRank], int, float]:
+    """Factors in a type for alpha / rank * up @ down, with one alpha for all layers, whatever their ranks are.
+
+    Where alphas differ, diffusers (0.39) loads kohya's attention layers with the commonest one.
+
+    Returns:
+        The factors; alpha, the largest rank; and what the type costs.
+    """
+    alpha = max(delta.rank for delta in layers.values())
+    low, _ = rounded({name: LowRank(d.up * (d.rank / alpha), d.down) for name, d in layers.items()}, dtype)
+    meant = {name: LowRank(d.up.double() * (alpha / d.rank), d.down.double()) for name, d in low.items()}
+    return low, alpha, 0.0 if dtype == torch.float32 else distance(meant, layers)
 
 
 def named(deltas: Mapping[str, LowRank], prefix: str) -> dict[str, LowRank]:
@@ -181,7 +195,7 @@ def metadata(order: Order, name: str, ranks: set[int]) -> dict[str, str]:
         **({} if flux else {f"{SPEC}prediction_type": "epsilon"}),
         "ss_network_module": "networks.lora_flux" if flux else "networks.lora",
         "ss_network_dim": rank,
-        "ss_network_alpha": rank,
+        "ss_network_alpha": str(max(ranks)),
         "ss_base_model_version": "flux1" if flux else "sd_v1",
         "ss_v2": "False",
         "ss_sd_model_name": record["base"]["repo"],
