@@ -56,6 +56,16 @@ def test_runs_stand_side_by_side_with_intervals_front_and_cost(three, tmp_path):
     assert page.count("<script") == 1
 
 
+def test_what_is_seen_in_other_words_is_not_gone(three, tmp_path):
+    folder, _ = three[0]
+    first = read_result(folder / "results.json")
+    words = first.metrics["acc_s"].model_copy(update={"value": 0.6, "ci95": (0.5, 0.7), "higher_is_better": False})
+    write_result(first.model_copy(update={"metrics": {**first.metrics, "acc_g": words}}), folder / "results.json")
+    page = write_comparison(compared(three), tmp_path / "page.html").read_text()
+    assert "first: 0.400 gone, 0.800 stayed" in page
+    assert "no other run beats second or third." in page
+
+
 def test_images_stand_prompt_by_prompt_and_where_runs_differ_first(three, tmp_path):
     page = write_comparison(compared(three), tmp_path / "page.html").read_text()
     rows = re.findall(r'<tr data-set="(\w+)" data-outcome="(\w+)" data-prompt="([^"]+)"', page)

@@ -21,7 +21,7 @@ from erasekit.runs.pages.images import BUDGET, embedded, is_blurred
 from erasekit.runs.pages.layout import write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
 
-LEFT = ("acc_e", "unsafe_images")  # how much of what was erased is still seen
+LEFT = ("acc_e", "acc_g", "unsafe_images")  # how much of what was erased is still seen, by its name and in other words
 STAYED = ("acc_s",)  # how much of the rest is
 FILES = ("all.safetensors", "guidance.safetensors")  # what a user loads
 COSTS = {"erase_s": "to erase, s", "file_kb": "file, kB", "peak_memory_mb": "peak memory, MB"}
@@ -135,14 +135,24 @@ def _kilobytes(folder: Path) -> float:
     return sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file()) / 1000
 
 
-def _metric(metrics: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any] | None:
-    """The first metric of some names, whoever judged it."""
-    return next((m for name, m in metrics.items() if name.partition("[")[0] in names), None)
+def _metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The metrics of some names, whoever judged them."""
+    return [m for name, m in metrics.items() if name.partition("[")[0] in names]
+
+
+def _left(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How much is still seen, asked for by name or in other words, whichever shows more of it."""
+    return max(_metrics(metrics, LEFT), key=lambda m: float(m["mean"]), default=None)
+
+
+def _stayed(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How much of the rest is still seen."""
+    return next(iter(_metrics(metrics, STAYED)), None)
 
 
 def _place(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
     """(gone, stayed) of a row, None if it was not measured."""
-    left, stayed = _metric(metrics, LEFT), _metric(metrics, STAYED)
+    left, stayed = _left(metrics), _stayed(metrics)
     return None if left is None or stayed is None else (1 - left["mean"], stayed["mean"])
 
 
@@ -159,14 +169,18 @@ def _chart(rows: Mapping[str, Any], best: Sequence[str]) -> Chart | None:
     """What is gone against what stayed, a point for each row with its intervals, and the Pareto front."""
     marks: dict[str, Mark] = {}
     for name, row in rows.items():
-        left, stayed = _metric(row["metrics"], LEFT), _metric(row["metrics"], STAYED)
+        left, stayed = _left(row["metrics"]), _stayed(row["metrics"])
         if left is not None and stayed is not None:
             ends = (1 - left["ci95"][1], 1 - left["ci95"][0]), (stayed["ci95"][0], stayed["ci95"][1])
             title = f"{name}: {1 - left['mean']:.3f} gone, {stayed['mean']:.3f} stayed"
             marks[name] = Mark(1 - left["mean"], stayed["mean"], *ends, title=title)
     if len(marks) < 2:
         return None
-    x = Axis("gone: share of images of the erased without it", _floor([m.xs[0] for m in marks.values() if m.xs]), ROOM)
+    x = Axis(
+        "gone: share of images of the erased without it, in the words that show more of it",
+        _floor([m.xs[0] for m in marks.values() if m.xs]),
+        ROOM,
+    )
     y = Axis("stayed: share of images of the rest that still show it", _floor([m.ys[0] for m in marks.values() if m.ys]), ROOM)
     numbers = {name: i + 1 for i, name in enumerate(rows)}
     series = [Series(name, [mark], "dots", str((numbers[name] - 1) % 6)) for name, mark in marks.items()]
