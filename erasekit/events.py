@@ -197,13 +197,23 @@ class Dispatcher:
         self.manager = manager
         self.run = run
         self.listener = listener
+        self._failed: set[str] = set()  # plugins of which it has been said
 
     def __call__(self, event: Event) -> None:
-        """Tell everybody. An error in a plugin's hook is logged: a tracker that is down must not cost a run."""
+        """Tell everybody. A plugin that fails costs neither the run nor the others an event, and is named once."""
         self.run.log(event)
         if self.listener is not None:
             self.listener(event)
-        try:
-            self.manager.hook.on_event(event=event, run=self.run)
-        except Exception:
-            logging.getLogger("erasekit").warning("A plugin failed in on_event(%s).", type(event).__name__, exc_info=True)
+        given = {"event": event, "run": self.run}
+        for hook in reversed(self.manager.hook.on_event.get_hookimpls()):
+            try:
+                hook.function(*(given[name] for name in hook.argnames))
+            except Exception:
+                self._say_once(hook.plugin_name, event)
+
+    def _say_once(self, plugin: str, event: Event) -> None:
+        """Log the error that is being handled, if it is the first one of a plugin."""
+        if plugin not in self._failed:
+            self._failed.add(plugin)
+            line = "The plugin '%s' failed in on_event(%s). The run goes on, and further errors of it are not shown."
+            logging.getLogger("erasekit").warning(line, plugin, type(event).__name__, exc_info=True)

@@ -2,12 +2,14 @@ import importlib.metadata
 import inspect
 import sys
 import textwrap
+from typing import ClassVar
 
 import pytest
 
 from erasekit.errors import UsageError
 from erasekit.events import Dispatcher, StageStarted
 from erasekit.registration import hookspecs, plugins
+from erasekit.registration.hookspecs import hookimpl
 from erasekit.registration.registry import BrokenPlugin
 from tests.conftest import THIRD_PARTY
 
@@ -163,6 +165,29 @@ def test_a_failing_event_hook_costs_nothing(write, caplog):
     assert heard == [event, event]
     assert sys.modules["my_plugin"].seen == [("StageStarted", run)]
     assert "tracker is down" in caplog.text
+
+
+def test_a_failing_event_hook_is_named_once_and_the_others_hear_all(write, caplog):
+    class Quiet:
+        seen: ClassVar[list[str]] = []
+
+        @hookimpl(trylast=True)
+        def on_event(self, event):
+            self.seen.append(type(event).__name__)
+
+    path = write("""
+        @hookimpl
+        def on_event(event, run):
+            raise OSError("tracker is down")
+    """)
+    registries = plugins.load([path])
+    registries.manager.register(Quiet(), "quiet")
+    tell = Dispatcher(registries.manager, type("Log", (), {"log": lambda self, event: None})(), None)
+    for stage in ("load", "erase", "sample"):
+        tell(StageStarted(stage))
+    assert Quiet.seen == ["StageStarted"] * 3
+    (said,) = (record.getMessage() for record in caplog.records if "'my_plugin'" in record.getMessage())
+    assert "failed in on_event(StageStarted)" in said
 
 
 def test_a_plugin_that_breaks_on_commands_is_marked(write):

@@ -7,6 +7,7 @@ from erasekit.concepts import EMPTY_PROMPT, NEUTRAL, Concept
 from erasekit.errors import UsageError
 from erasekit.evaluation.free import Free
 from erasekit.evaluation.tasks import Prompt
+from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import concept_pairs, neutral_of
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
@@ -102,3 +103,11 @@ def test_pairs_of_many_concepts_grow_with_their_number():
     assert _ring(3) == [(0, 1), (0, 2), (1, 2)]
     assert len(_ring(50)) == 50
     assert all(sum(i in pair for pair in _ring(50)) == 2 for i in range(50))
+
+
+def test_no_method_is_handed_the_prompts_that_are_measured_on():
+    ctx = RunContext(None, (CAT,), Free())
+    for split in ("train", "validation"):
+        assert isinstance(ctx.prompts("erase", split), list)
+    with pytest.raises(ValueError, match="Evaluation prompts are for measuring only"):
+        ctx.prompts("erase", "evaluation")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,22 @@ def test_another_method_shares_the_base_images(finished, registries, configured)
     before = {f: f.stat().st_mtime_ns for f in (out / "cache" / "base").rglob("*.png")}
     run(configured(method="direction"), out=out, registries=registries)
     assert {f: f.stat().st_mtime_ns for f in (out / "cache" / "base").rglob("*.png")} == before
+
+
+def test_images_that_are_deleted_in_the_middle_are_drawn_again(finished, registries, configured, tmp_path):
+    result, *_ = finished
+    path, deleted = path_of(tmp_path, resolve(configured(), registries)), []
+
+    def delete(event):
+        if getattr(event, "stage", "") == "evaluate":
+            for folder in (path / "images" / "base", path / "images" / "erased", tmp_path / "cache" / "base"):
+                deleted.extend(folder.rglob("*.png"))
+                shutil.rmtree(folder)
+
+    again = run(configured(), out=tmp_path, registries=registries, listener=delete)
+    assert len(deleted) == 15
+    assert again.metrics == result.metrics
+    assert sum(file.is_file() for file in (path / "images").rglob("*.png")) == 10
 
 
 def test_an_erasure_can_be_measured_by_itself(finished, registries, configured):

@@ -452,6 +452,15 @@ def test_manifests(call, world, honest, tmp_path, key):
             assert all(torch.equal(want[name].up @ want[name].down, got[name].up @ got[name].down) for name in want)
 
 
+@pytest.mark.parametrize("setting", ["method.steps=1", "method.rank=2", "method.nope=1"])
+def test_settings_of_the_method_are_those_that_an_erasure_was_made_with(call, world, honest, tmp_path, setting):
+    """Measured with others, its record would say what it was not made with."""
+    code, lines = call("evaluate", honest, "-t", "words", "-s", setting, "--plugin", world)
+    refused(code, lines, (USAGE,))
+    assert "keeps the settings that it was made with" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
 # --- folders of runs
 
 RESULTS = (

@@ -88,4 +88,4 @@ def register_commands(app: typer.Typer) -> None:
 
 @hookspec
 def on_event(event: Event, run: Run) -> None:
-    """Hear what happens in a run (see `erasekit.events`). An error here is logged and never ends the run."""
+    """Hear what happens in a run (see `erasekit.events`). An error here is logged once and never ends the run."""
