@@ -6,10 +6,12 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from erasekit.backbones.alignment import align
 from erasekit.backbones.protocol import Backbone, guided
+from erasekit.backbones.sdxl import StableDiffusionXL
 from erasekit.erasures.deltas import to_dense
 from erasekit.erasures.loading import load_into
 from erasekit.methods.context import RunContext
 from erasekit.registration import plugins
+from erasekit.runs.compute import compute, context
 from erasekit.runs.config import build
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
@@ -17,6 +19,8 @@ from erasekit.runs.runner import run
 from erasekit.testing import tiny_xl
 from erasekit_uce.method import Uce, UceConfig
 from tests.conftest import THIRD_PARTY
+from tests.test_bf16 import FLOOR, RELATIVE
+from tests.test_rows import ROWS, SHORT, SMALL, TIGHT, watched
 from tests.third_party.tiny_world import Words
 
 PROMPTS = ["a photo of a cat", "a dog by vint"]
@@ -119,3 +123,31 @@ def test_a_run_from_a_folder_to_its_report(folder, tmp_path, method):
     usual = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
     base, now = (p("a photo of a cat", generator=generators(1), **usual).images for p in (pipe, erased))
     assert not torch.allclose(base, now, rtol=0, atol=1e-6), "the erasure changes nothing"
+
+
+@pytest.mark.parametrize("method", ["uce", "trace", "advunlearn"])
+def test_no_call_has_more_rows_than_the_preset_and_bf16_agrees(folder, monkeypatch, method):
+    """As `test_rows` and `test_bf16` have it of the other two families."""
+    registries = plugins.load([THIRD_PARTY / "tiny_world.py", THIRD_PARTY / "natural_words.py"])
+    monkeypatch.setattr(StableDiffusionXL, "holding", dict.fromkeys(StableDiffusionXL.holding, SMALL))
+    monkeypatch.setattr(StableDiffusionXL, "_share_of", lambda self, x: 1.0)
+    monkeypatch.setattr(StableDiffusionXL, "activations", classmethod(lambda cls, size: TIGHT))
+    flags = {"method": method, "backbone": "sdxl", "task": "words", "concepts": ("cat", "dog")}
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        held = [f"backbone.path={folder}", "backbone.device=cpu", f"backbone.dtype={dtype}", "backbone.vram=8"]
+        eta = ["method.eta=1.0"] if method == "trace" else []
+        settings = [*held, *eta, "protocol.size=16", "protocol.steps=3", *SHORT.get(method, [])]
+        plan = resolve(build(flags, overrides=settings), registries)
+        backbone = plan.backbone.load(plan.backbone_config)
+        backbone.expect(
+            lambda plan=plan, loaded=backbone: plan.method(plan.method_config).texts(context(plan, loaded, registries))
+        )
+        seen, logged = watched(backbone.denoiser), []
+        erasure = compute(plan, backbone, registries, log=lambda step, total, values, to=logged: to.append(dict(values)))
+        assert max(seen[False], default=0) <= ROWS
+        assert max(seen[True], default=0) <= plan.method(plan.method_config).footprint(plan).rows
+        assert all(torch.isfinite(to_dense(delta)).all() for delta in erasure.total().values())
+        losses[dtype] = logged
+    for fine, coarse in zip(*losses.values(), strict=True):
+        assert coarse == {name: pytest.approx(value, rel=RELATIVE, abs=FLOOR) for name, value in fine.items()}
