@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import T5Config, T5EncoderModel
 
 import record
 from erasekit.backbones.protocol import Conditioning, Site, concatenate
@@ -32,11 +32,17 @@ from erasekit.evaluation.free import Free
 from erasekit.methods import closedform
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
-from gpu import bench
+from gpu import models
 
 WIDTH = 768
 OUTPUTS = (320,) * 10 + (640,) * 10 + (1280,) * 12  # keys and values of the 16 cross-attentions
 MORE = {"sd15": 170, "flux": 0}  # captions that are preserved too, so that SD1.5 has some hundred prompts
+
+
+def small_t5() -> T5EncoderModel:
+    """One narrow layer between embeddings as wide as T5-XXL's."""
+    narrow = {"d_ff": 64, "num_layers": 1, "num_heads": 1, "is_encoder_decoder": False, "use_cache": False}
+    return T5EncoderModel(T5Config(**models.T5_XXL | narrow)).eval()
 
 
 class Shapes:
@@ -44,15 +50,13 @@ class Shapes:
 
     name, prefix, revision, device = "shapes", "denoiser", "", torch.device("cpu")
 
-    def __init__(self, size: str, folder: Path) -> None:
-        """Of one size, random; tokenizers are written to `folder`."""
+    def __init__(self, size: str) -> None:
+        """Of one size, random."""
         self.source, self.encoded = size, dict[str, Conditioning]()
         torch.manual_seed(0)
-        _, self.words = bench.clip(folder / "clip", WIDTH)
-        ids = {f"{k}_token_id": getattr(self.words, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        layers = {"num_hidden_layers": 12 if size == "sd15" else 1, "num_attention_heads": 12, "intermediate_size": 3072}
-        self.clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(self.words), hidden_size=WIDTH, **layers, **ids)).eval()
-        self.t5, self.pieces = (None, None) if size == "sd15" else bench.t5(4096)
+        self.clip, self.words = models.clip(tiny=False)
+        self.clip.eval()
+        self.t5, self.pieces = (None, None) if size == "sd15" else (small_t5(), models.t5(tiny=True)[1])
         shapes = {f"kv.{i}": (out, WIDTH) for i, out in enumerate(OUTPUTS)}
         if size == "flux":
             shapes = {"context_embedder": (3072, 4096), "pooled": (3072, WIDTH)}
@@ -105,7 +109,7 @@ def erase(size: str) -> dict[str, Any]:
     Many.more = MORE[size]
     method = default().methods.get("uce")
     with tempfile.TemporaryDirectory() as name:
-        backbone: Any = Shapes(size, Path(name))
+        backbone: Any = Shapes(size)
         ctx = RunContext(backbone, (task.concept("a cat"),), task)
         if size == "flux":  # T5 is not counted
             _encode_all(ctx)
