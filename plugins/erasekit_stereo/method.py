@@ -29,10 +29,11 @@ NO_TEXT = "no-text"
 TEXT = {"unet": "cross", "dit": "all_attn"}  # the scope of the layers that read text
 # Chosen on validation prompts. Nothing is preserved, so that what is trained decides how far the rest moves: keys and values of
 # text less than all of cross-attention (sd15-mini) or of attention (flux-mini). All words take turns in the last erasing: with
-# two learned ones a third of its steps was left for the concept's own, and half of the concept.
-MINI: dict[str, Any] = {"scope": "kv", "guidance": None, "batch": 8, "steps": 200, "lr": 5e-4, "search_lr": 5e-4}
-MINI |= {"schedule": "cosine", "warmup": 10, "clip": 1.0, "anchor": "neutral", "keep": 0.0, "push": 0.3}
+# two learned ones a third of 150 steps was left for the concept's own, and half of the concept.
+MINI: dict[str, Any] = {"scope": "kv", "guidance": None, "batch": 8, "steps": 300, "lr": 5e-4, "search_lr": 5e-4}
+MINI |= {"schedule": "cosine", "warmup": 10, "clip": 1.0, "anchor": "neutral", "keep": 0.0, "push": 1.0}
 MINI |= {"loops": 1, "images": 16, "word_steps": 100, "word_lr": 2e-2}
+MINI_FLUX = {"weights": "full", "scope": "add_kv", "steps": 150, "lr": 2e-4, "search_lr": 2e-4, "push": 0.3}
 BYTES = 4 + 4 + 8 + 2  # for each weight that is trained whole: itself, gradient and moments in fp32, and once in bf16
 
 
@@ -110,7 +111,7 @@ class Stereo(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"weights": "lora", "scope": "qk_dual", "lr": 1e-4, "search_lr": 1e-4},
         "sd15-mini": MINI,
-        "flux-mini": MINI | {"weights": "full", "scope": "add_kv"},
+        "flux-mini": MINI | MINI_FLUX,
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": StereoConfig(trajectories=200).model_dump()}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {"without words": {"loops": 0}}
