@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 import socket
+import sys
 
 import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
+from erasekit.cli import main
 from erasekit.methods.context import RunContext
 from erasekit.methods.training import TrainingConfig, train
 from erasekit.processes import Processes, here
 from erasekit.registration import plugins
-from erasekit.runs.config import build
+from erasekit.runs.config import build, to_toml
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
 from erasekit.runs.runner import run
@@ -109,7 +111,17 @@ def test_two_processes_go_on_with_a_run_that_has_its_erasure(registries, configu
     for file in (*(tmp_path / "cache" / "erased").glob("*/*.png"), path / "results.json"):
         file.unlink()
     counts.unlink()
-    both(lambda: run(config, out=tmp_path, registries=registries))
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    plugged = [word for plugin in FILES for word in ("--plugin", str(plugin))]
+
+    def command():
+        with (tmp_path / f"said-{here().index}").open("w") as sys.stdout:
+            assert main(["run", "--config", str(file), "--out", str(tmp_path), "--json", *plugged]) == 0
+
+    both(command)
+    assert (tmp_path / "said-1").read_text() == ""
+    assert json.loads((tmp_path / "said-0").read_text())["config_hash"] == path.name
     assert not [line for line in lines_of(counts) if "erased" in line]
     assert hashes(path) == before
     assert json.loads((path / "results.json").read_text())["metrics"] == result.model_dump(mode="json")["metrics"]
