@@ -27,6 +27,7 @@ from erasekit.evaluation.intervals import wilson
 from erasekit.registration.plugins import default
 
 ROWS = {name: ["--method", name] for name in ("uce", "trace", "esd", "stereo", "advunlearn")}
+ROWS["trace robust"] = ["--method", "trace", "--preset", "robust"]
 SEARCHES = ("unlearndiff", "p4d-k", "seeds")
 INVERSION, LENGTHS = "concept-inversion", (25, 50, 100, 200)
 STEPS = 10  # of a search, before each image

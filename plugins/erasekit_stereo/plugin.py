@@ -18,11 +18,17 @@ def register_methods(register: Register) -> None:
 
 @hookimpl
 def register_components(register: RegisterComponent) -> None:
-    """Register the words as a stage for other methods."""
+    """Register the stages for other methods."""
     register(
         "robustify",
         "words",
         "erasekit_stereo.harden:robustify",
         summary="words are learned that bring the concept back, and edited in closed form",
         paper="arXiv:2408.16807",
+    )
+    register(
+        "robustify",
+        "blind",
+        "erasekit_stereo.blind:robustify",
+        summary="the denoiser is trained not to finish images of the concept, whatever the words",
     )

@@ -55,6 +55,8 @@ class Trace(Method):
         **{name: {"trajectories": 8, "clean_trajectories": 24} for name in ("flux", "flux-schnell")},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Against learned words too: see docs/attacks.md.
+        "robust": {"robustify": ("blind",)},
         # Sections 4.1 to 4.3. Where the paper leaves a choice, docs/explanation.md says which one this is.
         "paper": {
             "refine": "eq1",
