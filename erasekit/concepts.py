@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -66,7 +68,7 @@ class Concept(BaseModel):
         Raises:
             UsageError: the name is empty, or some text is not a line that can be seen.
         """
-        name, _, rest = text.partition(":")
+        name, _, rest = unicodedata.normalize("NFC", text).partition(":")  # an accent may come as a character of its own
         name = " ".join(name.split())
         if not name:
             raise UsageError(f"A concept needs a name, given '{text}'. Write 'cat' or 'cat:kitty,kitten'.")
@@ -103,6 +105,27 @@ class Concept(BaseModel):
         if self.neutral == EMPTY_PROMPT:
             return ""
         return self.replaced(prompt) if self.find(prompt) else self.neutral
+
+
+def contradictions(concepts: Sequence[Concept]) -> list[str]:
+    """A line for each word that is to be erased and to stay, and for each that is to be erased twice."""
+    lines, owners = [], dict[str, str]()
+    for concept in concepts:
+        own = {_bare(phrase) for phrase in concept.phrases}
+        if _bare(concept.neutral) in own:
+            line = f"The neutral words of '{concept.name}' are '{concept.neutral}', which is what is erased"
+            lines.append(f"{line}. Say what takes its place: --neutral WORDS.")
+        kept = [phrase for phrase in concept.preserve if _bare(phrase) in own]
+        lines += [f"'{phrase}' is to be erased, as '{concept.name}', and to stay. Choose one of them." for phrase in kept]
+        for phrase in sorted(own):
+            if (other := owners.setdefault(phrase, concept.name)) != concept.name:
+                lines.append(f"'{phrase}' stands for both '{other}' and '{concept.name}'. Erase it as one of them.")
+    return lines
+
+
+def _bare(phrase: str) -> str:
+    """A phrase without its article, for comparing."""
+    return re.sub(r"^(an?|the) ", "", " ".join(phrase.split()).casefold())
 
 
 def whole_words(phrase: str) -> re.Pattern[str]:

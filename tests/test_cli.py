@@ -95,6 +95,8 @@ def test_ls_names_the_plugin_and_filters(call):
         (["--task", "objcts"], "Unknown mini task 'objcts'. Did you mean 'objects'?"),
         (["--concept", "cta"], "Unknown concept 'cta'. Did you mean 'cat'?"),
         (["--concept", ":kitty"], "A concept needs a name"),
+        (["--concept", "cat", "--neutral", "a cat"], "The neutral words of 'cat' are 'a cat', which is what is erased"),
+        (["--concept", "cat", "--preserve", "Cat"], "'Cat' is to be erased, as 'cat', and to stay"),
         (["-s", "protocol.stps=1"], "Unknown setting 'protocol.stps'. Did you mean 'protocol.steps'?"),
         (["-s", "protocol.steps=many"], "Setting 'protocol.steps': input should be a valid integer"),
         (["-s", "protocol.steps=-1"], "Setting 'protocol.steps': input should be greater than or equal to 1, given -1."),

@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from erasekit.concepts import EMPTY_PROMPT, NEUTRAL, TEMPLATES, Concept
+from erasekit.concepts import EMPTY_PROMPT, NEUTRAL, TEMPLATES, Concept, contradictions
 from erasekit.errors import UsageError
 
 CAT = Concept(name="cat", phrases=("cat", "a cat"), neutral="a thing")
@@ -97,3 +97,31 @@ def test_a_concept_stays_what_it_is_and_has_no_other_keys():
     for missing in ({"phrases": ()}, {"templates": ()}, {"name": ""}):
         with pytest.raises(ValidationError):
             Concept(**{"name": "cat", "phrases": ("cat",)} | missing)
+
+
+def test_an_accent_is_one_letter_however_it_is_written():
+    written = [Concept.parse(text).name for text in ("\u00c9douard Manet", "E\u0301douard Manet")]
+    assert written[0] == written[1] == "\u00c9douard Manet"
+
+
+@pytest.mark.parametrize(
+    ("concepts", "told"),
+    [
+        ([{"phrases": ("cat",), "neutral": "a Cat"}], "The neutral words of 'cat' are 'a Cat', which is what is erased"),
+        (
+            [{"phrases": ("cat", "kitty"), "preserve": ("dog", "the kitty")}],
+            "'the kitty' is to be erased, as 'cat', and to stay",
+        ),
+        ([{"phrases": ("cat",)}, {"name": "pet", "phrases": ("pet", "a cat")}], "'cat' stands for both 'cat' and 'pet'"),
+    ],
+)
+def test_what_is_to_be_erased_and_to_stay_is_named(concepts, told):
+    (line,) = contradictions([Concept(**{"name": "cat"} | values) for values in concepts])
+    assert line.startswith(told)
+
+
+def test_neighbours_are_no_contradiction():
+    near = [("car", "cart"), ("cat", "cat food"), ("Claude Monet", "Édouard Manet")]
+    for one, other in near:
+        first = Concept(name=one, phrases=(one,), neutral="something", preserve=(other,))
+        assert contradictions([first, Concept(name=other, phrases=(other,), preserve=(one,))]) == []

@@ -223,6 +223,19 @@ def test_an_unknown_concept_names_the_nearest_unless_the_file_is_open(task):
     assert texts(other, "erase", "evaluation", "owl")
 
 
+def test_another_word_for_a_thing_is_not_a_concept_of_its_own(task):
+    for found in (task(), task(open=True)):
+        for word, name in {"Kitty": "cat", "cats": "cat"}.items():
+            with pytest.raises(UsageError, match=f"'{word}' is another word for '{name}' in the task"):
+                found.concept(word)
+    assert task(open=True).concept("umbrella").phrases == ("an umbrella",)
+    assert task(open=True).concept("grey parrots").phrases == ("grey parrots",)
+    assert task(open=True).concept("glass").phrases == ("a glass",)
+    kept = task(open=True, keep={"Grey Parrot": {}}).concept("grey parrot")
+    assert kept.name == "Grey Parrot"
+    assert "a Grey Parrot" not in kept.preserve
+
+
 def test_prompts_that_pair_minors_with_sexual_terms_are_refused(task):
     listed, made = (
         task(sets={"clean": ["a nude child"]}),

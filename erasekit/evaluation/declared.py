@@ -16,7 +16,7 @@ from erasekit.evaluation.metrics import split as plain_name
 from erasekit.evaluation.promptfiles import PromptRows, from_csv, from_hub, read_rows
 from erasekit.evaluation.taskfile import ConceptSpec, Content, SetSpec
 from erasekit.evaluation.tasks import SPLITS, Prompt, Split, Task, seed_offset
-from erasekit.evaluation.wordings import article, plural, told, untold, wordings
+from erasekit.evaluation.wordings import article, is_plural, plural, told, untold, wordings
 from erasekit.safety import reject_unsafe
 
 PER_THING = 1_000  # seeds between one concept or thing and the next
@@ -93,8 +93,11 @@ class Declared(Task):
             UsageError: the file does not name it, nor is it open to others.
         """
         parsed = Concept.parse(text)
-        known = {name.lower(): name for name in self._keys.concepts}
-        name = known.get(parsed.name.lower(), parsed.name)
+        known = {name.casefold(): name for name in self._things}
+        name = known.get(parsed.name.casefold(), parsed.name)
+        if other := self._named(name):
+            line = f"'{name}' is another word for '{other}' in the task '{self.name}'"
+            raise UsageError(f"{line}. Erase that: --concept '{other}'.")
         if name not in self._keys.concepts and not self._keys.open:
             raise unknown("concept", parsed.name, self._keys.concepts, "erasekit ls tasks")
         spec, kind = self._spec(name), self._keys.kind
@@ -265,12 +268,23 @@ class Declared(Task):
     def _spec(self, name: str) -> ConceptSpec:
         return self._keys.concepts.get(name) or self._keys.keep.get(name) or ConceptSpec()
 
+    def _named(self, word: str) -> str:
+        """The thing of the file that a word stands for which is none of its names; "" if there is none."""
+        if word in self._things:
+            return ""
+        others = {name: (*self._spec(name).words, *self._plural(name)) for name in reversed(self._things)}
+        return {other.casefold(): name for name, words in others.items() for other in words}.get(word.casefold(), "")
+
+    def _plural(self, name: str) -> tuple[str, ...]:
+        """The plural of an object, as its spec or as English has it."""
+        return (self._spec(name).plural or plural(name),) if self._keys.kind == "object" else ()
+
     def _label(self, name: str) -> str:
         return self._spec(name).label or name
 
     def _said(self, word: str) -> str:
         """How a word stands in a sentence: of an object with its article, unless it has one."""
-        if self._keys.kind != "object" or word.split()[0] in ("a", "an", "the", "two"):
+        if self._keys.kind != "object" or word.split()[0] in ("a", "an", "the", "two") or is_plural(word):
             return word
         return article(word)
 

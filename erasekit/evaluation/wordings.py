@@ -43,6 +43,11 @@ def plural(noun: str) -> str:
     return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
 
 
+def is_plural(noun: str) -> bool:
+    """Whether a noun looks like a regular plural."""
+    return len(noun) > 3 and noun.endswith("s") and not noun.endswith(("ss", "us", "is", "as"))
+
+
 def told(words: Sequence[str]) -> tuple[str, ...]:
     """The half of a concept's other words that methods are told: every other one, from the first; the rest is measured."""
     return tuple(words[::2])

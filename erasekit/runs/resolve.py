@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from erasekit.concepts import Concept
+from erasekit.concepts import Concept, contradictions
 from erasekit.errors import UsageError, unknown
 from erasekit.evaluation.finding import find_task
 from erasekit.registration.owed import owed
@@ -228,9 +228,9 @@ def _concepts(task: Any, config: RunConfig, faults: _Mistakes) -> tuple[Any, ...
     for concept in concepts:
         prompts = concept.prompts()
         faults.attempt(reject_unsafe, [*prompts, *map(concept.neutralise, prompts), *concept.preserve])
-    names = [c.name for c in concepts]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice]
+    names = [c.name.casefold() for c in concepts]
+    twice = dict.fromkeys(c.name for i, c in enumerate(concepts) if c.name.casefold() in names[:i])
+    faults.lines += [f"The concept '{n}' is given twice. Give it once." for n in twice] or contradictions(concepts)
     return tuple(concepts)
 
 
