@@ -78,7 +78,8 @@ def machine() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0.0
-    return {"device": torch.cuda.get_device_name() if gpu else "cpu", "gb": round(memory, 2), "versions": versions}
+    device = torch.cuda.get_device_name() if gpu else "cpu"
+    return {"device": device, "gb": round(memory, 2), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def environment(work: Path) -> dict[str, str]:
