@@ -49,11 +49,12 @@ def small_t5() -> T5EncoderModel:
 class Shapes:
     """As much of a backbone as a closed form meets: text encoders, and the layers that read text."""
 
-    name, prefix, revision, device = "shapes", "denoiser", "", torch.device("cpu")
+    name, revision, device = "shapes", "", torch.device("cpu")
 
     def __init__(self, size: str) -> None:
         """Of one size, random."""
         self.source, self.encoded = size, dict[str, Conditioning]()
+        self.prefix = "unet" if size == "sd15" else "transformer"
         torch.manual_seed(0)
         self.clip, self.words = models.clip(tiny=False)
         self.clip.eval()
