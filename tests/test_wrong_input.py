@@ -107,6 +107,8 @@ WORDS = {
     "generate sampler of flux": ["generate", "a cat", "-b", "flux-mini", "-s", "protocol.sampler=ddim"],
     "generate odd size": ["generate", "a cat", "-s", "protocol.size=65"],
     "generate no size": ["generate", "a cat", "-s", "protocol.size=0"],
+    "generate bytes that are no text": ["generate", "a cat", "a \udcff dog"],
+    "new of a long name": ["new", "method", "x" * 300],
     "generate refused words": ["generate", "a nude 12 year old"],
     "strength of words": ["generate", "a cat", "-e", "nope", "--strength", "lots"],
     "strength without bound": ["generate", "a cat", "-e", "nope", "--strength", "inf"],
@@ -190,6 +192,14 @@ def test_words_are_refused_before_a_model_is_looked_for(call, command):
     assert code == USAGE
     assert lines
     assert all("refuses" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("command", [["run", "-c", "cat"], ["erase", "-c", "cat"], ["generate", "a cat"], ["merge", "a", "b"]])
+def test_a_name_that_is_too_long_is_wrong_usage(call, tmp_path, command):
+    code, lines = call(*command, "--out", "x" * 300)
+    refused(code, lines, (USAGE,))
+    assert "bytes. Choose another place with --out." in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- settings: every one of every method, backbone, protocol, evaluator and attack

@@ -89,11 +89,11 @@ def _check_out(out: Path, *, force: bool) -> None:
     from erasekit.erasures.contents import check_replaceable
     from erasekit.runs.workplace import place_of
 
+    for place in (out, place_of(out)):
+        check_place(place)
     sweep_beside(out)
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
-    for place in (out, place_of(out)):
-        check_place(place)
     check_replaceable(out)
 
 

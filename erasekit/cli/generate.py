@@ -51,6 +51,7 @@ def command(
     """
     if seed + n - 1 > LARGEST_SEED:
         raise UsageError(f"Seeds go up to {LARGEST_SEED}, given {seed} for the first of {n}.")
+    _check_prompts(prompts)
     registries = options.registries(plugin)
     drawing = _drawing(backbone, erasure, concept, parse(strength or ()), options.chosen(settings, vram), registries)
     every = [(prompt, seed + i) for prompt in prompts for i in range(n)]
@@ -102,6 +103,15 @@ def _drawing(
     config = settings_of(kind.Config, chosen.get("backbone", {}), "backbone.")
     check_drawing(kind, protocol)
     return Drawing(kind, config, protocol, erasure, manifest.get("erasure_sha256", ""), concepts, strength)
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    """See that every prompt is text: the shell hands on any bytes, and no tokenizer takes them."""
+    for i, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"Prompt {i + 1} is no UTF-8, given '{prompt:.80}'. Give it in the terminal's encoding.") from None
 
 
 def _keys(every: list[tuple[str, int]], drawing: Drawing) -> list[str]:

@@ -37,6 +37,7 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Put erasures of one base together, and measure what they do to one another."""
+    check_place(out)
     sweep_beside(out)
     if out.exists() and not force:
         raise UsageError(f"'{out}' exists. Give another folder with --out, or --force to replace it.")
@@ -46,7 +47,6 @@ def command(
     from erasekit.runs.interference import interference
     from erasekit.runs.together import merge
 
-    check_place(out)
     check_replaceable(out)
     registries, backbone = options.registries(plugin), options.chosen(settings, None).get("backbone", {})
     with listener() as told, heard(told):

@@ -12,6 +12,7 @@ from erasekit.cli import options
 from erasekit.cli.ends import put, put_json, say
 from erasekit.cli.progress import duration, listener
 from erasekit.cli.tables import show, tell
+from erasekit.places import check_place
 from erasekit.processes import here
 from erasekit.runs.config import RunConfig, build
 from erasekit.runs.forecast import earlier, finished, forecast
@@ -66,6 +67,7 @@ def command(
     )
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
+    check_place(out)
     from erasekit.runs.cost import runs_of
     from erasekit.runs.packages import check_packages
     from erasekit.runs.preflight import check_tracker

@@ -12,6 +12,7 @@ import jinja2
 
 from erasekit.atomic import replacing_folder
 from erasekit.errors import UsageError, unknown
+from erasekit.places import check_place
 from erasekit.registration.plugins import Registries
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -101,6 +102,7 @@ def _package(kind: str, name: str, where: Path) -> Written:
 
 
 def _refuse(path: Path) -> None:
+    check_place(path)
     if path.exists():
         raise UsageError(f"'{path}' exists already. Choose another name, or another folder with --out.")
 
