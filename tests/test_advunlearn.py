@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from erasekit.attacks.tokens import read_soft
+from erasekit.attacks.tokens import random_tokens, read_soft
 from erasekit.methods.context import RunContext
 from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.students import whole
@@ -100,3 +100,21 @@ def test_prefixes_are_read_by_every_text_encoder(made):
     assert set(vectors) == set(ctx.backbone.encoders)
     changed = read_soft(ctx.backbone, asked.slots[row], vectors, asked.cond[[row]])
     assert not torch.allclose(changed.tokens.cpu(), asked.cond[[row]].tokens)
+
+
+def test_a_step_of_the_attack_follows_the_sign_of_the_gradient(made):
+    method, ctx, student, asked = made(attack_steps=1, attack_lr=0.05)
+    row, like = int(asked.pool.row[0]), asked.cond[[int(asked.pool.row[0])]]
+    at = asked.pool.sample(3, torch.Generator().manual_seed(1), asked.pool.row == row)
+    found = method.attack(ctx, student, asked.slots[row], at, like, torch.Generator().manual_seed(2))
+    generator, vectors = torch.Generator().manual_seed(2), {}
+    for name, own in asked.slots[row].items():
+        start = own.lexicon.vectors[random_tokens(own.lexicon, len(own.at), generator)]
+        vectors[name] = start.float().clone().requires_grad_()
+    prediction = student.predict(at.x, at.tau, read_soft(ctx.backbone, asked.slots[row], vectors, like).repeat(3))
+    error = (prediction - at.predictions[:, 0]).square().sum()
+    slopes = torch.autograd.grad(error, list(vectors.values()))
+    moved = {name: v.detach() - 0.05 * slope.sign() for (name, v), slope in zip(vectors.items(), slopes, strict=True)}
+    with torch.no_grad():
+        wanted = read_soft(ctx.backbone, asked.slots[row], moved, like)
+    torch.testing.assert_close(found.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)
