@@ -27,9 +27,10 @@ from erasekit.cli import main
 from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Dense, LowRank, distance, to_dense
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.kohya import named
+from erasekit.erasures.kohya import named, with_one_alpha
 from erasekit.erasures.original import unet_name
 from erasekit.erasures.strength import parse
+from erasekit.erasures.tensors import rounded
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.runs.exporting import export
 from erasekit.testing import tiny
@@ -300,6 +301,19 @@ def test_a_kohya_file_says_what_it_is_and_its_bytes_are_the_same_each_time(mini,
     layers = pairs_of(load_file(paths[0])).values()
     assert all(len(down) == up.shape[1] for down, up, _ in layers)
     assert {alpha.item() for _, _, alpha in layers} == {max(len(down) for down, _, _ in layers)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kohyas_layers_of_any_rank_are_the_deltas(dtype):
+    """Queries, keys and values of full rank: stacked, they have more ranks than the layer is wide."""
+    shapes = {f"transformer_blocks.0.attn.to_{which}": (8, 8) for which in "qkv"} | {"context_embedder": (8, 16)}
+    deltas = random_deltas(shapes, rank=8) | random_deltas({"proj_out": (8, 8)}, rank=1)
+    low, alpha = with_one_alpha(named(rounded(deltas, getattr(torch, dtype))[0], "transformer"))
+    assert alpha == 24
+    for name, delta in named(deltas, "transformer").items():
+        found = alpha / len(low[name].down) * (low[name].up.double() @ low[name].down.double())
+        error = (found - delta.up.double() @ delta.down.double()).norm() / (delta.up @ delta.down).norm()
+        assert error < {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[dtype], name
 
 
 def test_a_merged_model_is_of_its_own_type_unless_told(mini, tmp_path):

@@ -90,8 +90,10 @@ class Kohya(Exporter):
         Raises:
             UsageError: a layer has no name there.
         """
-        layers = named(rounded(order.deltas, torch.float32)[0], order.erasure.prefix)
-        low, alpha, rounding = with_one_alpha(layers, order.dtype or torch.float32)
+        low, alpha = with_one_alpha(named(rounded(order.deltas, order.dtype or torch.float32)[0], order.erasure.prefix))
+        meant = {name: LowRank(d.up.double() * (alpha / d.rank), d.down.double()) for name, d in low.items()}
+        exact = order.dtype in (None, torch.float32)
+        rounding = 0.0 if exact else distance(meant, named(rounded(order.deltas, torch.float32)[0], order.erasure.prefix))
         tensors: dict[str, torch.Tensor] = {}
         for name, delta in low.items():
             own = torch.tensor(float(alpha))  # not in the file's type: bfloat16 has no odd numbers above 256
@@ -105,18 +107,13 @@ class Kohya(Exporter):
         )
 
 
-def with_one_alpha(layers: Mapping[str, LowRank], dtype: torch.dtype) -> tuple[dict[str, LowRank], int, float]:
-    """Factors in a type for alpha / rank * up @ down, with one alpha for all layers, whatever their ranks are.
+def with_one_alpha(layers: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], int]:
+    """Factors for alpha / rank * up @ down, with one alpha for all layers, whatever their ranks are; and that alpha.
 
-    Where alphas differ, diffusers (0.39) loads kohya's attention layers with the commonest one.
-
-    Returns:
-        The factors; alpha, the largest rank; and what the type costs.
+    Where alphas differ, diffusers (0.42) loads kohya's attention layers with the commonest one.
     """
     alpha = max(delta.rank for delta in layers.values())
-    low, _ = rounded({name: LowRank(d.up * (d.rank / alpha), d.down) for name, d in layers.items()}, dtype)
-    meant = {name: LowRank(d.up.double() * (alpha / d.rank), d.down.double()) for name, d in low.items()}
-    return low, alpha, 0.0 if dtype == torch.float32 else distance(meant, layers)
+    return {name: LowRank((d.up.double() * (d.rank / alpha)).to(d.up.dtype), d.down) for name, d in layers.items()}, alpha
 
 
 def named(deltas: Mapping[str, LowRank], prefix: str) -> dict[str, LowRank]:
