@@ -53,7 +53,7 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
         UsageError: there is none, or it is not TOML; says the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UsageError(f"No {what} '{path}'. {instead}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -178,6 +178,13 @@ MISTAKES = {
     'templates = ["{} {x}", "b {}", "c {}"]': r"'\{\} \{x\}' has the gap \{x\}, which 'fill' does not name",
     'templates = ["{}"]': r"'templates' leaves no sentence for validation; it needs at least three",
     "concepts = []": r"Setting 'concepts': name at least one concept",
+    'concepts = ["cat:kitty"]': r"Setting 'concepts': 'cat:kitty' is no name; other words stand in a list: cat = \['word'\]",
+    'concepts = { cat = ["pet"], dog = ["Pet"] }': r"'Pet' stands for both 'cat' and 'dog'",
+    'concepts = { cat = [], dog = ["cat"] }': r"'cat' stands for both 'cat' and 'dog'",
+    "evaluators = []": r"'metrics' are made of what judges see, and 'evaluators' names none",
+    'name = "../x"': r"Setting 'name': results are filed under it: it may not be dots alone, nor hold '/'",
+    'name = ".."': r"Setting 'name': results are filed under it",
+    "profiles = { small = 3 }": r"Setting 'profiles': each has to be a table of keys",
 }
 
 
@@ -204,6 +211,11 @@ def test_mistakes_inside_tables_name_their_place(task):
         task(sets={"erase": {"prompts": ["x"], "csv": "y.csv"}})
     with pytest.raises(UsageError, match=r"train and evaluation share 'a photo of \{\}'; each split needs its own"):
         task(templates={"train": ["a photo of {}"], "validation": ["{}"], "evaluation": ["a photo of {}"]})
+
+
+def test_an_empty_list_is_no_prompts_and_a_mark_of_windows_is_no_text(task, tmp_path):
+    assert texts(task(sets={"clean": []}), "clean", "evaluation") == []
+    assert texts(task("\ufeff" + PETS), "clean", "evaluation")
 
 
 def test_missing_files_are_one_line(task, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +17,7 @@ from erasekit.evaluation.metrics import MEASURES, split
 from erasekit.evaluation.tasks import PROMPT_SETS, SPLITS, Protocol
 from erasekit.evaluation.wordings import FILL, numbered, wordings
 from erasekit.settings import merge, mistakes, read_toml
+from erasekit.texts import one_line
 
 SOURCES = ("prompts", "csv", "dataset")
 NATURAL = Protocol(sampler="ddim", steps=50, guidance=7.5, size=512, batch=4)  # as most papers on Stable Diffusion sample
@@ -108,6 +110,23 @@ class TaskFile(_Part):
         texts = isinstance(templates, list | tuple) and all(isinstance(template, str) for template in templates)
         return values | {"templates": _dealt(templates, fill), "fill": {}} if texts and isinstance(fill, dict) else values
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip(". ") or re.search(r"[/\\:]", one_line(name)):
+            raise ValueError("results are filed under it: it may not be dots alone, nor hold '/', a backslash or ':'")
+        return name
+
+    @field_validator("concepts", "keep")
+    @classmethod
+    def _plain_names(cls, concepts: dict[str, ConceptSpec]) -> dict[str, ConceptSpec]:
+        for name in concepts:
+            if ":" in name or not name.strip():
+                raise ValueError(
+                    f"'{name}' is no name; other words stand in a list: {name.partition(':')[0] or 'cat'} = ['word']"
+                )
+        return concepts
+
     @field_validator("concepts")
     @classmethod
     def _some(cls, concepts: dict[str, ConceptSpec]) -> dict[str, ConceptSpec]:
@@ -136,6 +155,9 @@ class TaskFile(_Part):
         for name in self.metrics:
             if (judge := split(name)[1]) and judge not in self.evaluators:
                 raise ValueError(f"the metric '{name}' is by a judge that 'evaluators' does not name")
+        if self.metrics and not self.evaluators:
+            raise ValueError("'metrics' are made of what judges see, and 'evaluators' names none")
+        self._check_words()
         seen: dict[str, str] = {}
         for part in SPLITS:
             for template in getattr(self.templates, part):
@@ -144,6 +166,14 @@ class TaskFile(_Part):
                 if seen.setdefault(wording, part) != part:
                     raise ValueError(f"'templates': {seen[wording]} and {part} share '{wording}'; each split needs its own")
         return self
+
+    def _check_words(self) -> None:
+        """See that no word stands for two things."""
+        owners = {name.casefold(): name for name in (*self.concepts, *self.keep)}
+        for name, spec in (*self.concepts.items(), *self.keep.items()):
+            for word in spec.words:
+                if (other := owners.setdefault(word.casefold(), name)) != name:
+                    raise ValueError(f"'{word}' stands for both '{other}' and '{name}'")
 
 
 def _check_template(template: str, fill: Mapping[str, Any]) -> None:
@@ -176,6 +206,8 @@ class Content:
         try:
             written = read_toml(path, "task file", "Give --task the name of a task or the path of a TOML file.")
             profiles = written.pop("profiles", {})
+            if not isinstance(profiles, dict) or not all(isinstance(layer, dict) for layer in profiles.values()):
+                raise UsageError("Setting 'profiles': each has to be a table of keys, as in [profiles.small].")
             chosen = str(overrides.get("profile", written.get("profile", "")))
             for name in (names := [name for name in chosen.split("+") if name]):
                 if name not in profiles:
@@ -262,7 +294,7 @@ def _as_set(given: Any, folder: Path) -> Any:
     if isinstance(given, int) and not isinstance(given, bool):
         return {"n": given}
     if isinstance(given, list | tuple):
-        return {"prompts": given}
+        return {"prompts": given} if given else {"n": 0}
     if isinstance(given, dict) and isinstance(given.get("csv"), str) and given["csv"]:
         return {**given, "csv": str(folder / Path(given["csv"]).expanduser())}
     return given
