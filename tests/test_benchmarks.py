@@ -81,3 +81,17 @@ def test_a_checkouts_plugins_are_found_by_metadata_that_is_written_for_it(tmp_pa
     assert found.name == "erasekit"
     points = {p.name: p.value for p in found.entry_points if p.group == "erasekit"}
     assert points == project["entry-points"]["erasekit"]
+
+
+def test_the_table_of_images_drawn_once_sums_what_is_apart_and_names_numbers_that_differ(tmp_path):
+    run = {"wall_s": 2.0, "cpu_s": 1.0, "base_images": 4, "erased_images": 4, "metrics": {"cat": {"acc_e": 0.0}}}
+    runs = {f"apart uce {name}": run | {"metrics": {name: {"acc_e": 0.0}}} for name in ("cat", "dog")}
+    both = {"cat": {"acc_e": 0.0}, "dog": {"acc_e": 0.5}}
+    runs["together uce"] = run | {"base_images": 5, "erased_images": 8, "metrics": both}
+    (tmp_path / "once.json").write_text(json.dumps({"runs": runs}))
+    command = [sys.executable, ROOT / "benchmarks" / "drawn_once.py", "--out", tmp_path / "once.json", "--table"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| apart | 2 | 8 | 8 | 4 | 2 |" in done.stdout
+    assert "| together | 1 | 5 | 8 | 2 | 1 |" in done.stdout
+    assert "Numbers that differ: uce dog acc_e." in done.stdout
