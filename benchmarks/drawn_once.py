@@ -62,7 +62,7 @@ def table(measured: dict[str, Any]) -> str:
     lines = ["| | processes | images of the base | erased images | wall, s | CPU, s |", "|---|---|---|---|---|---|"]
     for how in ("apart", "together"):
         runs = [run for key, run in measured.items() if key.startswith(how)]
-        # Both methods share one folder: the last one's count is that of both.
+        # Both methods share one folder, where the one that ends last counts the images of both.
         counts = [[run[key] for run in runs] for key in ("base_images", "erased_images")]
         drawn = [max(count) if how == "together" else sum(count) for count in counts]
         spent = [sum(r[k] for r in runs) for k in ("wall_s", "cpu_s")]
@@ -103,12 +103,8 @@ def main() -> None:
                     measured[key] = timed(method, concept, given.limit, given.set, folder)
                     record.write({**made, "runs": dict(sorted(measured.items()))}, given.out)
 
-        def together() -> None:
-            for method in METHODS:  # one after the other: the second finds what the first has drawn
-                do(method, [""], given.work / "together")
-
         with ThreadPoolExecutor(given.jobs) as pool:
-            jobs = [pool.submit(together)]
+            jobs = [pool.submit(do, m, [""], given.work / "together") for m in reversed(METHODS)]
             jobs += [pool.submit(do, m, [c], given.work / f"{m}-{c}") for m in reversed(METHODS) for c in CONCEPTS]
         for job in jobs:
             job.result()
