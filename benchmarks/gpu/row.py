@@ -32,7 +32,7 @@ from erasekit.runs.resolve import resolve
 STEPS = {"protocol": 4, "method": 5}  # what a row is cut to: sampling steps of trajectories and images, training steps
 FEW = {"protocol": 2, "method": 3}  # a row for a CPU
 # What else is cut there: trajectories, images, and steps of what a method does beside its training.
-LITTLE = {**dict.fromkeys(POOLS, 2), "word_steps": 2, "attack_steps": 2, "plain_steps": 1, "saliency_draws": 1, "loops": 1}
+LITTLE = {**dict.fromkeys(POOLS, 2), "attack_steps": 2, "plain_steps": 1, "saliency_draws": 1, "loops": 1}
 USABLE = 0.96  # share of a GPU's memory that its driver and the context of CUDA leave
 # Encoders with random weights find no words near a concept; on FLUX.1 TRACE erases 16 of them with it, and their counts.
 NEAR = ":" + ",".join(f"a cat{i},two cat{i}s" for i in range(16))
@@ -158,10 +158,9 @@ def planned(row: Row, base: Path, device: str, *, steps: int | None = None, size
     usual = resolve(build(flags, overrides=overrides), registries)
     counts = FEW if row.few else STEPS
     cut = [f"protocol.steps={steps or counts['protocol']}"]
-    if hasattr(usual.method_config, "steps"):
-        cut += [f"method.steps={counts['method']}"]
+    own = usual.method_config.model_dump()
+    cut += [f"method.{name}={counts['method']}" for name in ("steps", "word_steps") if name in own]
     if row.few:
-        own = usual.method_config.model_dump()
         cut += [f"method.{name}={min(own[name], most)}" for name, most in LITTLE.items() if name in own]
     return resolve(build(flags, overrides=[*overrides, *cut]), registries)
 
