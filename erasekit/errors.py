@@ -24,9 +24,14 @@ class EnvironmentProblem(ErasekitError):
     exit_code = 3
 
 
+FEW = 4  # names that an error lists
+
+
 def unknown(what: str, given: str, known: Iterable[str], see: str) -> UsageError:
-    """The error for a name that nobody registered, with the nearest known name."""
-    return UsageError(f"Unknown {what} '{given}'.{nearest(given, known)} See '{see}'.")
+    """The error for a name that nobody registered, with the nearest known name, or with all if they are few."""
+    names = list(known)
+    listed = f" There are: {', '.join(map(repr, names))}." if 0 < len(names) <= FEW else ""
+    return UsageError(f"Unknown {what} '{given}'.{nearest(given, names) or listed} See '{see}'.")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

@@ -286,7 +286,9 @@ def test_what_is_exported_draws_the_same_without_erasekit(mini, tmp_path):
 
 def test_a_kohya_file_says_what_it_is_and_its_bytes_are_the_same_each_time(mini, tmp_path):
     name, _, folder = mini
-    paths = [export(folder, "kohya", tmp_path / f"{i}" / "no-cat.safetensors", dtype="bfloat16").path for i in range(2)]
+    written = [export(folder, "kohya", tmp_path / f"{i}" / "no-cat.safetensors", dtype="bfloat16") for i in range(2)]
+    paths = [each.path for each in written]
+    assert ("export --to diffusers" in written[0].load) == (name == "flux-mini"), "diffusers drops some of FLUX's layers"
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with safe_open(paths[0], "pt") as file:
         said = file.metadata()
@@ -418,6 +420,8 @@ def test_concepts_and_strengths_can_be_chosen(kl, tmp_path, world):
     assert all(half[n] == pytest.approx(0.5 * cat[n], rel=1e-5) for n in whole)
     with pytest.raises(UsageError, match="Did you mean 'cat'"):
         exported(strength={"cta": 1.0})
+    with pytest.raises(UsageError, match="There are: 'cat', 'dog'"):
+        exported(strength={"zebra": 1.0})
     with pytest.raises(UsageError, match="finite"):
         exported(strength=float("nan"))
 

@@ -101,10 +101,12 @@ class Kohya(Exporter):
         out = order.out
         with replacing(out) as temporary:
             temporary.write_bytes(stamped(tensors, metadata(order, out.stem, {d.rank for d in low.values()})))
-        where = "models/loras (ComfyUI) or models/Lora (A1111, Forge)"
-        return Exported(
-            out, order.costs(rounding), f"Copy {out.name} to {where}. Strength 1 is the erasure as it was measured."
-        )
+        unet = order.erasure.prefix == "unet"
+        where = f"models/loras (ComfyUI) or models/Lora ({'A1111, Forge' if unet else 'Forge; A1111 has no FLUX.1'})"
+        advice = f"Copy {out.name} to {where}. Strength 1 is the erasure as it was measured."
+        if not unet:  # seen in diffusers 0.42, which drops the layers outside of the blocks
+            advice += " diffusers does not read all of this file: for it, export --to diffusers."
+        return Exported(out, order.costs(rounding), advice)
 
 
 def with_one_alpha(layers: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], int]:
