@@ -86,6 +86,8 @@ def content(folder: Path) -> dict[str, Any]:
             value = json.loads(data)
             whole = {k: v for k, v in value.items() if k not in MOVING} if isinstance(value, dict) else value
             data = json.dumps(whole, sort_keys=True).encode()
+        elif path.suffix == ".jsonl":  # lines that two commands write come in any order
+            data = b"".join(sorted(data.splitlines(keepends=True)))
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 
