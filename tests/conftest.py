@@ -84,6 +84,19 @@ def backbone(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture
+def ctx(backbone):
+    """A run that erases the cat of the tiny world, on each of both families, with short trajectories."""
+    from erasekit.methods.context import RunContext
+    from erasekit.registration.plugins import default
+    from tests.third_party.tiny_world import Words
+
+    task = Words()
+    ctx = RunContext(backbone, (task.concept("cat"),), task, component=default().components.get)
+    ctx.protocol = ctx.protocol.model_copy(update={"steps": 4})
+    return ctx
+
+
 @pytest.fixture(scope="module", params=["sd", "flux"])
 def wide(request, tmp_path_factory):
     """A model with far more dimensions than positions, as real ones have, so that an edit can leave something alone."""

@@ -1,22 +1,10 @@
 """The stage that trains the denoiser not to finish a concept: its target against the backbone's own x0, and what it moves."""
 
-import pytest
 import torch
 
 from erasekit.erasures.deltas import merged
-from erasekit.methods.context import RunContext
 from erasekit.methods.images import noised
-from erasekit.registration.plugins import default
 from erasekit_stereo import blind
-from tests.third_party.tiny_world import Words
-
-
-@pytest.fixture
-def ctx(backbone):
-    task = Words()
-    ctx = RunContext(backbone, (task.concept("cat"),), task, component=default().components.get)
-    ctx.protocol = ctx.protocol.model_copy(update={"steps": 4})
-    return ctx
 
 
 def test_the_target_is_the_prediction_that_ends_in_the_goal(backbone):

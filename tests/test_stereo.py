@@ -19,14 +19,6 @@ from tests.third_party.tiny_world import Words
 SMALL = {"steps": 2, "batch": 2, "trajectories": 3, "images": 3, "word_steps": 3, "loops": 1, "guidance": None}
 
 
-@pytest.fixture
-def ctx(backbone):
-    task = Words()
-    ctx = RunContext(backbone, (task.concept("cat"),), task, component=default().components.get)
-    ctx.protocol = ctx.protocol.model_copy(update={"steps": 4})
-    return ctx
-
-
 def scope(backbone):
     return "kv" if backbone.capabilities.family == "unet" else "text"
 
