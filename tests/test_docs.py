@@ -154,7 +154,7 @@ def closure(pairs):
 def test_the_walk_names_the_functions_of_a_run_in_their_order():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## The walk of a run")[2]
     named = [name for step in re.findall(r"^\d+\. (.*)", page, re.MULTILINE) for name in re.findall(r"`(\w+)` ", step)]
-    source = inspect.getsource(runner.run)
+    source = inspect.getsource(runner.run) + inspect.getsource(runner.stages)
     places = [source.index(f"{'planned' if name == 'resolve' else name}(", source.index('"""', 200)) for name in named]
     assert places == sorted(places)
     assert len(places) >= 9

@@ -21,6 +21,7 @@ from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
 
 if TYPE_CHECKING:
+    from erasekit.registration.plugins import Registries
     from erasekit.runs.cost import Cost
 
 KEPT = "What was finished is kept: the same command goes on from there."
@@ -68,11 +69,7 @@ def command(
     registries = options.registries(plugin)
     plan = resolve(wanted, registries)
     check_place(out)
-    from erasekit.runs.cost import runs_of
     from erasekit.runs.packages import check_packages
-    from erasekit.runs.preflight import check_tracker
-    from erasekit.runs.ready import ready
-    from erasekit.runs.room import check_room
     from erasekit.runs.runner import run
 
     singles = plan.singles() if plan.separate else [plan]
@@ -80,11 +77,7 @@ def command(
         check_packages(plan, registries)
     if dry_run:
         _show_plan(plan, out, as_json=as_json)
-        check_tracker(plan.config.tracker)
-        runs = runs_of(plan)
-        check_room(runs, out)
-        for each, drawn in runs:
-            ready(each, drawn, out, registries)
+        _check(plan, out, registries)
         return
 
     if not here().first:  # one of several processes at this run, of which the first one tells
@@ -98,6 +91,20 @@ def command(
         put_json(result.model_dump(mode="json"))
     else:
         show_results(plan, out)
+
+
+def _check(plan: Plan, out: Path, registries: Registries) -> None:
+    """See that every run of a plan could begin, as the run itself would."""
+    from erasekit.runs.cost import runs_of
+    from erasekit.runs.preflight import check_tracker
+    from erasekit.runs.ready import ready
+    from erasekit.runs.room import check_room
+
+    check_tracker(plan.config.tracker)
+    runs = runs_of(plan)
+    check_room(runs, out)
+    for each, drawn in runs:
+        ready(each, drawn, out, registries)
 
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:

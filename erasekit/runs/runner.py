@@ -101,36 +101,43 @@ def run(
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
         reset_peak()
         with _announced(this):
-            check_packages(plan, registries)
-            evaluators = ready(plan, this.prompts, out, registries)
-            with _stage("load", this):
-                backbone = kept.load(plan)
-            with _stage("encode", this):
-                backbone.encode(["", *(p.text for p in this.prompts), *attack_texts(plan, registries)])
-                expect(plan, context(plan, backbone, registries))
-            with _stage("base_images", this):
-                base = base_images(this, backbone, cache=out / "cache")
-            with _stage("erase", this):
-                sha256 = erase(this, backbone, given=erasure)
-            with _stage("certify", this):
-                write_certificate(this, backbone)
-            with _stage("sample", this):
-                erased = erased_images(this, backbone, sha256, cache=out / "cache")
-            with _stage("evaluate", this):
-                if not all(path.is_file() for path in base):  # somebody has cleared the folder meanwhile
-                    base = base_images(this, backbone, cache=out / "cache", alone=True)
-                if not all(path.is_file() for path in erased):
-                    erased = erased_images(this, backbone, sha256, cache=out / "cache", alone=True)
-                said = KeptScores(out / "cache" / "scores")
-                evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts, kept=said)
-            if plan.attacks:
-                with _stage("attack", this):
-                    evaluation = attacked(this, backbone, evaluators, evaluation, cache=out / "cache")
-            result = record(this, evaluators, evaluation, sha256)
-            this.emit(Evaluated({name: m.model_dump() for name, m in result.metrics.items()}))
-            with _stage("report", this):
-                report(this, result)
+            result = stages(this, out, kept, given=erasure)
             here().wait()
+    return result
+
+
+def stages(this: Run, out: Path, kept: Kept, *, given: Path | None) -> RunResult:
+    """Everything that a run does, in its order; a stage that is finished finds its work done."""
+    plan, registries, cache = this.plan, this.registries, out / "cache"
+    check_packages(plan, registries)
+    evaluators = ready(plan, this.prompts, out, registries)
+    with _stage("load", this):
+        backbone = kept.load(plan)
+    with _stage("encode", this):
+        backbone.encode(["", *(p.text for p in this.prompts), *attack_texts(plan, registries)])
+        expect(plan, context(plan, backbone, registries))
+    with _stage("base_images", this):
+        base = base_images(this, backbone, cache=cache)
+    with _stage("erase", this):
+        sha256 = erase(this, backbone, given=given)
+    with _stage("certify", this):
+        write_certificate(this, backbone)
+    with _stage("sample", this):
+        erased = erased_images(this, backbone, sha256, cache=cache)
+    with _stage("evaluate", this):
+        if not all(path.is_file() for path in base):  # somebody has cleared the folder meanwhile
+            base = base_images(this, backbone, cache=cache, alone=True)
+        if not all(path.is_file() for path in erased):
+            erased = erased_images(this, backbone, sha256, cache=cache, alone=True)
+        said = KeptScores(cache / "scores")
+        evaluation = evaluate(plan.task, evaluators, this.prompts, base, erased, concepts=plan.concepts, kept=said)
+    if plan.attacks:
+        with _stage("attack", this):
+            evaluation = attacked(this, backbone, evaluators, evaluation, cache=cache)
+    result = record(this, evaluators, evaluation, sha256)
+    this.emit(Evaluated({name: m.model_dump() for name, m in result.metrics.items()}))
+    with _stage("report", this):
+        report(this, result)
     return result
 
 
