@@ -1,6 +1,6 @@
 """What it saves that an image of the unedited model is drawn once: ten objects on sd15-mini, erased one by one.
 
-    python benchmarks/drawn_once.py --work /tmp/drawn-once --out benchmarks/results/drawn-once.json
+    python benchmarks/drawn_once.py --work drawn-once --out benchmarks/results/drawn-once.json
     python benchmarks/drawn_once.py --out benchmarks/results/drawn-once.json --table
     python benchmarks/drawn_once.py --jobs 16 ...       # so many processes at a time
 
