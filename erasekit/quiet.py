@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -19,6 +16,9 @@ def quiet() -> Iterator[None]:
     Seen: that an `AutoencoderTiny` is no `AutoencoderKL`, that a LoRA has no keys for the text encoder, that a model has
     adapters already; and of huggingface_hub, without a network, a line for each attempt.
     """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:

@@ -52,6 +52,20 @@ def test_looking_around_imports_no_model_library(arguments):
     assert done.stdout.splitlines()[-1] == "HEAVY"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "-m", "trace", "-b", "flux", "-t", "objects", "-s", "method.lr=-1"],
+        ["erase", "-m", "uce", "-b", "sd15", "-c", "a cat", "-s", "method.nosuch=1"],
+        ["run", "-m", "trace", "-b", "sdxl", "--vram", "24", "-t", "styles", "-s", "task.profile=nosuch"],
+    ],
+)
+def test_a_wrong_setting_is_told_before_diffusers_is_imported(arguments):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stdout.splitlines()[-1] == "HEAVY numpy torch"
+
+
 def test_importing_erasekit_imports_no_model_library():
     code = "import erasekit, sys; erasekit.RunConfig; erasekit.hookimpl; print('torch' in sys.modules, erasekit.run.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

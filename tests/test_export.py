@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import erasekit
 from erasekit.backbones.flux import Flux
+from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.sd import StableDiffusion
 from erasekit.cli import main
 from erasekit.concepts import Concept
@@ -57,9 +58,9 @@ def shapes_of(denoiser, keep=""):
 
 
 def skeleton(kind):
-    model_class, config = kind.architecture
+    name, config = kind.architecture
     with torch.device("meta"):
-        return model_class.from_config(config)
+        return of_diffusers(name).from_config(config)
 
 
 def made_up(backbone, deltas, *, concepts=("cat",), **changes):

@@ -10,7 +10,7 @@ import torch
 
 from erasekit.concepts import Concept
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.guidance import detach
+from erasekit.erasures.hooks import detach
 from erasekit.erasures.loading import load_into as load_with
 from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, UsageError

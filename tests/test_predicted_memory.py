@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 
 from erasekit.backbones.attention import attention_maps
 from erasekit.backbones.flux import Flux
+from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.sd import StableDiffusion
 from erasekit.backbones.sdxl import StableDiffusionXL
 from tests.fake_memory import Peak, fake, flux_call, gib, unet_call, xl_call
@@ -20,7 +21,8 @@ FLUX = (Flux, flux_call, ("attn.add_k_proj", "attn.add_v_proj"))
 def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
     """GiB of a forward pass, or of one with its backward pass."""
     backbone, call, targets = model
-    with fake(*backbone.architecture, targets, checkpointing=checkpointing) as (denoiser, own):
+    name, config = backbone.architecture
+    with fake(of_diffusers(name), config, targets, checkpointing=checkpointing) as (denoiser, own):
         watch = attention_maps(denoiser) if maps else nullcontext({})
         with Peak(own) as peak, torch.set_grad_enabled(grad), watch as seen:
             losses = [t.float().square().mean() for t in (call(denoiser, size, rows), *seen.values())]
@@ -67,9 +69,9 @@ def test_decoding_takes_what_is_predicted():
 
 @pytest.mark.parametrize(("backbone", "scope"), [(StableDiffusion, "kv"), (StableDiffusionXL, "kv"), (Flux, "add_kv")])
 def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(backbone, scope):
-    model_class, config = backbone.architecture
+    name, config = backbone.architecture
     with torch.device("meta"):
-        model = model_class.from_config(config)
+        model = of_diffusers(name).from_config(config)
     elements = sum(p.numel() for p in model.parameters())
     assert backbone.sizes_gb[0] == pytest.approx(2 * elements / 2**30, rel=0.01)
     sizes = backbone.linears(backbone.Config())

@@ -8,9 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 
 from erasekit.backbones.folders import part_config
@@ -18,8 +15,6 @@ from erasekit.backbones.memory import Activations, Holding
 from erasekit.backbones.pipelines import PipelineBackbone
 from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau, per_row
-
-_Pipeline: Any = FluxPipeline  # Any: diffusers is untyped
 
 
 class FluxConfig(BackboneConfig):
@@ -44,7 +39,7 @@ class Flux(PipelineBackbone):
     )
     prefix: ClassVar[str] = "transformer"
     Config: ClassVar[type[BackboneConfig]] = FluxConfig
-    pipeline_class: ClassVar[Any] = FluxPipeline
+    pipeline_class: ClassVar[str] = "FluxPipeline"
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "pooled", "text_encoder_2": "tokens"}
     unused: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
@@ -72,7 +67,7 @@ class Flux(PipelineBackbone):
     }
     on_cpu: ClassVar[Holding] = Holding(1, "whole", "released", checkpointing=True)
     sizes_gb: ClassVar[tuple[float, float, float]] = (22.2, 9.1, 0.16)
-    architecture: ClassVar[tuple[Any, Mapping[str, Any]]] = (FluxTransformer2DModel, {"guidance_embeds": True})
+    architecture: ClassVar[tuple[str, Mapping[str, Any]]] = ("FluxTransformer2DModel", {"guidance_embeds": True})
     cpu_dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def __init__(self, folder: Path, config: BackboneConfig, **where: Any) -> None:
@@ -96,6 +91,8 @@ class Flux(PipelineBackbone):
 
     def schedule(self, steps: int, size: int | None = None) -> Schedule:
         """The steps of the pipeline's own scheduler, shifted by the number of image tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
         scheduler = self._pipe.scheduler
         config = scheduler.config
         shift = calculate_shift(
@@ -107,10 +104,8 @@ class Flux(PipelineBackbone):
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
         """Initial noise (n, tokens, channels), the same as the pipeline draws for CPU generators with these seeds."""
         channels, side = self._channels // 4, 2 * self._tokens(size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (len(seeds), channels, side, side)
-        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
-        packed: torch.Tensor = _Pipeline._pack_latents(noise, *shape)
+        noise = self._noise(seeds, (channels, side, side))
+        packed: torch.Tensor = self._pipe._pack_latents(noise, *noise.shape)
         return packed
 
     @classmethod
@@ -144,7 +139,7 @@ class Flux(PipelineBackbone):
             encoder_hidden_states=cond.tokens,
             pooled_projections=cond.pooled,
             txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=_Pipeline._prepare_latent_image_ids(len(x), side, side, x.device, x.dtype),
+            img_ids=self._pipe._prepare_latent_image_ids(len(x), side, side, x.device, x.dtype),
             return_dict=False,
         )[0]
         return velocity
@@ -168,7 +163,7 @@ class Flux(PipelineBackbone):
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """Finished latents (n, tokens, channels) of images (n, 3, h, w) in [-1, 1], packed."""
         latents = super().to_latents(images)
-        packed: torch.Tensor = _Pipeline._pack_latents(latents, *latents.shape)
+        packed: torch.Tensor = self._pipe._pack_latents(latents, *latents.shape)
         return packed
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:

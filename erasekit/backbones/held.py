@@ -29,7 +29,7 @@ class HeldPipeline:
         holding: how it is held on a GPU of each size.
         on_cpu: how it is held on a CPU, unless a size is asked for.
         sizes_gb: of the denoiser, the text encoders and the VAE on the hub, at 16 bits.
-        architecture: the denoiser's class and its public configuration.
+        architecture: the name of the denoiser's class in diffusers, and its public configuration.
         size_step: what the side of an image is a multiple of.
         cpu_dtype: what `dtype = "auto"` means on a CPU.
         scopes: {name: pattern of the denoiser's linear layers}.
@@ -41,7 +41,7 @@ class HeldPipeline:
     holding: ClassVar[Mapping[int, Holding]]
     on_cpu: ClassVar[Holding] = Holding(rows=4)
     sizes_gb: ClassVar[tuple[float, float, float]]
-    architecture: ClassVar[tuple[Any, Mapping[str, Any]]]
+    architecture: ClassVar[tuple[str, Mapping[str, Any]]]
     size_step: ClassVar[int] = 8
     cpu_dtype: ClassVar[torch.dtype] = torch.float32
     scopes: ClassVar[Mapping[str, str]]
@@ -101,10 +101,17 @@ class HeldPipeline:
 
 @cache
 def _linears(kind: type[HeldPipeline], folder: Path) -> dict[str, int]:
-    model_class, values = kind.architecture
+    name, values = kind.architecture
     if (folder / kind.prefix / "config.json").is_file():
         values = part_config(folder, kind.prefix)
-    return {name: module.weight.numel() for name, module in skeleton(model_class, values).items()}
+    return {name: module.weight.numel() for name, module in skeleton(of_diffusers(name), values).items()}
+
+
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers. Its import takes seconds, which nobody should wait for to be told of a wrong setting."""
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def skeleton(model_class: Any, config: Mapping[str, Any]) -> dict[str, nn.Linear]:

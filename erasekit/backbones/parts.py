@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import diffusers
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from erasekit.backbones.folders import download, first_line, local_folder, part_config, tensor_files
-from erasekit.backbones.held import HeldPipeline, check_nf4, find_device, skeleton
+from erasekit.backbones.held import HeldPipeline, check_nf4, find_device, of_diffusers, skeleton
 from erasekit.backbones.memory import vram_gb
 from erasekit.backbones.protocol import BackboneConfig, Conditioning, Site
 from erasekit.backbones.shards import read_tensor
@@ -30,14 +29,14 @@ class PipelineParts(HeldPipeline):
     """A diffusers pipeline in a folder; its models are loaded when they are first used.
 
     Attributes:
-        pipeline_class: the diffusers pipeline.
+        pipeline_class: the name of the pipeline's class in diffusers.
         unused: parts of the pipeline that erasekit never loads.
         source: hub id, or the name of the local folder.
         revision: the commit on the hub, "" for a local folder.
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
-    pipeline_class: ClassVar[Any]
+    pipeline_class: ClassVar[str]
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -163,6 +162,11 @@ class PipelineParts(HeldPipeline):
             self.release("text_encoders")
             self._alone = True
 
+    def _noise(self, seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+        """Noise (n, *shape), the same as the pipeline draws for CPU generators with these seeds."""
+        rows = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype) for seed in seeds]
+        return torch.cat(rows).to(self.device)
+
     def _side(self, size: int) -> int:
         """The side of the latents of an image of `size` pixels."""
         config = part_config(self._folder, "vae")
@@ -212,7 +216,7 @@ class PipelineParts(HeldPipeline):
         """
         check_nf4(self._held, self.vram_gb)
         skipped = [site.name for site in self.text_sites()]
-        return diffusers.BitsAndBytesConfig(
+        return of_diffusers("BitsAndBytesConfig")(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype, llm_int8_skip_modules=skipped
         )
 
@@ -229,7 +233,7 @@ class PipelineParts(HeldPipeline):
         """A pipeline from the folder, with the parts that are given instead of its own, None for leaving one out."""
         try:
             with quiet():
-                pipe = self.pipeline_class.from_pretrained(
+                pipe = of_diffusers(self.pipeline_class).from_pretrained(
                     self._folder, dtype=self.dtype, use_safetensors=True, **dict.fromkeys(self.unused), **parts
                 )
         except _LOADING as error:
@@ -238,7 +242,7 @@ class PipelineParts(HeldPipeline):
         return pipe
 
     def _unloadable(self, error: BaseException) -> EnvironmentProblem:
-        kind = self.pipeline_class.__name__
+        kind = self.pipeline_class
         return EnvironmentProblem(f"'{self.source}' could not be loaded as a {kind}: {first_line(error)}")
 
     def _files(self) -> dict[str, Path]:
@@ -256,7 +260,9 @@ class PipelineParts(HeldPipeline):
             EnvironmentProblem: there is no such folder, or the download failed.
         """
         path = config.path or cls.path
-        return local_folder(path) or download(cls.pipeline_class, path, config.revision, **dict.fromkeys(cls.unused))
+        return local_folder(path) or download(
+            of_diffusers(cls.pipeline_class), path, config.revision, **dict.fromkeys(cls.unused)
+        )
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts; see `Backbone`."""

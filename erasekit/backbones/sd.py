@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 from pydantic import Field
 
 from erasekit.backbones.folders import part_config
+from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.memory import Activations, Holding
 from erasekit.backbones.pipelines import PipelineBackbone
 from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Site
 from erasekit.backbones.schedule import Schedule, ddpm_tau, ddpm_timestep, per_row
 from erasekit.backbones.single_file import unpack
 from erasekit.errors import EnvironmentProblem
-
-_DDIM: Any = DDIMScheduler  # Any: diffusers is untyped
 
 
 class StableDiffusionConfig(BackboneConfig):
@@ -43,7 +40,7 @@ class StableDiffusion(PipelineBackbone):
     capabilities: ClassVar[Capabilities] = Capabilities(family="unet", prediction="epsilon", guidance="cfg", text="causal")
     prefix: ClassVar[str] = "unet"
     Config: ClassVar[type[BackboneConfig]] = StableDiffusionConfig
-    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
+    pipeline_class: ClassVar[str] = "StableDiffusionPipeline"
     unused: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     scopes: ClassVar[Mapping[str, str]] = {
         "kv": r"\.attn2\.to_[kv]$",
@@ -63,8 +60,8 @@ class StableDiffusion(PipelineBackbone):
         141: Holding(rows=64),
     }
     sizes_gb: ClassVar[tuple[float, float, float]] = (1.6, 0.23, 0.16)
-    architecture: ClassVar[tuple[Any, Mapping[str, Any]]] = (
-        UNet2DConditionModel,
+    architecture: ClassVar[tuple[str, Mapping[str, Any]]] = (
+        "UNet2DConditionModel",
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     )
 
@@ -81,7 +78,7 @@ class StableDiffusion(PipelineBackbone):
                 f"'{self.source}' predicts {scheduler.prediction_type}; '{self.name}' needs a model that predicts epsilon."
             )
         # Latents have no fixed range, so nothing is clipped; trailing spacing starts at pure noise (tau 0).
-        self._ddim: Any = _DDIM.from_config(scheduler, clip_sample=False, timestep_spacing="trailing")
+        self._ddim: Any = of_diffusers("DDIMScheduler").from_config(scheduler, clip_sample=False, timestep_spacing="trailing")
 
     @classmethod
     def folder(cls, config: BackboneConfig) -> Path:
@@ -94,7 +91,7 @@ class StableDiffusion(PipelineBackbone):
         if file.suffix != ".safetensors" or not file.is_file():
             return super().folder(config)
         like = getattr(config, "like", "") or cls.path
-        return unpack(cls.pipeline_class, file, like, **dict.fromkeys(cls.unused))
+        return unpack(of_diffusers(cls.pipeline_class), file, like, **dict.fromkeys(cls.unused))
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
         """Token positions at which `phrase` stands in `prompt` as whole words; the begin token is position 0."""
@@ -114,10 +111,7 @@ class StableDiffusion(PipelineBackbone):
         """Initial noise (n, 4, h, w), the same as the pipeline draws for CPU generators with these seeds."""
         config = part_config(self._folder, self.prefix)
         side = config["sample_size"] if size is None else self._side(size)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (len(seeds), config["in_channels"], side, side)
-        noise: torch.Tensor = randn_tensor(shape, generator=generators, device=self.device, dtype=self.dtype)
-        return noise
+        return self._noise(seeds, (config["in_channels"], side, side))
 
     @classmethod
     def activations(cls, size: int) -> Activations:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from erasekit.backbones.folders import part_config
 from erasekit.backbones.memory import Activations, Holding
@@ -25,7 +24,7 @@ class StableDiffusionXL(StableDiffusion):
 
     name: ClassVar[str] = "sdxl"
     path: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
-    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "tokens", "text_encoder_2": "tokens"}
     unused: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
@@ -45,8 +44,8 @@ class StableDiffusionXL(StableDiffusion):
         141: Holding(rows=32),
     }
     sizes_gb: ClassVar[tuple[float, float, float]] = (4.78, 1.52, 0.16)
-    architecture: ClassVar[tuple[Any, Mapping[str, Any]]] = (
-        UNet2DConditionModel,
+    architecture: ClassVar[tuple[str, Mapping[str, Any]]] = (
+        "UNet2DConditionModel",
         {
             "sample_size": 128,
             "block_out_channels": (320, 640, 1280),

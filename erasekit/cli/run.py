@@ -70,7 +70,6 @@ def command(
     plan = resolve(wanted, registries)
     check_place(out)
     from erasekit.runs.packages import check_packages
-    from erasekit.runs.runner import run
 
     singles = plan.singles() if plan.separate else [plan]
     if dry_run or not all(finished(path_of(out, single)) for single in singles):
@@ -79,6 +78,8 @@ def command(
         _show_plan(plan, out, as_json=as_json)
         _check(plan, out, registries)
         return
+
+    from erasekit.runs.runner import run
 
     if not here().first:  # one of several processes at this run, of which the first one tells
         run(wanted, out=out, force=force, registries=registries)

@@ -15,7 +15,8 @@ from erasekit.backbones.protocol import Backbone
 from erasekit.documents import Damaged, fault_of
 from erasekit.erasures.deltas import check_layers
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.guidance import Guidance, attach, denoiser_of, detach
+from erasekit.erasures.guidance import Guidance
+from erasekit.erasures.hooks import attach, denoiser_of, detach
 from erasekit.erasures.manifest import MANIFEST, SETTINGS, file_stems
 from erasekit.erasures.strength import Strength, factors
 from erasekit.errors import ErasekitError, UsageError, unknown
@@ -45,7 +46,7 @@ def load_into(
 
     Returns:
         The adapters' names, all active, for `pipe.set_adapters` (a name that is taken gets a number); none of an erasure that
-        changes no weights, which `erasekit.erasures.guidance.detach` takes out again.
+        changes no weights, which `erasekit.erasures.hooks.detach` takes out again.
 
     Raises:
         UsageError: see `read_manifest`; or the erasure has no such concept, or the pipeline's projections are fused.

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig
-from peft.functional import cast_adapter_dtype
 
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.deltas import Deltas, Dense, LowRank
@@ -145,6 +143,9 @@ class AdapterBank:
 
     def _inject(self, name: str, ranks: dict[str, int], *, scale: float = 1.0) -> None:
         """Add an adapter with a rank for each module, and make all adapters active and frozen but the trainable one."""
+        from peft import LoraConfig
+        from peft.functional import cast_adapter_dtype
+
         modules = dict(self._denoiser.named_modules())
         missing = [module for module in ranks if module not in modules]
         if name in self._keys or missing or not ranks:

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.guidance import detach
+from erasekit.erasures.hooks import detach
 from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
 from erasekit.evaluation.finding import find_task
