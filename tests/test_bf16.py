@@ -19,8 +19,13 @@ REGISTRIES = plugins.load([THIRD_PARTY / "tiny_world.py"])
 RELATIVE, FLOOR = 0.15, 2.0**-13
 
 
-def mean_square(method, loss):
-    """A loss as the mean square of a difference between predictions; GEM's is 100 times the distance of two tensors of 256."""
+def mean_square(method, name, loss):
+    """A loss as the mean square of a difference between predictions.
+
+    GEM's is 100 times the distance of two tensors of 256, and what SPM holds counts a thousand times.
+    """
+    if (method, name) == ("spm", "anchor"):
+        return loss / 1000
     return (loss / 100) ** 2 / 256 if method == "gem" else loss
 
 
@@ -51,7 +56,7 @@ def test_losses_in_bf16_are_those_in_fp32(folder, method):
     for mine, theirs in zip(coarse, fine, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
-            half_precision, full_precision = (mean_square(method, loss) for loss in (value, theirs[name]))
+            half_precision, full_precision = (mean_square(method, name, loss) for loss in (value, theirs[name]))
             assert half_precision == pytest.approx(full_precision, rel=RELATIVE, abs=FLOOR), name
     if half.guidance:
         return

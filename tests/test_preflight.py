@@ -50,8 +50,8 @@ def test_the_table_has_every_method_on_every_size_of_gpu(table):
 
 
 def test_defaults_are_predicted_to_lie_under_every_preset_or_are_refused(table):
-    """At 512 pixels only small GPUs are refused, and for training alone: whole weights, attention maps, six points of a step
-    (AdvUnlearn), or 8 GB for FLUX.
+    """At 512 pixels only small GPUs are refused, and for training alone: whole weights, attention maps, five or six rows of a
+    step (SPM, AdvUnlearn), or 8 GB for FLUX.
 
     SDXL, at 1024 pixels, needs 12 GB for anything.
     """
@@ -63,7 +63,7 @@ def test_defaults_are_predicted_to_lie_under_every_preset_or_are_refused(table):
         if not row["batch"]:
             assert row["fits"] or (row["backbone"], row["vram"]) == ("sdxl", 8), row
     refused = {(r["method"], r["backbone"], r["vram"]) for r in table if not r["fits"] and r["size"] == 512}
-    assert {method for method, backbone, gb in refused if gb > 8} <= {"advunlearn", "eraseanything", "mace"}
+    assert {method for method, backbone, gb in refused if gb > 8} <= {"advunlearn", "eraseanything", "mace", "spm"}
     assert {method for method, backbone, gb in refused if backbone == "sd15"} == {
         "ant",
         "stereo",

@@ -40,6 +40,9 @@ SPEED = {"layers": "v", "tokens": "last", "bare": True, "threshold": 0.1, "thres
 SPEED |= {"lamb": 0.0, "centres": 3, "augment": 10, "filter": True}
 GEM = {"schedule": "constant", "warmup": 0, "lr": 1e-3, "rank": 16, "eta": 1.0, "gamma": 100.0, "weight_decay": 0.01}
 GEM |= {"steps": 25, "batch": 10, "share": 0.36, "guidance": 3.0, "clip": 0.0, "init": "uniform"}
+SPM = {"schedule": "cosine", "warmup": 500, "steps": 3000, "lr": 1e-4, "weight_decay": 0.01, "clip": 0.0, "init": "uniform"}
+SPM |= {"rank": 1, "alpha": None, "bare": True, "anchor": "empty", "eta": 1.0, "anchoring": 1000.0, "anchors": 4, "batch": 1}
+SPM |= {"guidance": 3.0, "scope": "blocks"}
 # At a negative guidance of 2 STEREO's loops aim at f(w) - (2 - 1) (f(w) - f(0)), which is f(0); the last erasing at +1 and -3.
 STEREO = CONSTANT | {"loops": 2, "steps": 200, "eta": 0.0, "keep": 1.0, "push": 3.0, "anchor": "empty", "weight_decay": 0.01}
 STEREO |= {"word_steps": 3000, "word_lr": 5e-3, "guidance": 3.0, "clip": 0.0}
@@ -65,6 +68,8 @@ PUBLISHED = {
     ("speed", "flux"): SPEED,
     ("gem", "flux"): GEM | {"scope": "qk_dual"},
     ("gem", "sd"): GEM | {"scope": "kv"},
+    ("spm", "sd"): SPM,
+    ("spm", "flux"): SPM,
     ("stereo", "sd"): STEREO | {"lr": 2e-5, "search_lr": 5e-6, "weights": "full", "scope": "no-text"},
     ("stereo", "flux"): STEREO | {"lr": 1e-4, "search_lr": 1e-4, "weights": "lora", "scope": "qk_dual"},
     ("advunlearn", "sd"): ADVUNLEARN | {"lr": 1e-5, "weights": "full", "scope": "kv"},
@@ -93,7 +98,7 @@ def test_real_models_have_the_published_settings(which):
         assert {name: found[name] for name in PUBLISHED[which]} == PUBLISHED[which]
 
 
-ONES = ("esd", "mace", "ant", "eraseanything", "uce", "rece", "speed", "gem", "stereo", "advunlearn")
+ONES = ("esd", "mace", "ant", "eraseanything", "uce", "rece", "speed", "gem", "stereo", "advunlearn", "spm")
 OFFICIAL = [(m, p) for m in ONES for p in default().methods.get(m).presets]
 
 
@@ -108,7 +113,7 @@ def test_a_preset_is_the_same_on_every_model_but_for_its_layers(method, preset):
         assert found[0] == found[1]
         assert found[2] == found[3]
     assert found[0] == found[2] or method in ("ant", "advunlearn")
-    assert found[0].get("schedule", "constant") == "constant"
+    assert found[0].get("schedule", "constant") == ("cosine" if method == "spm" else "constant")
 
 
 @pytest.mark.parametrize("setting", ["esd guidance", "ant alpha", "mace captions", "eraseanything told"])

@@ -24,6 +24,7 @@ SHORT = {
     "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
     "advunlearn": ["method.steps=2", "method.plain_steps=1", "method.attack_steps=2", "method.trajectories=2"],
     "gem": ["method.steps=2"],
+    "spm": ["method.steps=2", "method.warmup=0"],
     "stereo": ["method.steps=2", "method.images=2", "method.trajectories=2", "method.word_steps=2", "method.loops=1"],
     "esd": ["method.steps=2", "method.trajectories=2"],
     "mace": ["method.steps=2", "method.images=2", "method.kept_images=3"],

@@ -17,6 +17,7 @@ SHORT = {
     "esd": {"steps": 2, "trajectories": 2, "batch": 2},
     "mace": {"steps": 2, "images": 2, "kept_images": 3},
     "pull": {"steps": 2},
+    "spm": {"steps": 2, "warmup": 0},
     "stereo": {"steps": 2, "images": 2, "trajectories": 2, "word_steps": 2, "loops": 1},
 }
 METHODS = [*(entry.name for entry in default().methods.entries()), "pull", "direction"]
