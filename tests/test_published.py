@@ -40,6 +40,9 @@ SPEED = {"layers": "v", "tokens": "last", "bare": True, "threshold": 0.1, "thres
 SPEED |= {"lamb": 0.0, "centres": 3, "augment": 10, "filter": True}
 GEM = {"schedule": "constant", "warmup": 0, "lr": 1e-3, "rank": 16, "eta": 1.0, "gamma": 100.0, "weight_decay": 0.01}
 GEM |= {"steps": 25, "batch": 10, "share": 0.36, "guidance": 3.0, "clip": 0.0, "init": "uniform"}
+ERASEFLOW = CONSTANT | {"steps": 20, "lr": 3e-4, "clip": 1.0, "weight_decay": 0.01, "init": "gaussian", "rank": 4}
+ERASEFLOW |= {"alpha": None, "fresh": True, "eta": 1.0, "last": 0.2, "others": 0.25, "log_beta": 2.5, "guidance": 5.0}
+ERASEFLOW_FLUX = {"steps": 40, "clip": 0.0, "weight_decay": 1e-4, "rank": 32, "alpha": 64.0, "others": 1.0, "log_beta": 1000.0}
 SPM = {"schedule": "cosine", "warmup": 500, "steps": 3000, "lr": 1e-4, "weight_decay": 0.01, "clip": 0.0, "init": "uniform"}
 SPM |= {"rank": 1, "alpha": None, "bare": True, "anchor": "empty", "eta": 1.0, "anchoring": 1000.0, "anchors": 4, "batch": 1}
 SPM |= {"guidance": 3.0, "scope": "blocks"}
@@ -68,6 +71,8 @@ PUBLISHED = {
     ("speed", "flux"): SPEED,
     ("gem", "flux"): GEM | {"scope": "qk_dual"},
     ("gem", "sd"): GEM | {"scope": "kv"},
+    ("eraseflow", "sd"): ERASEFLOW | {"scope": "attention"},
+    ("eraseflow", "flux"): ERASEFLOW | ERASEFLOW_FLUX | {"scope": "all_attn", "eta": 0.495},
     ("spm", "sd"): SPM,
     ("spm", "flux"): SPM,
     ("stereo", "sd"): STEREO | {"lr": 2e-5, "search_lr": 5e-6, "weights": "full", "scope": "no-text"},
@@ -98,7 +103,7 @@ def test_real_models_have_the_published_settings(which):
         assert {name: found[name] for name in PUBLISHED[which]} == PUBLISHED[which]
 
 
-ONES = ("esd", "mace", "ant", "eraseanything", "uce", "rece", "speed", "gem", "stereo", "advunlearn", "spm")
+ONES = ("esd", "mace", "ant", "eraseanything", "uce", "rece", "speed", "gem", "stereo", "advunlearn", "spm", "eraseflow")
 OFFICIAL = [(m, p) for m in ONES for p in default().methods.get(m).presets]
 
 

@@ -23,6 +23,7 @@ SHORT = {
     "ant": ["method.steps=2", "method.trajectories=2", "method.saliency_draws=1", "method.fusion_points=8"],
     "eraseanything": ["method.steps=2", "method.images=2", "method.kept_images=3"],
     "advunlearn": ["method.steps=2", "method.plain_steps=1", "method.attack_steps=2", "method.trajectories=2"],
+    "eraseflow": ["method.steps=2", "method.log_beta=10"],  # near the balance a loss is a small difference of large numbers
     "gem": ["method.steps=2"],
     "spm": ["method.steps=2", "method.warmup=0"],
     "stereo": ["method.steps=2", "method.images=2", "method.trajectories=2", "method.word_steps=2", "method.loops=1"],

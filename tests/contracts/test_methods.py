@@ -13,6 +13,7 @@ SHORT = {
     "trace": {"eta": 1.0, "steps": 2, "trajectories": 4, "clean_trajectories": 4, "batch": 2},
     "ant": {"steps": 2, "trajectories": 2, "batch": 2, "saliency_draws": 1, "fusion_points": 8},
     "eraseanything": {"steps": 2, "images": 2, "kept_images": 3},
+    "eraseflow": {"steps": 2},
     "gem": {"steps": 2},
     "esd": {"steps": 2, "trajectories": 2, "batch": 2},
     "mace": {"steps": 2, "images": 2, "kept_images": 3},
