@@ -163,3 +163,16 @@ def test_drawing_is_not_counted_as_the_methods_time(done, monkeypatch):
     assert len(told) == 2
     assert result.timings_s["erase"] < 0  # three drawings of 100 seconds each, by this clock, were taken off
     assert json.loads((path / "status.json").read_text())["timings_s"]["erase"] == result.timings_s["erase"]
+
+
+def test_images_of_sexual_prompts_are_blurred_whatever_the_task(done, registries, monkeypatch):
+    task = registries.tasks.get("words", "mini")
+    usual = task.prompts
+
+    def nude(self, *asked):
+        return [prompt._replace(text=prompt.text.replace("a cat", "a nude cat")) for prompt in usual(self, *asked)]
+
+    monkeypatch.setattr(task, "prompts", nude)
+    _, _, told = done(sample_every=12)
+    assert not task.blurred
+    assert [e.blurred for e in told] == [True, True]
