@@ -58,6 +58,9 @@ def test_looking_around_imports_no_model_library(arguments):
         ["run", "-m", "trace", "-b", "flux", "-t", "objects", "-s", "method.lr=-1"],
         ["erase", "-m", "uce", "-b", "sd15", "-c", "a cat", "-s", "method.nosuch=1"],
         ["run", "-m", "trace", "-b", "sdxl", "--vram", "24", "-t", "styles", "-s", "task.profile=nosuch"],
+        ["evaluate", "nosuch", "-t", "objects"],
+        ["attack", "nosuch", "-a", "seeds"],
+        ["generate", "a cat", "-b", "sd15", "-s", "protocol.steps=-1"],
     ],
 )
 def test_a_wrong_setting_is_told_before_diffusers_is_imported(arguments):

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft.functional import get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -16,7 +14,6 @@ from erasekit.documents import Damaged, fault_of
 from erasekit.erasures.deltas import check_layers
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.guidance import Guidance
-from erasekit.erasures.hooks import attach, denoiser_of, detach
 from erasekit.erasures.manifest import MANIFEST, SETTINGS, file_stems
 from erasekit.erasures.strength import Strength, factors
 from erasekit.errors import ErasekitError, UsageError, unknown
@@ -91,6 +88,8 @@ def _active(denoiser: Any) -> dict[str, float]:
     """The adapters of a denoiser that are active, and how strongly each acts."""
     if not getattr(denoiser, "peft_config", None):
         return {}
+    from peft.tuners.lora import LoraLayer
+
     layers = [m for m in denoiser.modules() if isinstance(m, LoraLayer)]
     strengths = {}
     for name in denoiser.active_adapters():
@@ -101,6 +100,8 @@ def _active(denoiser: Any) -> dict[str, float]:
 
 def unload(pipe: Any) -> None:
     """Take out of a pipeline what `load_into` put there; its weights are the base's again, and frozen."""
+    from erasekit.erasures.hooks import denoiser_of, detach
+
     denoiser = denoiser_of(pipe)
     if getattr(denoiser, "peft_config", None):
         with quiet():
@@ -132,12 +133,16 @@ def _load_guidance(
     except (ValueError, TypeError, KeyError) as error:
         why = fault_of(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise Damaged(f"'{folder / SETTINGS}' is damaged: '{guidance.scheme}' does not take its settings ({why}).") from error
+    from erasekit.erasures.hooks import attach
+
     embedded = base is None or base.embedded_guidance
     attach(pipe, guidance, scheme, embedded=embedded, strength=1.0 if strength is None else strength)
 
 
 def _load_file(pipe: Any, denoiser: Any, folder: Path, prefix: str, stem: str) -> str:
     """Load one file as an adapter of its name, or the next that is free, and see that every tensor arrived; the name."""
+    from peft.functional import get_peft_model_state_dict
+
     file, taken = f"{stem}.safetensors", getattr(denoiser, "peft_config", {})
     name = next(n for n in (stem, *(f"{stem}-{k}" for k in range(2, len(taken) + 3))) if n not in taken)
     with quiet():

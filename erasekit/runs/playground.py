@@ -14,7 +14,6 @@ from PIL.Image import Image
 
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.hooks import detach
 from erasekit.erasures.loading import load_into
 from erasekit.errors import UsageError
 from erasekit.evaluation.finding import find_task
@@ -107,6 +106,8 @@ class Playground:
             return self._kept(prompt, seed, side, tuple(sorted((strength or {}).items())))
 
     def _draw(self, prompt: str, seed: int, side: int | None, strength: tuple[tuple[str, float], ...]) -> Drawn:
+        from erasekit.erasures.hooks import detach
+
         begin = time.monotonic()
         self.backbone.encode([prompt])
         try:
