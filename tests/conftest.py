@@ -42,6 +42,14 @@ def tiny_flux_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion 3.5 folder with random weights."""
+    from erasekit.testing import tiny_sd3
+
+    return tiny_sd3.save_pipeline(tmp_path_factory.mktemp("base") / "sd3")
+
+
+@pytest.fixture(scope="session")
 def tiny_clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP with random weights, as open_clip keeps its models in a folder."""
     import json
@@ -68,6 +76,14 @@ def sd(tiny_folder):
     from erasekit.testing import tiny
 
     return tiny.load(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def sd3(tiny_sd3_folder):
+    """The tiny Stable Diffusion 3.5, loaded."""
+    from erasekit.testing import tiny_sd3
+
+    return tiny_sd3.load(tiny_sd3_folder)
 
 
 @pytest.fixture(scope="module")

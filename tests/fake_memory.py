@@ -98,6 +98,18 @@ def flux_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
     )[0]
 
 
+def sd3_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
+    """A prediction of SD3.5's transformer."""
+    half = {"dtype": torch.bfloat16}
+    return model(
+        hidden_states=torch.zeros(rows, 16, size // 8, size // 8, **half),
+        timestep=torch.zeros(rows),
+        encoder_hidden_states=torch.zeros(rows, 77 + 256, 4096, **half),
+        pooled_projections=torch.zeros(rows, 2048, **half),
+        return_dict=False,
+    )[0]
+
+
 def gib(peak: Peak) -> float:
     """The peak in GiB."""
     return peak.peak / GIB

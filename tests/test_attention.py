@@ -16,6 +16,7 @@ from erasekit.errors import UsageError
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
 from erasekit.methods.images import draw, noised
+from erasekit.testing import tiny
 from tests.third_party.tiny_world import Words
 
 PROMPTS = ["a photo of a cat", "cat by the red ship"]
@@ -117,7 +118,36 @@ def test_joint_attention_is_the_texts_columns_of_the_softmax(flux):
         np.testing.assert_allclose(linear(module.to_out[0], mixed[:, text:]), output[0].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_joint_attention_without_places_is_the_texts_columns_of_the_softmax(sd3):
+    """SD3.5's norms act on each head; a layer in which the image attends to itself alone has no map."""
+    seen, handles = calls(sd3.denoiser, Attention)
+    x, tau, cond = inputs(sd3)
+    with attention_maps(sd3.denoiser) as maps, torch.no_grad():
+        sd3.predict(x, tau, cond)
+    [handle.remove() for handle in handles]
+    assert list(maps) == [f"transformer_blocks.{i}.attn" for i in range(3)]
+    assert "transformer_blocks.0.attn2" in seen
+    for name, attention in maps.items():
+        module, (_, named, output) = sd3.denoiser.get_submodule(name), seen[name]
+        image, words = (named[key].double().numpy() for key in ("hidden_states", "encoder_hidden_states"))
+        q, k, v = (
+            [
+                heads(linear(getattr(module, layer), x), module.heads)
+                for layer, x in ((f"to_{p}", image), (f"add_{p}_proj", words))
+            ]
+            for p in "qkv"
+        )
+        q, k = (
+            np.concatenate([rms(getattr(module, f"norm_{p}"), a), rms(getattr(module, f"norm_added_{p}"), b)], 2)
+            for p, (a, b) in (("q", q), ("k", k))
+        )
+        whole, n = softmax(q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1])), image.shape[1]
+        np.testing.assert_allclose(attention.numpy(), whole[:, :, :n, n:], atol=1e-5)
+        mixed = (whole @ np.concatenate(v, 2)).transpose(0, 2, 1, 3).reshape(len(x), whole.shape[2], -1)
+        np.testing.assert_allclose(linear(module.to_out[0], mixed[:, :n]), output[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
 def test_maps_follow_the_adapters_and_carry_gradients(family, request):
     backbone = request.getfixturevalue(family)
     bank = AdapterBank(backbone)
@@ -153,14 +183,13 @@ def test_a_denoiser_without_attention_to_text_is_refused(sd):
         pass
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
-def test_positions_are_the_spans(family, request):
+@pytest.mark.parametrize(("family", "begins"), [("sd", [1]), ("flux", [0]), ("sd3", [1, tiny.LENGTH])])
+def test_positions_are_the_spans(family, begins, request):
     backbone = request.getfixturevalue(family)
     found = token_positions(backbone, PROMPTS, ["cat", "red ship", "dog"])
     assert found.shape == backbone.encode(PROMPTS).tokens.shape[:2]
-    begin = 1 if family == "sd" else 0
-    assert found[0].nonzero().flatten().tolist() == [begin + 4]
-    assert found[1].nonzero().flatten().tolist() == [begin, begin + 3, begin + 4]
+    assert found[0].nonzero().flatten().tolist() == [begin + 4 for begin in begins]
+    assert found[1].nonzero().flatten().tolist() == [begin + place for begin in begins for place in (0, 3, 4)]
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])

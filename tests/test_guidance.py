@@ -16,7 +16,7 @@ from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
-from erasekit.testing import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux, tiny_sd3
 from erasekit_negative_prompt.method import NegativePrompt, NegativePromptConfig
 from erasekit_sld.method import MAX, MEDIUM, Sld, SldConfig
 
@@ -24,10 +24,12 @@ PROMPTS = ["a photo of a cat", "a dog"]
 SCALE = 3.0
 
 
-@pytest.fixture(scope="module", params=["sd", "flux", "flux-cfg"])
-def backbone(request, tiny_folder, tiny_flux_folder):
+@pytest.fixture(scope="module", params=["sd", "sd3", "flux", "flux-cfg"])
+def backbone(request, tiny_folder, tiny_sd3_folder, tiny_flux_folder):
     if request.param == "sd":
         return tiny.load(tiny_folder)
+    if request.param == "sd3":
+        return tiny_sd3.load(tiny_sd3_folder)
     return tiny_flux.load(tiny_flux_folder, guidance="embedded" if request.param == "flux" else "cfg")
 
 

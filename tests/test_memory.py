@@ -8,6 +8,7 @@ import torch
 from erasekit.backbones.flux import Flux
 from erasekit.backbones.memory import VRAM_GB, out_of_memory, vram_gb
 from erasekit.backbones.sd import StableDiffusion
+from erasekit.backbones.sd3 import StableDiffusion35Large, StableDiffusion35Medium
 from erasekit.errors import EnvironmentProblem
 from erasekit.registration import plugins
 from erasekit.runs.config import build
@@ -39,7 +40,7 @@ def whole(tiny_flux_folder):
 def test_a_size_is_planned_for():
     assert vram_gb("24", torch.device("cpu")) == 24
     assert vram_gb("auto", torch.device("cpu")) == VRAM_GB[-1]
-    for backbone in (StableDiffusion, Flux):
+    for backbone in (StableDiffusion, Flux, StableDiffusion35Medium, StableDiffusion35Large):
         assert tuple(backbone.holding) == VRAM_GB
 
 

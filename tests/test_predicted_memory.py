@@ -10,12 +10,14 @@ from erasekit.backbones.attention import attention_maps
 from erasekit.backbones.flux import Flux
 from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.sd import StableDiffusion
+from erasekit.backbones.sd3 import StableDiffusion35Large, StableDiffusion35Medium
 from erasekit.backbones.sdxl import StableDiffusionXL
-from tests.fake_memory import Peak, fake, flux_call, gib, unet_call, xl_call
+from tests.fake_memory import Peak, fake, flux_call, gib, sd3_call, unet_call, xl_call
 
 SD = (StableDiffusion, unet_call, ("attn2.to_k", "attn2.to_v"))
 XL = (StableDiffusionXL, xl_call, ("attn2.to_k", "attn2.to_v"))
 FLUX = (Flux, flux_call, ("attn.add_k_proj", "attn.add_v_proj"))
+MEDIUM, LARGE = ((kind, sd3_call, FLUX[2]) for kind in (StableDiffusion35Medium, StableDiffusion35Large))
 
 
 def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
@@ -44,6 +46,11 @@ def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
         (FLUX, 512, "kept", {}),
         (FLUX, 512, "checkpointed", {"checkpointing": True}),
         (FLUX, 1024, "checkpointed", {"checkpointing": True}),
+        (MEDIUM, 1024, "forward", {"grad": False}),
+        (MEDIUM, 1024, "kept", {}),
+        (MEDIUM, 1024, "checkpointed", {"checkpointing": True}),
+        (LARGE, 1024, "forward", {"grad": False}),
+        (LARGE, 1024, "checkpointed", {"checkpointing": True}),
     ],
 )
 def test_a_row_takes_what_is_predicted(model, size, what, how):
@@ -52,7 +59,7 @@ def test_a_row_takes_what_is_predicted(model, size, what, how):
     assert found <= said < 1.06 * found
 
 
-@pytest.mark.parametrize(("model", "size"), [(SD, 512), (FLUX, 512)])
+@pytest.mark.parametrize(("model", "size"), [(SD, 512), (FLUX, 512), (MEDIUM, 512)])
 def test_attention_maps_take_what_is_predicted(model, size):
     found, said = taken(model, size, maps=True), model[0].activations(size)
     assert found <= said.kept + said.maps < 1.06 * found
@@ -63,16 +70,17 @@ def test_decoding_takes_what_is_predicted():
     config = {**blocks, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     with fake(AutoencoderKL, config, "", checkpointing=False) as (vae, own), Peak(own) as peak, torch.no_grad():
         vae.decode(torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16))
-    for backbone in (StableDiffusion, Flux):
+    for backbone in (StableDiffusion, Flux, StableDiffusion35Medium, StableDiffusion35Large):
         assert gib(peak) <= backbone.activations(512).decode < 1.06 * gib(peak)
 
 
-@pytest.mark.parametrize(("backbone", "scope"), [(StableDiffusion, "kv"), (StableDiffusionXL, "kv"), (Flux, "add_kv")])
-def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(backbone, scope):
+@pytest.mark.parametrize("model", [SD, XL, FLUX, MEDIUM, LARGE])
+def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(model):
+    backbone = model[0]
     name, config = backbone.architecture
     with torch.device("meta"):
         model = of_diffusers(name).from_config(config)
-    elements = sum(p.numel() for p in model.parameters())
+    elements = sum(t.numel() for t in model.state_dict().values())  # SD3.5's table of places is no parameter
     assert backbone.sizes_gb[0] == pytest.approx(2 * elements / 2**30, rel=0.01)
     sizes = backbone.linears(backbone.Config())
     assert sum(sizes.values()) < elements

@@ -14,7 +14,7 @@ def align(concept: Conditioning, neutral: Conditioning) -> tuple[torch.Tensor, t
     all tokens after it, the end token and the pads, in T5 all tokens of the prompt. Words that both prompts have before and
     after the concept are paired with each other, so that neutral words of another length do not shift them; what one of
     them has more of is paired with the other's pads. Attention does not see the order of text tokens, so if all pairs agree
-    after an edit, all that the denoiser makes of the two prompts does.
+    after an edit, all that the denoiser makes of the two prompts does. Each reading of a prompt is paired by itself.
 
     Args:
         concept: n prompts.
@@ -33,8 +33,12 @@ def _align_one(concept: Conditioning, neutral: Conditioning) -> tuple[torch.Tens
     mine_LD, goal_LD = concept.tokens[0], neutral.tokens[0]
     differs = (mine_LD - goal_LD).abs().amax(1) > 1e-4 * mine_LD.abs().max()
     start = int(differs.nonzero()[0]) if differs.any() else len(mine_LD)
-    one, two = (cond.ids[0, : int(cond.lengths[0])].tolist() for cond in (concept, neutral))
-    partner = torch.tensor(_partners(one, two, len(mine_LD)), device=mine_LD.device)
+    partners: list[int] = []
+    for readings in zip(concept.readings(), neutral.readings(), strict=True):
+        one, two = (cond.ids[0, : int(cond.lengths[0])].tolist() for cond in readings)
+        begin = len(partners)
+        partners += [begin + partner for partner in _partners(one, two, readings[0].ids.shape[1])]
+    partner = torch.tensor(partners, device=mine_LD.device)
     return mine_LD[start:], goal_LD[partner[start:]]
 
 

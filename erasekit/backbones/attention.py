@@ -24,8 +24,8 @@ Parts = dict[str, torch.Tensor]
 def attention_maps(denoiser: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Record the attention of image tokens to text tokens, softmax(q k^T / sqrt(d)), from the layers' own projections.
 
-    In a UNet these are the cross-attentions; a row sums to one. In FLUX.1 they are the double blocks: text and image
-    tokens share one softmax, of which the columns of the text are kept, so a row sums to less than one.
+    In a UNet these are the cross-attentions; a row sums to one. In FLUX.1 they are the double blocks, in SD3.5 all blocks:
+    text and image tokens share one softmax, of which the columns of the text are kept, so a row sums to less than one.
 
     Adapters have to be on the denoiser already: they are put around the projections that are watched here.
 
@@ -80,14 +80,19 @@ class _Hooks:
 def _register(denoiser: nn.Module, maps: dict[str, torch.Tensor]) -> list[Any]:
     """Put the hooks on all layers that attend to text."""
     handles: list[Any] = []
+    parts: dict[str, Any]
     for name, module in denoiser.named_modules():
         if isinstance(module, FluxAttention) and module.added_kv_proj_dim is not None:
             parts = {"query": module.norm_q, "key": module.norm_k, "text": module.norm_added_k}
             handles += _watch(module, parts, _joint, _write(maps, name))
+        elif isinstance(module, Attention) and module.added_kv_proj_dim is not None:
+            parts = {"query": module.to_q, "key": module.to_k, "text": module.add_k_proj}
+            handles += _watch(module, parts, _unturned, _write(maps, name))
         elif isinstance(module, Attention) and module.is_cross_attention:
             handles += _watch(module, {"query": module.to_q, "key": module.to_k}, _cross, _write(maps, name))
     if not handles:
-        raise UsageError(f"A {type(denoiser).__name__} has no attention to text that can be read; use a UNet or FLUX.1.")
+        kinds = "a UNet, SD3.5 or FLUX.1"
+        raise UsageError(f"A {type(denoiser).__name__} has no attention to text that can be read; use {kinds}.")
     return handles
 
 
@@ -128,6 +133,14 @@ def _joint(attention: Any, seen: Parts, named: dict[str, Any]) -> torch.Tensor:
     key: Any = apply_rotary_emb(torch.cat([seen["text"], seen["key"]], 1), turn, sequence_dim=1)  # Any: its type is wrong
     query: Any = apply_rotary_emb(seen["query"], tuple(table[text:] for table in turn), sequence_dim=1)
     return _softmax(query, key)[..., :text]
+
+
+def _unturned(attention: Any, seen: Parts, named: dict[str, Any]) -> torch.Tensor:
+    """Joint attention without places (SD3.5), whose norms act on each head by itself; the text's columns."""
+    norms = {"query": attention.norm_q, "key": attention.norm_k, "text": attention.norm_added_k}
+    split = {part: seen[part].unflatten(-1, (attention.heads, -1)) for part in norms}
+    query, key, text = (split[part] if norm is None else norm(split[part]) for part, norm in norms.items())
+    return _softmax(query, torch.cat([text, key], 1))[..., : text.shape[1]]
 
 
 def _softmax(query_BIHD: torch.Tensor, key_BTHD: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from erasekit.backbones.folders import part_config
 from erasekit.backbones.memory import Activations, Holding
-from erasekit.backbones.pipelines import PipelineBackbone
-from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Site
-from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau, per_row
+from erasekit.backbones.mmdit import Mmdit
+from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning
+from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau
 
 
 class FluxConfig(BackboneConfig):
@@ -25,11 +24,8 @@ class FluxConfig(BackboneConfig):
     )
 
 
-class Flux(PipelineBackbone):
-    """FLUX.1-dev. Latents are packed, (b, tokens, 64): 2 x 2 latent pixels each.
-
-    If both text sites give the same for two prompts, the whole forward does, at every step: text enters nowhere else.
-    """
+class Flux(Mmdit):
+    """FLUX.1-dev. Latents are packed, (b, tokens, 64): 2 x 2 latent pixels each."""
 
     name: ClassVar[str] = "flux"
     path: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
@@ -37,23 +33,17 @@ class Flux(PipelineBackbone):
     capabilities: ClassVar[Capabilities] = Capabilities(
         family="dit", prediction="velocity", guidance="embedded", text="bidirectional"
     )
-    prefix: ClassVar[str] = "transformer"
     Config: ClassVar[type[BackboneConfig]] = FluxConfig
     pipeline_class: ClassVar[str] = "FluxPipeline"
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     reads: ClassVar[Mapping[str, Literal["tokens", "pooled"]]] = {"text_encoder": "pooled", "text_encoder_2": "tokens"}
-    unused: ClassVar[tuple[str, ...]] = ("image_encoder", "feature_extractor")
-    scopes: ClassVar[Mapping[str, str]] = {
-        "add_kv": r"^transformer_blocks\.\d+\.attn\.add_[kv]_proj$",
-        "add_qk": r"^transformer_blocks\.\d+\.attn\.add_[qk]_proj$",
-        "qk_dual": r"^transformer_blocks\.\d+\.attn\.(add_[qk]_proj|to_[qk])$",
-        "all_attn": r"\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
-        "all": r"",
-        "text": r"^(context_embedder|time_text_embed\.text_embedder\.linear_1)$",
-    }
     size: ClassVar[int] = 512
     positions: ClassVar[int] = 512
-    size_step: ClassVar[int] = 16
+    measured: ClassVar[tuple[int, int, Activations]] = (
+        512,
+        512,
+        Activations(forward=0.16, kept=7.1, checkpointed=0.76, maps=4.2, decode=0.38),
+    )
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 28, "guidance": 3.5, "size": size}
     holding: ClassVar[Mapping[int, Holding]] = {
         8: Holding(1, "offload", "cpu", checkpointing=True, slicing=True),
@@ -68,7 +58,6 @@ class Flux(PipelineBackbone):
     on_cpu: ClassVar[Holding] = Holding(1, "whole", "released", checkpointing=True)
     sizes_gb: ClassVar[tuple[float, float, float]] = (22.2, 9.1, 0.16)
     architecture: ClassVar[tuple[str, Mapping[str, Any]]] = ("FluxTransformer2DModel", {"guidance_embeds": True})
-    cpu_dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def __init__(self, folder: Path, config: BackboneConfig, **where: Any) -> None:
         """See `PipelineBackbone`."""
@@ -85,20 +74,10 @@ class Flux(PipelineBackbone):
         """T5 token positions at which `phrase` stands in `prompt` as whole words."""
         return self._spans(prompt, phrase, *self._tokenizer("text_encoder_2"))
 
-    def text_sites(self) -> list[Site]:
-        """The two entrances of text. Their biases are not part of an edit."""
-        return [Site("context_embedder", "tokens"), Site("time_text_embed.text_embedder.linear_1", "pooled")]
-
     def schedule(self, steps: int, size: int | None = None) -> Schedule:
         """The steps of the pipeline's own scheduler, shifted by the number of image tokens."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
         scheduler = self._pipe.scheduler
-        config = scheduler.config
-        shift = calculate_shift(
-            self._tokens(size) ** 2, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._shift(size))
         return Schedule(timesteps=scheduler.timesteps.clone(), tau=flow_tau(scheduler.sigmas[:-1]))
 
     def latents(self, seeds: Sequence[int], size: int | None = None) -> torch.Tensor:
@@ -107,20 +86,6 @@ class Flux(PipelineBackbone):
         noise = self._noise(seeds, (channels, side, side))
         packed: torch.Tensor = self._pipe._pack_latents(noise, *noise.shape)
         return packed
-
-    @classmethod
-    def activations(cls, size: int) -> Activations:
-        """What a row takes at 16 bits, for an image of `size` pixels.
-
-        Found with fake tensors at 512 pixels and 512 positions of text. Other sizes are in proportion to all tokens, maps to
-        the image's tokens times all.
-        """
-        at_512 = Activations(forward=0.16, kept=7.1, checkpointed=0.76, maps=4.2, decode=0.38)
-        image = (size / 16) ** 2
-        share = (image + cls.positions) / (1024 + 512)
-        maps = image * (image + cls.positions) / (1024 * (1024 + 512))
-        shares = (share, share, share, maps, (size / 512) ** 2)
-        return Activations(*(gb * each for gb, each in zip(at_512, shares, strict=True)))
 
     @classmethod
     def tflop(cls, size: int) -> float:
@@ -144,21 +109,8 @@ class Flux(PipelineBackbone):
         )[0]
         return velocity
 
-    def _share_of(self, x: torch.Tensor) -> float:
-        return float(x.shape[1] + self._length) / (1024 + 512)
-
-    def step(self, prediction: torch.Tensor, x: torch.Tensor, k: int, schedule: Schedule) -> torch.Tensor:
-        """One Euler step, from step `k` to the next."""
-        sigma = torch.cat([flow_sigma(schedule.tau), torch.zeros(1)]).float()
-        return (x.float() + (sigma[k + 1] - sigma[k]).to(x.device) * prediction).to(prediction.dtype)
-
-    def to_x0(self, prediction: torch.Tensor, x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """Finished latents x0 = x - sigma v."""
-        return x - per_row(flow_sigma(tau).to(x), x) * prediction
-
-    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        """Latents x = (1 - sigma) x0 + sigma noise."""
-        return torch.lerp(x0, noise, per_row(flow_sigma(tau).to(x0), x0))
+    def _tokens_of(self, x: torch.Tensor) -> int:
+        return x.shape[1]
 
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """Finished latents (n, tokens, channels) of images (n, 3, h, w) in [-1, 1], packed."""
@@ -174,21 +126,8 @@ class Flux(PipelineBackbone):
 
     def call_arguments(self, cond: Conditioning, *, empty: Conditioning, guidance: float) -> dict[str, Any]:
         """Arguments of the pipeline's call for encoded prompts."""
-        cond, none = (c.to(self.device, self.dtype) for c in (cond, empty.repeat(len(cond))))
-        given = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled}
-        if not self._cfg:
-            return given | {"guidance_scale": guidance}
-        given |= {"negative_prompt_embeds": none.tokens, "negative_pooled_prompt_embeds": none.pooled}
-        return given | {"guidance_scale": 1.0, "true_cfg_scale": guidance}
-
-    @property
-    def _channels(self) -> int:
-        channels: int = part_config(self._folder, self.prefix)["in_channels"]
-        return channels
-
-    def _tokens(self, size: int | None) -> int:
-        """Image tokens along a side."""
-        return self._side(size or self.size) // 2
+        given = self._given(cond, empty, negative=self._cfg)
+        return given | ({"guidance_scale": 1.0, "true_cfg_scale": guidance} if self._cfg else {"guidance_scale": guidance})
 
     def _tokenizer(self, encoder: str) -> tuple[Any, int]:
         if encoder == "text_encoder":

@@ -124,9 +124,7 @@ class PipelineBackbone(PipelineParts):
         """
         found: dict[str, Any] = {} if like is None else dict(vars(like.to(self.device, self.dtype)))
         for name, ids in tokens.items():
-            encoder = self._part(name)
-            with handing(encoder, (vectors or {}).get(name)):
-                out = encoder(ids.to(encoder.device))
+            out = self._read(name, ids, vectors)
             field = self.reads[name]
             found[field] = (out.pooler_output if field == "pooled" else out.last_hidden_state).to(self.device, self.dtype)
             if field == "tokens":
@@ -174,7 +172,8 @@ class PipelineBackbone(PipelineParts):
         tokenizer, encoder = self._pipe.tokenizer, self._part(self.encoders[0])
         length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         ids = tokenizer(list(prompts), return_tensors="pt", **length)
-        pooled: torch.Tensor = encoder(ids.input_ids.to(encoder.device)).pooler_output
+        out = encoder(ids.input_ids.to(encoder.device))
+        pooled: torch.Tensor = out.text_embeds if "text_embeds" in out else out.pooler_output
         return pooled.double().cpu()
 
     def lora_targets(self, scope: str) -> list[str]:
@@ -196,6 +195,12 @@ class PipelineBackbone(PipelineParts):
         shift = getattr(config, "shift_factor", None) or 0.0
         image: torch.Tensor = self.vae.decode(x0 / config.scaling_factor + shift, return_dict=False)[0]
         return image
+
+    def _read(self, name: str, ids: torch.Tensor, vectors: Mapping[str, torch.Tensor] | None, **how: Any) -> Any:
+        """What a text encoder puts out for token ids, reading vectors in their place if there are any for it."""
+        encoder = self._part(name)
+        with handing(encoder, (vectors or {}).get(name)):
+            return encoder(ids.to(encoder.device), **how)
 
     def _encode(self, prompt: str) -> Conditioning:
         """One prompt, encoded."""

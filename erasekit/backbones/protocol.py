@@ -25,12 +25,15 @@ class Conditioning:
         pooled: (n, width) where the model reads a summary too (FLUX), else None.
         ids: (n, length) the token of each position.
         lengths: (n,) how many tokens each prompt has, begin and end tokens included; the others are pads.
+        before: (n, 2) where a model reads a prompt twice, one reading behind the other (SD3: T5's behind CLIP's): how many
+            tokens the first has, and how many positions. `lengths` is then the position at which the second's pads begin.
     """
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None
     ids: torch.Tensor
     lengths: torch.Tensor
+    before: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """The number of prompts."""
@@ -39,6 +42,14 @@ class Conditioning:
     def __getitem__(self, index: Any) -> Conditioning:
         """The prompts at `index` (a slice, a list or a tensor of indices)."""
         return self._map(lambda t: t[index])
+
+    def readings(self) -> list[Conditioning]:
+        """The prompts as each reading has them, in the order in which they stand; most models have one, and these are they."""
+        if self.before is None:
+            return [self]
+        k = int(self.before[0, 1])
+        first = Conditioning(self.tokens[:, :k], self.pooled, self.ids[:, :k], self.before[:, 0])
+        return [first, Conditioning(self.tokens[:, k:], self.pooled, self.ids[:, k:], self.lengths - k)]
 
     def repeat(self, n: int) -> Conditioning:
         """A single prompt `n` times, without copying."""
@@ -57,11 +68,13 @@ class Conditioning:
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """The prompts of all parts, in order."""
     pooled = [p.pooled for p in parts if p.pooled is not None]
+    before = [p.before for p in parts if p.before is not None]
     return Conditioning(
         tokens=torch.cat([p.tokens for p in parts]),
         pooled=torch.cat(pooled) if pooled else None,
         ids=torch.cat([p.ids for p in parts]),
         lengths=torch.cat([p.lengths for p in parts]),
+        before=torch.cat(before) if before else None,
     )
 
 
@@ -107,7 +120,7 @@ class Capabilities:
         guidance: `cfg` (a second, unconditional pass) or `embedded` (a distilled scale).
         text: how the encoder of the tokens attends. `causal` (CLIP): a token knows what stands before it, so that after a
             phrase every token, the end and the pads carry it, and none before it does. `bidirectional` (T5): every word
-            of a prompt knows all others.
+            of a prompt knows all others. Of two readings this is the last one's.
     """
 
     family: Literal["unet", "dit"]
@@ -234,7 +247,7 @@ class Backbone(Protocol):
         """Finished latents x0 (n, ...) of images (n, 3, h, w) in [-1, 1], as the denoiser takes them."""
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
-        """Token positions at which `phrase` stands in `prompt`."""
+        """Token positions at which `phrase` stands in `prompt`, in all readings."""
 
     def vocabulary(self, near: str, n: int) -> list[str]:
         """The `n` whole words that the text encoder has tokens of their own for and holds nearest to the words of a text."""

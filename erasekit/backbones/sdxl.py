@@ -9,7 +9,6 @@ import torch
 
 from erasekit.backbones.folders import part_config
 from erasekit.backbones.memory import Activations, Holding
-from erasekit.backbones.pipelines import handing
 from erasekit.backbones.protocol import Conditioning, Site
 from erasekit.backbones.schedule import ddpm_timestep
 from erasekit.backbones.sd import StableDiffusion
@@ -91,9 +90,7 @@ class StableDiffusionXL(StableDiffusion):
         for place, name in enumerate(self.encoders):
             if name not in tokens:
                 continue
-            encoder = self._part(name)
-            with handing(encoder, (vectors or {}).get(name)):
-                out = encoder(tokens[name].to(encoder.device), output_hidden_states=True)
+            out = self._read(name, tokens[name], vectors, output_hidden_states=True)
             sides[place : place + 1] = [out.hidden_states[-2].to(self.device, self.dtype)]
             pooled = self._padded(out.text_embeds.to(self.device, self.dtype)) if place else pooled
         ids = tokens["text_encoder"].cpu() if "text_encoder" in tokens or found is None else found.ids

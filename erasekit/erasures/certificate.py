@@ -158,8 +158,8 @@ def _sites(
 
 def _positions(cond: Conditioning) -> dict[str, torch.Tensor]:
     """Which of all positions of prompts, one prompt after the other, are words, end tokens and pads."""
-    place, last = torch.arange(cond.tokens.shape[1]), cond.lengths[:, None] - 1
-    masks = zip(PER_POSITION, (place < last, place == last, place > last), strict=True)
+    behind = torch.cat([torch.arange(read.ids.shape[1]) - read.lengths[:, None] + 1 for read in cond.readings()], 1)
+    masks = zip(PER_POSITION, (behind < 0, behind == 0, behind > 0), strict=True)
     return {key: mask.flatten().to(cond.tokens.device) for key, mask in masks if mask.any()}
 
 

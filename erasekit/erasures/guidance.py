@@ -92,8 +92,8 @@ class Guidance:
             raise Damaged(f"'{folder / PROMPTS}' is damaged ({error}). {ADVICE}") from error
         if fault := _fault(tensors):
             raise Damaged(f"'{folder / PROMPTS}' is damaged: {fault}. {ADVICE}")
-        prompts = Conditioning(tensors["tokens"], tensors.get("pooled"), tensors["ids"], tensors["lengths"])
-        return cls(record.scheme, record.settings, record.texts, prompts, record.scale)
+        prompts: dict[str, Any] = {"pooled": None, **tensors}
+        return cls(record.scheme, record.settings, record.texts, Conditioning(**prompts), record.scale)
 
 
 class Record(BaseModel):
@@ -110,7 +110,7 @@ class Record(BaseModel):
 
 def _fault(tensors: Mapping[str, torch.Tensor]) -> str:
     """What is wrong with two encoded prompts, "" if nothing is."""
-    sides = {"tokens": 3, "pooled": 2, "ids": 2, "lengths": 1}
+    sides = {"tokens": 3, "pooled": 2, "ids": 2, "lengths": 1, "before": 2}
     if not {"tokens", "ids", "lengths"} <= tensors.keys() <= sides.keys():
         return "it does not hold two encoded prompts"
     for name, tensor in tensors.items():

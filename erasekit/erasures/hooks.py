@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -15,6 +15,7 @@ from erasekit.errors import UsageError
 
 _ModelHook: Any = ModelHook  # Any: diffusers is untyped
 NAME = "erasekit"  # of the hook on a denoiser
+READS: Mapping[str, str] = {"encoder_hidden_states": "tokens", "pooled_projections": "pooled"}  # what transformers are given
 Prediction = Literal["none", "wanted", "concept"]
 
 
@@ -22,7 +23,7 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
     """Put a scheme into a pipeline, as a diffusers hook on its denoiser; one that is there is replaced.
 
     Args:
-        pipe: a Stable Diffusion or FLUX.1 pipeline.
+        pipe: a pipeline of Stable Diffusion, XL and 3.5 included, or FLUX.1.
         guidance: its prompts and its scale.
         scheme: built with its settings.
         embedded: a FLUX pipeline is called without true classifier-free guidance, as usual.
@@ -31,7 +32,13 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
     detach(pipe)
     if strength == 0:
         return
-    hook: Any = UnetHook(guidance, scheme, pipe) if hasattr(pipe, "unet") else FluxHook(guidance, scheme, embedded=embedded)
+    hook: Any
+    if hasattr(pipe, "unet"):
+        hook = UnetHook(guidance, scheme, pipe)
+    elif hasattr(type(pipe), "do_classifier_free_guidance"):
+        hook = JointHook(guidance, scheme, pipe)
+    else:
+        hook = FluxHook(guidance, scheme, embedded=embedded)
     hook.strength = strength
     HookRegistry.check_if_exists_or_initialize(denoiser_of(pipe)).register_hook(hook, NAME)
 
@@ -42,7 +49,7 @@ def detach(pipe: Any) -> None:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The denoiser of a Stable Diffusion or FLUX.1 pipeline."""
+    """The denoiser of a pipeline, a UNet or a transformer."""
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
@@ -72,22 +79,34 @@ class SteeringHook(_ModelHook):  # type: ignore[misc]
         return tuple(torch.lerp(own, new, self.strength) for own, new in zip(predict("none", "wanted"), steered, strict=True))
 
 
-class UnetHook(SteeringHook):
-    """On a UNet, which a pipeline calls once a step with the rows [unconditional, conditional]."""
+class RowsHook(SteeringHook):
+    """On a denoiser that a pipeline calls once a step with the rows [unconditional, conditional]."""
 
     def __init__(self, guidance: Guidance, scheme: Scheme, pipe: Any) -> None:
         """The pipeline says how it calls."""
         super().__init__(guidance, scheme)
         self._pipe = pipe
 
-    def new_forward(self, module: Any, x: torch.Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
-        """The scheme's two predictions in the place of the denoiser's."""
+    def concept(self, x: torch.Tensor) -> tuple[int, Conditioning]:
+        """How many images there are, and as often the concept's prompt.
+
+        Raises:
+            UsageError: there is only one row for each image.
+        """
         if not self._pipe.do_classifier_free_guidance:
             raise UsageError(
                 "This erasure steers classifier-free guidance, which is off. Sample with a guidance scale above 1."
             )
         n = len(x) // 2
-        own = self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype)
+        return n, self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype)
+
+
+class UnetHook(RowsHook):
+    """On a UNet."""
+
+    def new_forward(self, module: Any, x: torch.Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        """The scheme's two predictions in the place of the denoiser's."""
+        n, own = self.concept(x)
         given = {"none": encoder_hidden_states[:n], "wanted": encoder_hidden_states[n:], "concept": own.tokens}
         added = kwargs.pop("added_cond_kwargs", None) or {}  # SDXL's
         if added:
@@ -112,10 +131,29 @@ def _summary(cond: Conditioning, width: int) -> torch.Tensor:
     return cond.pooled[:, :width]
 
 
+class JointHook(RowsHook):
+    """On a transformer of Stable Diffusion 3."""
+
+    def new_forward(self, module: Any, **kwargs: Any) -> Any:
+        """The scheme's two predictions in the place of the denoiser's."""
+        if kwargs.get("skip_layers") is not None:  # skip-layer guidance is drawn from the base's prediction
+            return self.fn_ref.original_forward(**kwargs)
+        x, timestep = kwargs["hidden_states"], kwargs["timestep"]
+        n, own = self.concept(x)
+
+        def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
+            batch = {"hidden_states": torch.cat([x[:n]] * len(names)), "timestep": torch.cat([timestep[:n]] * len(names))}
+            for key, attribute in READS.items():
+                given = {"none": kwargs[key][:n], "wanted": kwargs[key][n:], "concept": getattr(own, attribute)}
+                batch[key] = torch.cat([given[name] for name in names])
+            return tuple(self.fn_ref.original_forward(**kwargs | batch)[0].chunk(len(names)))
+
+        tau = float(flow_tau(timestep[0] / self._pipe.scheduler.config.num_train_timesteps))
+        return (torch.cat(self.pair(tau, predict)),)
+
+
 class FluxHook(SteeringHook):
     """On a FLUX transformer, which a pipeline calls once a step; with true guidance twice, the conditional one first."""
-
-    reads: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "tokens", "pooled_projections": "pooled"}
 
     def __init__(self, guidance: Guidance, scheme: Scheme, *, embedded: bool) -> None:
         """`embedded`: the pipeline calls once a step."""
@@ -135,7 +173,7 @@ class FluxHook(SteeringHook):
         def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
             same = {key: kwargs[key] for key in ("hidden_states", "timestep", "guidance") if kwargs[key] is not None}
             batch = {key: torch.cat([value] * len(names)) for key, value in same.items()}
-            for key, attribute in self.reads.items():
+            for key, attribute in READS.items():
                 batch[key] = torch.cat([kwargs[key] if n == "wanted" else getattr(given[n], attribute) for n in names])
             return tuple(self.fn_ref.original_forward(**kwargs | batch)[0].chunk(len(names)))
 

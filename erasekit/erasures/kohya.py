@@ -88,8 +88,12 @@ class Kohya(Exporter):
         """Write the file.
 
         Raises:
-            UsageError: a layer has no name there.
+            UsageError: the model has no names there, or a layer has none.
         """
+        architecture = getattr(order.kind, "architecture", ("",))[0]
+        if architecture not in ("", "UNet2DConditionModel", "FluxTransformer2DModel"):
+            line = f"kohya's files are written for Stable Diffusion 1.x and FLUX.1, and '{order.kind.name}' is neither"
+            raise UsageError(f"{line}. Use --to diffusers, or --to merged for a model of its own.")
         low, alpha = with_one_alpha(named(rounded(order.deltas, order.dtype or torch.float32)[0], order.erasure.prefix))
         meant = {name: LowRank(d.up.double() * (alpha / d.rank), d.down.double()) for name, d in low.items()}
         exact = order.dtype in (None, torch.float32)

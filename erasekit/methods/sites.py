@@ -79,7 +79,7 @@ class SiteEmbeddings:
         empty prompt has no words: there e_u is what stands in the place of e_w, as Thm 3.1 has u where w was. In CLIP that
         is the end token or a pad, which is the same token; the paper takes the end token for "empty", and the begin token,
         which published code takes, is no word at all (docs/explanation.md). Of a pooled embedding, which has no positions,
-        it is that itself.
+        it is that itself; of a model that reads a prompt twice the last reading's.
         """
         encode, own, goals = self._ctx.backbone.encode, [], []
         for concept in self._ctx.concepts:
@@ -179,9 +179,10 @@ def pair_rows(
         elif tokens == "all":
             yield align(mine, goal)
         elif tokens == "end":
-            yield _last_word(mine), _last_word(goal)
+            yield last_words(mine).double(), last_words(goal).double()
         else:
-            yield _from_last(mine, goal, _last_token(backbone, concept, prompt, int(mine.lengths[0])), tokens)
+            ends = [span[-1] for phrase in concept.phrases for span in backbone.spans(prompt, phrase)]
+            yield _from_last(mine, goal, ends, tokens)
 
 
 def site_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -212,20 +213,29 @@ def _read(cond: Conditioning, reads: str) -> torch.Tensor:
     return cond.tokens if cond.pooled is None or reads == "tokens" else cond.pooled[:, None]
 
 
-def _last_word(cond: Conditioning) -> torch.Tensor:
-    """The embedding before each prompt's end token; of the empty prompt that is its begin token (CLIP) or last pad (T5)."""
-    return cond.tokens[torch.arange(len(cond)), cond.lengths - 2].double()
+def last_words(cond: Conditioning) -> torch.Tensor:
+    """The embedding before each prompt's end token, in each reading; of the empty prompt CLIP's begin token or T5's pad."""
+    readings = cond.readings()
+    return torch.cat([read.tokens[torch.arange(len(read)), read.lengths - 2] for read in readings])
 
 
-def _last_token(backbone: Backbone, concept: Concept, prompt: str, length: int) -> int:
-    """The position of the concept's last token in a prompt; of the prompt's last word where its tokens stand apart."""
-    ends = [span[-1] for phrase in concept.phrases for span in backbone.spans(prompt, phrase)]
-    return max(ends, default=length - 2)
+def _from_last(
+    concept: Conditioning, goal: Conditioning, ends: Sequence[int], tokens: Tokens
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The aligned rows of one prompt from the concept's last token on, or that one alone, in each reading.
 
-
-def _from_last(concept: Conditioning, goal: Conditioning, end: int, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """The aligned rows of one prompt from position `end` on, or that one alone."""
+    Args:
+        concept: the prompt.
+        goal: its neutral prompt.
+        ends: where the concept's last tokens stand; in a reading that has none it is the prompt's last word.
+        tokens: `last` or `suffix`.
+    """
     w_MD, u_MD = align(concept, goal)
-    first = max(0, end - (concept.tokens.shape[1] - len(w_MD)))  # `align` leaves out what both prompts begin with
-    kept = slice(first, first + 1 if tokens == "last" else None)
-    return w_MD[kept], u_MD[kept]
+    start = concept.tokens.shape[1] - len(w_MD)  # `align` leaves out what both prompts begin with
+    rows, begin = dict[int, None](), 0
+    for read in concept.readings():
+        stop = begin + read.tokens.shape[1]
+        end = max((end for end in ends if begin <= end < stop), default=begin + int(read.lengths[0]) - 2)
+        rows |= dict.fromkeys(max(0, at - start) for at in range(end, end + 1 if tokens == "last" else stop))
+        begin = stop
+    return w_MD[list(rows)], u_MD[list(rows)]

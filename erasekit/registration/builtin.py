@@ -7,7 +7,7 @@ from erasekit.registration.hookspecs import Register, RegisterComponent, hookimp
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Stable Diffusion 1.x and XL, and FLUX.1."""
+    """Stable Diffusion 1.x, XL and 3.5, and FLUX.1."""
     sd = "erasekit.backbones.sd"
     register("sd15", f"{sd}:StableDiffusion", aliases=("sd1.5",), summary="Stable Diffusion 1.5, 860 M UNet, 512 x 512")
     register(
@@ -21,6 +21,19 @@ def register_backbones(register: Register) -> None:
         "erasekit.backbones.sdxl:StableDiffusionXL",
         aliases=("sd-xl",),
         summary="Stable Diffusion XL base, 2.6 B UNet, 1024 x 1024",
+    )
+    sd3 = "erasekit.backbones.sd3"
+    register(
+        "sd35-medium",
+        f"{sd3}:StableDiffusion35Medium",
+        aliases=("sd3.5-medium",),
+        summary="Stable Diffusion 3.5 medium, 2.2 B transformer, 1024 x 1024, gated",
+    )
+    register(
+        "sd35-large",
+        f"{sd3}:StableDiffusion35Large",
+        aliases=("sd3.5-large",),
+        summary="Stable Diffusion 3.5 large, 8 B transformer, 1024 x 1024, gated",
     )
     flux = "erasekit.backbones.flux"
     register(

@@ -67,8 +67,13 @@ def check_text(what: str, loaded: Backbone) -> None:
         same = tensor is None or all(torch.equal(tensor[[i]], getattr(one, field)) for i, one in enumerate(alone))
         owe(same, f"{what}: '{field}' of a prompt depends on the prompts that it is encoded with. Encode one at a time.")
     where = loaded.spans(PROMPTS[0], "cat")
-    owe(len(where) == 1, f"{what}: spans('{PROMPTS[0]}', 'cat') is {where}, not one range of token positions.")
-    owe(where[0].stop < int(together.lengths[0]), f"{what}: spans() counts a phrase to the end token or the pads.")
+    readings, begin = together.readings(), 0
+    line = f"{what}: spans('{PROMPTS[0]}', 'cat') is {where}, not one range of token positions"
+    owe(len(where) == len(readings), f"{line}{' for each reading' if len(readings) > 1 else ''}.")
+    for span, read in zip(where, readings, strict=True):
+        within = begin <= span.start and span.stop < begin + int(read.lengths[0])
+        owe(within, f"{what}: spans() counts a phrase to the end token or the pads.")
+        begin += read.ids.shape[1]
     owe(loaded.spans(PROMPTS[0], "dog") == [], f"{what}: spans() finds a phrase that does not stand in the prompt.")
 
 

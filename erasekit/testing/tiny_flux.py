@@ -39,7 +39,24 @@ def t5_tokenizer() -> T5TokenizerFast:
     return tokens
 
 
-def _vae() -> AutoencoderKL:
+def t5_encoder(pieces: T5TokenizerFast, width: int) -> T5EncoderModel:
+    """A T5 of two layers."""
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=width,
+        d_kv=8,
+        num_heads=2,
+        d_ff=32,
+        num_layers=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return T5EncoderModel(config)
+
+
+def flow_vae(scaling: float, shift: float) -> AutoencoderKL:
+    """An autoencoder for images of 16 pixels, whose latents are shifted."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -48,8 +65,8 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
+        scaling_factor=scaling,
+        shift_factor=shift,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
@@ -61,17 +78,6 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
         torch.manual_seed(seed)
         words = tokenizer(folder / "tokenizer")
         pieces = t5_tokenizer()
-        t5 = T5Config(
-            vocab_size=len(pieces),
-            d_model=TOKENS,
-            d_kv=8,
-            num_heads=2,
-            d_ff=32,
-            num_layers=2,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
         transformer = FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -90,10 +96,10 @@ def save_pipeline(folder: Path, *, kind: Literal["dev", "schnell"] = "dev", seed
             scheduler=FlowMatchEulerDiscreteScheduler(
                 base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096, **dynamic
             ),
-            vae=_vae(),
+            vae=flow_vae(0.3611, 0.1159),
             text_encoder=CLIPTextModel(text_config(words)),
             tokenizer=words,
-            text_encoder_2=T5EncoderModel(t5),
+            text_encoder_2=t5_encoder(pieces, TOKENS),
             tokenizer_2=pieces,
             transformer=transformer,
         )

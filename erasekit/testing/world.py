@@ -22,6 +22,7 @@ from erasekit.methods.training import Losses, TrainingConfig, train
 from erasekit.registration.hookspecs import Register, hookimpl
 from erasekit.testing.tiny import TinySD
 from erasekit.testing.tiny_flux import TinyFlux
+from erasekit.testing.tiny_sd3 import TinySD3
 from erasekit.testing.tiny_xl import TinyXL
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 100, "evaluation": 200}
@@ -138,6 +139,7 @@ def register_backbones(register: Register) -> None:
     register("tiny", TinySD, aliases=("tiny-sd",), summary="random weights")
     register("tiny-flux", TinyFlux, summary="random weights")
     register("tiny-xl", TinyXL, summary="random weights")
+    register("tiny-sd3", TinySD3, summary="random weights")
 
 
 @hookimpl

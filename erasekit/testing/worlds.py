@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from erasekit.registration import plugins
 from erasekit.registration.plugins import Registries
-from erasekit.testing import tiny, tiny_flux, tiny_xl
+from erasekit.testing import tiny, tiny_flux, tiny_sd3, tiny_xl
 
 BACKBONES = ("tiny", "tiny-flux")  # what methods and attacks are tried on: one of each family
 Plugins = str | Path | Sequence[str | Path]
@@ -22,6 +22,7 @@ SAVED: dict[str, Callable[[Path], Path]] = {
     "tiny": tiny.save_pipeline,
     "tiny-flux": tiny_flux.save_pipeline,
     "tiny-xl": tiny_xl.save_pipeline,
+    "tiny-sd3": tiny_sd3.save_pipeline,
 }
 
 
@@ -42,7 +43,7 @@ def tiny_folder(name: str = "tiny") -> Path:
     """A diffusers folder of a tiny model with random weights, made once and deleted when the process ends.
 
     Args:
-        name: `tiny` (the classes of Stable Diffusion 1.x), `tiny-xl` (of Stable Diffusion XL) or `tiny-flux` (of FLUX.1).
+        name: `tiny` (the classes of Stable Diffusion 1.x), `tiny-xl` (of XL), `tiny-sd3` (of 3.5) or `tiny-flux` (of FLUX.1).
     """
     owe(name in SAVED, f"There is no tiny model '{name}'. Choose one of: {', '.join(SAVED)}.")
     folder = Path(tempfile.mkdtemp(prefix="erasekit-tiny-"))

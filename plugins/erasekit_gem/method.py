@@ -60,6 +60,7 @@ class Gem(Method):
     Config = GemConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "unet": {"scope": "kv"},
+        **{name: {"lr": 2e-4} for name in ("sd35-medium", "sd35-large")},  # published for Stable Diffusion 3
         "sd15-mini": MINI,
         "flux-mini": MINI | {"steps": 60},
     }

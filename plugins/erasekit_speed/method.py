@@ -15,7 +15,7 @@ from erasekit.methods.closedform import Pairs, RidgeUnit, TextEdit, layer_deltas
 from erasekit.methods.context import RunContext
 from erasekit.methods.method import Method, MethodConfig, OneOrSeveral
 from erasekit.methods.prompts import guided_texts, preserve_prompts
-from erasekit.methods.sites import Tokens, site_embeddings, site_weights
+from erasekit.methods.sites import Tokens, last_words, site_embeddings, site_weights
 from erasekit_speed.solve import affected, augmented, invariants, null_projector, speed, unconstrained
 
 VALUES = {"v": "to_v", "k": "to_k", "kv": ""}  # what the name of an edited layer holds
@@ -131,7 +131,7 @@ def embedded(backbone: Backbone, prompts: Sequence[str], reads: str, *, last: bo
     if reads == "pooled":
         rows = cond.pooled
     elif last:
-        rows = cond.tokens[torch.arange(len(cond)), cond.lengths - 2]
+        rows = last_words(cond)
     else:
         rows = cond.tokens.flatten(0, 1)
     assert rows is not None
