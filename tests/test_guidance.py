@@ -99,7 +99,7 @@ def sld_by_hand(backbone, text, strength, steps=4):
     return x
 
 
-@pytest.mark.parametrize("preset", [MEDIUM, MAX, MAX | {"warmup": 0.5}])
+@pytest.mark.parametrize("preset", [MEDIUM, MAX, MAX | {"warmup": 0.3}])
 def test_sld_is_its_formula(backbone, tmp_path, preset):
     folder = made(backbone, Sld, SldConfig(**preset), tmp_path / "e")
     pipe = backbone.pipeline()

@@ -47,9 +47,7 @@ def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
         (FLUX, 512, "checkpointed", {"checkpointing": True}),
         (FLUX, 1024, "checkpointed", {"checkpointing": True}),
         (MEDIUM, 1024, "forward", {"grad": False}),
-        (MEDIUM, 1024, "kept", {}),
         (MEDIUM, 1024, "checkpointed", {"checkpointing": True}),
-        (LARGE, 1024, "forward", {"grad": False}),
         (LARGE, 1024, "checkpointed", {"checkpointing": True}),
     ],
 )

@@ -49,7 +49,7 @@ class StableDiffusion35Large(Mmdit):
         8: Holding(1, "offload", "cpu", checkpointing=True, slicing=True),
         12: Holding(1, "nf4", "cpu", checkpointing=True, slicing=True),
         16: Holding(2, "nf4", "released", checkpointing=True, slicing=True),
-        24: Holding(2, "whole", "released", checkpointing=True, slicing=True),
+        24: Holding(4, "nf4", "released", checkpointing=True, slicing=True),
         32: Holding(4, "whole", "released", checkpointing=True, slicing=True),
         48: Holding(8, "whole", "released", checkpointing=True),
         80: Holding(8, "whole", "kept", checkpointing=True),

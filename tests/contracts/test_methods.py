@@ -39,7 +39,9 @@ def depths(method):
 
 def pytest_generate_tests(metafunc):
     matrix = metafunc.config.getoption("--matrix")
-    metafunc.parametrize("backbone", ["tiny", "tiny-flux", *(("tiny-xl", "sd15-mini", "flux-mini") if matrix else ())])
+    metafunc.parametrize(
+        "backbone", ["tiny", "tiny-flux", *(("tiny-xl", "tiny-sd3", "sd15-mini", "flux-mini") if matrix else ())]
+    )
     if "depth" in metafunc.fixturenames:
         pairs = [(method, depth) for method in METHODS for depth in (depths(method) if matrix else [{}])]
         names = [f"{method}-{depth['steps'] or 'closed'}" if depth else method for method, depth in pairs]
