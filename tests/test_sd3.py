@@ -16,7 +16,7 @@ from erasekit.erasures.certificate import PER_POSITION, certificate
 from erasekit.erasures.deltas import LowRank, merged, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
-from erasekit.errors import UsageError
+from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.methods import closedform
 from erasekit.methods.context import RunContext
 from erasekit.methods.sites import last_words, pair_rows
@@ -295,6 +295,16 @@ def test_exports_are_a_merged_folder_or_are_refused_in_a_line(backbone, tiny_sd3
     pipe = plain(tiny_sd3_folder)
     load_into(pipe, tmp_path / "e")
     torch.testing.assert_close(drawn(plain(folder), PROMPTS, scale=3.0), drawn(pipe, PROMPTS, scale=3.0), rtol=0, atol=1e-3)
+
+
+def test_a_folder_of_another_model_or_without_t5_is_refused_in_a_line(tiny_sd3_folder, tmp_path):
+    with pytest.raises(
+        EnvironmentProblem, match="is another kind of model: its transformer is a SD3Transformer2DModel, not a Flux"
+    ):
+        tiny_flux.load(tiny_sd3_folder)
+    StableDiffusion3Pipeline.from_pretrained(tiny_sd3_folder, text_encoder_3=None).save_pretrained(tmp_path / "sd3")
+    with pytest.raises(EnvironmentProblem, match="'sd3' comes without 'text_encoder_3', with which a StableDiffusion3Pipeline"):
+        tiny_sd3.load(tmp_path / "sd3")
 
 
 @pytest.mark.parametrize("method", ["trace", "sld"])

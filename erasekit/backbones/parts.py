@@ -54,6 +54,7 @@ class PipelineParts(HeldPipeline):
         self._folder, self._held = folder, self.held(config)
         self._pipe = self._from_folder(**dict.fromkeys((self.prefix, "vae", *self.encoders)))
         self._files()  # a cut or missing file shows now, not after an hour
+        self._check_index()
         self._parts: dict[str, Any] = {}
         self._encoded: dict[str, Conditioning] = {}
         self._near: dict[tuple[str, int], list[str]] = {}
@@ -154,6 +155,23 @@ class PipelineParts(HeldPipeline):
                 setattr(self._pipe, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check_index(self) -> None:
+        """See that the folder has all text encoders, and a denoiser of the right class.
+
+        Raises:
+            EnvironmentProblem: it has not.
+        """
+        index = json.loads((self._folder / "model_index.json").read_text())
+        for name in self.encoders:
+            if index[name][1] is None:
+                line = f"'{self.source}' comes without '{name}', with which a {self.pipeline_class} reads prompts"
+                raise EnvironmentProblem(f"{line}. Give a folder that has it.")
+        wanted, found = self.architecture[0], index[self.prefix][1]
+        if found != wanted:
+            raise EnvironmentProblem(
+                f"'{self.source}' is another kind of model: its {self.prefix} is a {found}, not a {wanted}."
+            )
 
     def _make_room(self) -> None:
         """Encode what is expected, and let the text encoders go, if there is no room for them beside the denoiser."""

@@ -130,7 +130,7 @@ class Mace(Method):
     On FLUX.1 this is erasekit's adaptation: the refinement edits the two text sites, the pooled embedding counting as a
     word beside the concept; the LoRAs sit on `add_k_proj` and `add_v_proj` of the double blocks and suppress the image
     tokens' attention to the concept's T5 tokens; their fusion is fitted to what those layers read on the way to
-    images, since that is no raw text.
+    images, since that is no raw text. On SD3.5, where CLIP's tokens stand before T5's, the phrase's tokens are those of both.
 
     The presets are the published runs but for three things: the masks (`masks=grounded-sam` draws them as published), the
     thirty templates, whose words are ours, and the loss, which is the paper's sum of squares where the code takes the root in
