@@ -299,7 +299,7 @@ def test_exports_are_a_merged_folder_or_are_refused_in_a_line(backbone, tiny_sd3
 
 def test_a_folder_of_another_model_or_without_t5_is_refused_in_a_line(tiny_sd3_folder, tmp_path):
     with pytest.raises(
-        EnvironmentProblem, match="is another kind of model: its transformer is a SD3Transformer2DModel, not a Flux"
+        EnvironmentProblem, match="is another kind of model: its transformer is of the class SD3Transformer2DModel, not Flux"
     ):
         tiny_flux.load(tiny_sd3_folder)
     StableDiffusion3Pipeline.from_pretrained(tiny_sd3_folder, text_encoder_3=None).save_pretrained(tmp_path / "sd3")

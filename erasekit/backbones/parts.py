@@ -169,9 +169,8 @@ class PipelineParts(HeldPipeline):
                 raise EnvironmentProblem(f"{line}. Give a folder that has it.")
         wanted, found = self.architecture[0], index[self.prefix][1]
         if found != wanted:
-            raise EnvironmentProblem(
-                f"'{self.source}' is another kind of model: its {self.prefix} is a {found}, not a {wanted}."
-            )
+            line = f"'{self.source}' is another kind of model: its {self.prefix} is of the class {found}, not {wanted}"
+            raise EnvironmentProblem(f"{line}. Check 'backbone.path'.")
 
     def _make_room(self) -> None:
         """Encode what is expected, and let the text encoders go, if there is no room for them beside the denoiser."""
