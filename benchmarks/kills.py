@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import erasekit
 from erasekit.cli import main as cli
 from erasekit.testing import tiny, world
 
@@ -168,9 +169,12 @@ def calm_ones(place: Path) -> dict[str, Any]:
     """What every command makes, and how long it takes, when nobody disturbs it."""
     if not (place / "base").exists():
         tiny.save_pipeline(place / "base")
-    kept = place / "calm.json"
+    kept, code = place / "calm.json", code_digest()
     if kept.exists():
-        return json.loads(kept.read_text())
+        calm = json.loads(kept.read_text())
+        if calm.pop("code", "") != code:
+            raise SystemExit(f"{place} is of other code, whose results differ. Give another folder to --work.")
+        return calm
     found, made = {}, commands(place / "base")
     shutil.rmtree(place / "given", ignore_errors=True)
     alone = made["erase"][0]
@@ -184,8 +188,16 @@ def calm_ones(place: Path) -> dict[str, Any]:
         if wrong := ended(together, folder):
             raise SystemExit(f"{wrong[0]}: see {folder}.txt")
         found[name] = {"took": (time.monotonic() - began) / len(together), "content": content(folder)}
-    kept.write_text(json.dumps(found))
+    kept.write_text(json.dumps(found | {"code": code}))
     return found
+
+
+def code_digest() -> str:
+    """A hash of erasekit's own code, on which the results depend."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(erasekit.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def record_of(rows: list[dict[str, Any]], command: str) -> dict[str, Any]:
