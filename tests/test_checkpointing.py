@@ -27,6 +27,8 @@ METHODS = {
     "ant-multi": ("ant", POOL | {"form": "multi", "tau0": 0.3, "rank": 2, "fusion_points": 6}),
     "mace": ("mace", {"images": 2, "kept_images": 2}),
     "eraseanything": ("eraseanything", {"images": 2, "kept_images": 5, "rank": 2}),
+    "spm": ("spm", {"anchors": 1}),
+    "eraseflow": ("eraseflow", {"rank": 2}),  # which recomputes whole predictions, and these their blocks
     "trace": ("trace", POOL | {"clean_trajectories": 3, "eta": 1.0, "rank": 2, "near_words": 0, "tau0": 0.3}),
 }
 
