@@ -243,6 +243,20 @@ def test_training_lowers_the_loss_and_makes_the_anchors_path_likelier(backbone):
     assert after > before
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_training_that_was_stopped_goes_on_to_the_same_erasure(backbone, fresh, tmp_path):
+    def erased(steps, folder):
+        task = Words()
+        ctx = RunContext(backbone, (task.concept("cat"),), task, directory=folder)
+        config = EraseFlowConfig(steps=steps, lr=1e-2, rank=2, scope=scope(backbone), fresh=fresh, checkpoint_every=1)
+        return EraseFlow(config).erase(ctx).deltas["cat"]["adapter"]
+
+    whole = erased(3, tmp_path / "whole")
+    erased(2, tmp_path / "parts")
+    for layer, delta in erased(3, tmp_path / "parts").items():
+        assert torch.equal(delta.up, whole[layer].up), layer
+
+
 def planned(backbone, *overrides):
     flags = {"method": "eraseflow", "backbone": backbone, "task": "words", "concepts": ("cat",)}
     return resolve(build(flags, overrides=[*overrides, "backbone.device=cpu"]), REGISTRIES)

@@ -106,7 +106,7 @@ class EraseFlow(Method):
     def check(self, plan: Planned) -> None:
         """There has to be a step that leaves noise."""
         if self.config.steps and plan.protocol.steps < 2:
-            raise UsageError("'eraseflow' needs steps that leave noise. Draw with two steps or more, e.g. --steps 4.")
+            raise UsageError("'eraseflow' needs steps that leave noise. Draw with two steps or more: -s protocol.steps=4.")
 
     def erase(self, ctx: RunContext) -> Erasure:
         """A LoRA for each concept, one after the other, those before it on."""
