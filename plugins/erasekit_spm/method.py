@@ -23,9 +23,9 @@ from erasekit.methods.trajectories import negative_guidance, predict_each, with_
 from erasekit_spm.anchors import random_anchors
 
 BLOCKS = "blocks"
-# Attention and feed-forward layers of the transformer blocks. Those of FLUX.1 that read time and pooled text alone (`norm`)
+# Attention and feed-forward layers of the transformer blocks. Those that read time and pooled text alone (`norm`, on flows)
 # have no counterpart in a UNet's.
-LINEAR = {"unet": r"\battentions\.", "dit": r"transformer_blocks\.\d+\.(attn\.|ff|proj_)"}
+LINEAR = {"unet": r"\battentions\.", "dit": r"transformer_blocks\.\d+\.(attn2?\.|ff|proj_)"}
 
 
 class SpmConfig(LoraTrainingConfig):
