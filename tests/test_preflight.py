@@ -49,6 +49,14 @@ def test_the_table_has_every_method_on_every_size_of_gpu(table):
     assert found == {(m, *model, gb) for m in methods for model in models for gb in VRAM_GB}
 
 
+def test_what_methods_draw_before_they_train_is_counted():
+    fields = {name for entry in REGISTRIES.methods.entries() for name in entry.load().Config.model_fields}
+    pools = {name for name in fields if name.endswith(("trajectories", "images"))} - {
+        "debias_images"
+    }  # drawn in rounds, if any
+    assert pools == set(preflight.POOLS)
+
+
 def test_defaults_are_predicted_to_lie_under_every_preset_or_are_refused(table):
     """At 512 pixels only small GPUs are refused, and for training alone: whole weights, attention maps, five or six rows of a
     step (SPM, AdvUnlearn), or 8 GB for FLUX.

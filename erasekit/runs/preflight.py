@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 CORE_TFLOPS = 0.04  # about what one core of a CPU does in a second
 PATIENCE_H = 24.0
 BACKWARD = 3.0  # passes that a row of training costs: one forward, and about two for the gradient
-POOLS = ("trajectories", "clean_trajectories", "images", "kept_images")  # settings: what methods draw before they train
+# Settings: what methods draw before they train.
+POOLS = ("trajectories", "clean_trajectories", "kept_trajectories", "images", "kept_images")
 PREDICTIONS = 3.0  # at each step of such a trajectory
 VALIDATION = 2000.0  # rows that say what an erasure leaves (`methods.validation`)
 UNVALIDATED_GB = 1.0  # closed forms of a model with more weights are not validated on a CPU: it would take hours
