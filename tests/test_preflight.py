@@ -51,9 +51,7 @@ def test_the_table_has_every_method_on_every_size_of_gpu(table):
 
 def test_what_methods_draw_before_they_train_is_counted():
     fields = {name for entry in REGISTRIES.methods.entries() for name in entry.load().Config.model_fields}
-    pools = {name for name in fields if name.endswith(("trajectories", "images"))} - {
-        "debias_images"
-    }  # drawn in rounds, if any
+    pools = {name for name in fields if name.endswith(("trajectories", "images"))} - {"debias_images"}
     assert pools == set(preflight.POOLS)
 
 
