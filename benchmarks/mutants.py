@@ -45,7 +45,7 @@ MODULES = {
     "erasekit/backbones/schedule.py": ("schedule",),
     "erasekit/evaluation/metrics.py": ("metrics",),
     "erasekit/evaluation/intervals.py": ("evaluators", "metrics"),
-    "erasekit/erasures/erasure.py": ("erasure", "manifest"),
+    "erasekit/erasures/erasure.py": ("erasure", "manifest", "notebook"),
     "erasekit/erasures/manifest.py": ("manifest",),
     "erasekit/safety.py": ("safety",),
     "erasekit/runs/config.py": ("config",),

@@ -19,6 +19,7 @@ from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into
 from erasekit.erasures.manifest import digest, file_stems, read_manifest
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
+from erasekit.events import Progressed, heard
 from erasekit.testing import tiny
 
 
@@ -238,8 +239,31 @@ def test_a_failed_save_keeps_the_old_one(erasure, tmp_path):
 
 def test_a_place_that_cannot_be_written(erasure, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match="Cannot write"):
+    with pytest.raises(EnvironmentProblem) as error:
         erasure.save(tmp_path / "file" / "e")
+    wanted = f"Cannot write '{tmp_path / 'file' / 'e'}': File exists. Free disk space or choose another folder."
+    assert str(error.value) == wanted
+
+
+def test_what_a_manifest_cannot_hold_is_not_written(erasure, tmp_path):
+    with pytest.raises(ErasekitError, match=r"^The erasure cannot be written: key 'method': "):
+        replace(erasure, method="two\nlines").save(tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_somebodys_is_not_replaced(erasure, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="docs"):
+        erasure.save(tmp_path / "docs")
+    assert [p.name for p in (tmp_path / "docs").iterdir()] == ["thesis.txt"]
+
+
+def test_writing_is_told(erasure, tmp_path):
+    told = []
+    with heard(told.append):
+        erasure.save(tmp_path / "e")
+    assert told == [Progressed("writing", 0, 1), Progressed("writing", 1, 1)]
 
 
 def test_dense_and_overfull_deltas_are_factored(backbone, erasure, tmp_path):
