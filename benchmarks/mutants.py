@@ -46,7 +46,7 @@ MODULES = {
     "erasekit/evaluation/metrics.py": ("metrics",),
     "erasekit/evaluation/intervals.py": ("evaluators", "metrics"),
     "erasekit/erasures/erasure.py": ("erasure", "manifest", "notebook"),
-    "erasekit/erasures/manifest.py": ("manifest",),
+    "erasekit/erasures/manifest.py": ("manifest", "erasure"),
     "erasekit/safety.py": ("safety",),
     "erasekit/runs/config.py": ("config",),
     "erasekit/concepts.py": ("concepts", "config"),

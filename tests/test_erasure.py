@@ -17,7 +17,7 @@ from erasekit.concepts import Concept
 from erasekit.erasures.deltas import Dense, LowRank, merged, norm, summed, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into
-from erasekit.erasures.manifest import digest, file_stems, read_manifest
+from erasekit.erasures.manifest import digest, file_stems, read_manifest, write_manifest
 from erasekit.errors import EnvironmentProblem, ErasekitError, UsageError
 from erasekit.events import Progressed, heard
 from erasekit.testing import tiny
@@ -370,3 +370,25 @@ def test_file_stems_are_plain_and_distinct():
     assert "all" not in stems.values()
     assert all(s.replace("-", "").replace("_", "").isalnum() and s.isascii() for s in stems.values())
     torch.nn.ModuleDict({s: torch.nn.Identity() for s in stems.values()})  # what peft does with adapter names
+
+
+def test_names_of_files_where_concepts_are_called_alike():
+    assert list(file_stems(["all", "All", "ALL"]).values()) == ["all-2", "All-3", "ALL-4"]
+    assert file_stems(["guidance", "猫", "-cat--", "x" * 300]) == {
+        "guidance": "guidance-2",
+        "猫": "concept",
+        "-cat--": "cat",
+        "x" * 300: "x" * 100,
+    }
+
+
+def test_the_manifest_can_be_read_by_eye_and_says_nothing_of_older_files(erasure, tmp_path):
+    replace(erasure, concepts=(Concept.parse("猫"),)).save(tmp_path / "e")
+    assert (tmp_path / "e" / "README.md").is_file()
+    text = (tmp_path / "e" / "erasure.json").read_text("utf-8")
+    assert "猫" in text
+    older = {key: value for key, value in json.loads(text).items() if key not in ("rounding", "manifest_sha256")}
+    write_manifest(tmp_path / "e", older)
+    assert read_manifest(tmp_path / "e")["rounding"] == 0
+    with pytest.raises(ValueError, match="changes nothing"):
+        write_manifest(tmp_path / "e", older | {"parts": {}, "files": {"all.safetensors": older["files"]["all.safetensors"]}})
