@@ -38,7 +38,7 @@ def words(line: str) -> dict[str, str]:
     ("line", "some"),
     [
         ("erasekit ex", ["export"]),
-        ("erasekit run --method eras", ["eraseanything"]),
+        ("erasekit run --method eras", ["eraseanything", "eraseflow"]),
         ("erasekit run -b flux-", ["flux-mini", "flux-schnell"]),
         ("erasekit erase --task ob", ["objects"]),
         ("erasekit attack x -a ring", ["ring-a-bell"]),

@@ -79,7 +79,7 @@ def test_a_killed_driver_and_a_killed_worker_cost_nothing_that_was_finished(
     suite, registries, counts, tmp_path, alone, monkeypatch
 ):
     out, file = tmp_path / "runs", tmp_path / "suite.toml"
-    slow = suite(on={"counted": {"options": {"method": {"pause": 0.05}}}})
+    slow = suite(on={"counted": {"options": {"method": {"pause": 0.2}}}})
     expected = {cell.path for cell in cells_of(slow, registries, out)}
     file.write_text(toml_of(slow))
     command = [sys.executable, "-m", "erasekit", "sweep", file, "--out", out]
