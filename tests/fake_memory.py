@@ -110,6 +110,19 @@ def sd3_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
     )[0]
 
 
+def flux2_call(model: nn.Module, size: int, rows: int) -> torch.Tensor:
+    """A prediction of FLUX.2's transformer."""
+    tokens, half = (size // 16) ** 2, {"dtype": torch.bfloat16}
+    return model(
+        hidden_states=torch.zeros(rows, tokens, 128, **half),
+        timestep=torch.zeros(rows, **half),
+        encoder_hidden_states=torch.zeros(rows, 512, model.config.joint_attention_dim, **half),
+        txt_ids=torch.zeros(512, 4, dtype=torch.long),
+        img_ids=torch.zeros(tokens, 4, dtype=torch.long),
+        return_dict=False,
+    )[0]
+
+
 def gib(peak: Peak) -> float:
     """The peak in GiB."""
     return peak.peak / GIB

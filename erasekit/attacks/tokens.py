@@ -75,11 +75,17 @@ def compose(texts: TextEncoders, encoder: str, parts: Sequence[str | torch.Tenso
             slots += range(len(ids), len(ids) + part)
             ids += [int(lexicon.usable.nonzero()[0])] * part
         else:
-            ids += words(texts, encoder, part).tolist() if isinstance(part, str) else part.tolist()
-    ids = [*ids[: len(empty) - 1], lexicon.end]
-    ids += [lexicon.pad] * (len(empty) - len(ids))
+            ids += _ids(texts, encoder, part, inside=lexicon.spaced and len(ids) > lexicon.begin).tolist()
+    ids = [*ids[: len(empty) - 1], *empty[lexicon.begin :].tolist()][: len(empty)]  # the end token, and what is behind it
     at = [slot for slot in slots if slot < len(empty) - 1]
     return Slots(torch.tensor([ids]), torch.tensor(at, dtype=torch.long), lexicon)
+
+
+def _ids(texts: TextEncoders, encoder: str, part: str | torch.Tensor, *, inside: bool) -> torch.Tensor:
+    """The ids of a part of a prompt; inside of one that tells words by the space before them, a text has one."""
+    if not isinstance(part, str):
+        return part
+    return words(texts, encoder, f" {part.strip()}" if inside and part.strip() else part)
 
 
 def words(texts: TextEncoders, encoder: str, text: str) -> torch.Tensor:

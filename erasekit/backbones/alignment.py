@@ -35,11 +35,19 @@ def _align_one(concept: Conditioning, neutral: Conditioning) -> tuple[torch.Tens
     start = int(differs.nonzero()[0]) if differs.any() else len(mine_LD)
     partners: list[int] = []
     for readings in zip(concept.readings(), neutral.readings(), strict=True):
-        one, two = (cond.ids[0, : int(cond.lengths[0])].tolist() for cond in readings)
+        one, two = (_said(cond) for cond in readings)
         begin = len(partners)
         partners += [begin + partner for partner in _partners(one, two, readings[0].ids.shape[1])]
     partner = torch.tensor(partners, device=mine_LD.device)
     return mine_LD[start:], goal_LD[partner[start:]]
+
+
+def _said(cond: Conditioning) -> list[int]:
+    """The ids of a prompt up to its pads; what a chat template has behind a prompt counts, so that it is paired with itself."""
+    ids, end = cond.ids[0].tolist(), int(cond.lengths[0])
+    while any(token != ids[-1] for token in ids[end:]):
+        end += 1
+    return ids[:end]
 
 
 def _partners(one: list[int], two: list[int], positions: int) -> list[int]:

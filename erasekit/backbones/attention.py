@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +25,7 @@ Parts = dict[str, torch.Tensor]
 def attention_maps(denoiser: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Record the attention of image tokens to text tokens, softmax(q k^T / sqrt(d)), from the layers' own projections.
 
-    In a UNet these are the cross-attentions; a row sums to one. In FLUX.1 they are the double blocks, in SD3.5 all blocks:
+    In a UNet these are the cross-attentions; a row sums to one. In FLUX.1 and FLUX.2 they are the double blocks, in SD3.5 all:
     text and image tokens share one softmax, of which the columns of the text are kept, so a row sums to less than one.
 
     Adapters have to be on the denoiser already: they are put around the projections that are watched here.
@@ -82,7 +83,7 @@ def _register(denoiser: nn.Module, maps: dict[str, torch.Tensor]) -> list[Any]:
     handles: list[Any] = []
     parts: dict[str, Any]
     for name, module in denoiser.named_modules():
-        if isinstance(module, FluxAttention) and module.added_kv_proj_dim is not None:
+        if isinstance(module, FluxAttention | Flux2Attention) and module.added_kv_proj_dim is not None:
             parts = {"query": module.norm_q, "key": module.norm_k, "text": module.norm_added_k}
             handles += _watch(module, parts, _joint, _write(maps, name))
         elif isinstance(module, Attention) and module.added_kv_proj_dim is not None:
@@ -91,7 +92,7 @@ def _register(denoiser: nn.Module, maps: dict[str, torch.Tensor]) -> list[Any]:
         elif isinstance(module, Attention) and module.is_cross_attention:
             handles += _watch(module, {"query": module.to_q, "key": module.to_k}, _cross, _write(maps, name))
     if not handles:
-        kinds = "a UNet, SD3.5 or FLUX.1"
+        kinds = "a UNet, SD3.5, FLUX.1 or FLUX.2"
         raise UsageError(f"A {type(denoiser).__name__} has no attention to text that can be read; use {kinds}.")
     return handles
 

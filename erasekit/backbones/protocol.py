@@ -24,7 +24,8 @@ class Conditioning:
         tokens: (n, length, width), what the denoiser reads per token, pads included.
         pooled: (n, width) where the model reads a summary too (FLUX), else None.
         ids: (n, length) the token of each position.
-        lengths: (n,) how many tokens each prompt has, begin and end tokens included; the others are pads.
+        lengths: (n,) how many tokens each prompt has, begin and end tokens included; the others are pads, after what a chat
+            template has behind a prompt (FLUX.2), which is the same for all.
         before: (n, 2) where a model reads a prompt twice, one reading behind the other (SD3: T5's behind CLIP's): how many
             tokens the first has, and how many positions. `lengths` is then the position at which the second's pads begin.
     """
@@ -88,6 +89,8 @@ class Lexicon:
         begin: how many tokens stand before the first word of every prompt.
         end: the id of the token after the last word.
         pad: the id of the tokens after that.
+        spaced: whether a token says if a space stands before its word (byte-pair encoding), so that a text has other tokens
+            at the beginning of a prompt.
     """
 
     vectors: torch.Tensor
@@ -95,6 +98,7 @@ class Lexicon:
     begin: int
     end: int
     pad: int
+    spaced: bool = False
 
 
 @dataclass(frozen=True)

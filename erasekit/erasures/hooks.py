@@ -23,7 +23,7 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
     """Put a scheme into a pipeline, as a diffusers hook on its denoiser; one that is there is replaced.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, XL and 3.5 included, or FLUX.1.
+        pipe: a pipeline of Stable Diffusion, XL and 3.5 included, FLUX.1 or FLUX.2.
         guidance: its prompts and its scale.
         scheme: built with its settings.
         embedded: a FLUX pipeline is called without true classifier-free guidance, as usual.
@@ -35,6 +35,8 @@ def attach(pipe: Any, guidance: Guidance, scheme: Scheme, *, embedded: bool = Tr
     hook: Any
     if hasattr(pipe, "unet"):
         hook = UnetHook(guidance, scheme, pipe)
+    elif "is_distilled" in pipe.config:  # FLUX.2 [klein] says of itself whether guidance is built in
+        hook = FluxHook(guidance, scheme, embedded=pipe.config.is_distilled, pipe=pipe)
     elif hasattr(type(pipe), "do_classifier_free_guidance"):
         hook = JointHook(guidance, scheme, pipe)
     else:
@@ -79,6 +81,16 @@ class SteeringHook(_ModelHook):  # type: ignore[misc]
         return tuple(torch.lerp(own, new, self.strength) for own, new in zip(predict("none", "wanted"), steered, strict=True))
 
 
+def check_guided(pipe: Any) -> None:
+    """See that a pipeline that can do without classifier-free guidance was called with it.
+
+    Raises:
+        UsageError: it was not.
+    """
+    if not getattr(pipe, "do_classifier_free_guidance", True):
+        raise UsageError("This erasure steers classifier-free guidance, which is off. Sample with a guidance scale above 1.")
+
+
 class RowsHook(SteeringHook):
     """On a denoiser that a pipeline calls once a step with the rows [unconditional, conditional]."""
 
@@ -93,10 +105,7 @@ class RowsHook(SteeringHook):
         Raises:
             UsageError: there is only one row for each image.
         """
-        if not self._pipe.do_classifier_free_guidance:
-            raise UsageError(
-                "This erasure steers classifier-free guidance, which is off. Sample with a guidance scale above 1."
-            )
+        check_guided(self._pipe)
         n = len(x) // 2
         return n, self.guidance.prompts[[1]].repeat(n).to(x.device, x.dtype)
 
@@ -155,10 +164,10 @@ class JointHook(RowsHook):
 class FluxHook(SteeringHook):
     """On a FLUX transformer, which a pipeline calls once a step; with true guidance twice, the conditional one first."""
 
-    def __init__(self, guidance: Guidance, scheme: Scheme, *, embedded: bool) -> None:
-        """`embedded`: the pipeline calls once a step."""
+    def __init__(self, guidance: Guidance, scheme: Scheme, *, embedded: bool, pipe: Any = None) -> None:
+        """`embedded`: the pipeline calls once a step; if not, `pipe` says whether it calls with guidance, if it knows."""
         super().__init__(guidance, scheme)
-        self._embedded = embedded
+        self._embedded, self._pipe = embedded, pipe
         self._none: torch.Tensor | None = None
 
     def new_forward(self, module: Any, **kwargs: Any) -> Any:
@@ -167,13 +176,15 @@ class FluxHook(SteeringHook):
         if self._none is not None and tau == self._last:
             none, self._none = self._none, None
             return (none,)
+        if not self._embedded:
+            check_guided(self._pipe)
         own = self.guidance.prompts.to(x.device, x.dtype)
         given = {name: own[[row]].repeat(len(x)) for row, name in enumerate(("none", "concept"))}
 
         def predict(*names: Prediction) -> tuple[torch.Tensor, ...]:
             same = {key: kwargs[key] for key in ("hidden_states", "timestep", "guidance") if kwargs[key] is not None}
             batch = {key: torch.cat([value] * len(names)) for key, value in same.items()}
-            for key, attribute in READS.items():
+            for key, attribute in ((key, attribute) for key, attribute in READS.items() if key in kwargs):
                 batch[key] = torch.cat([kwargs[key] if n == "wanted" else getattr(given[n], attribute) for n in names])
             return tuple(self.fn_ref.original_forward(**kwargs | batch)[0].chunk(len(names)))
 

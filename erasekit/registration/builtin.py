@@ -7,7 +7,7 @@ from erasekit.registration.hookspecs import Register, RegisterComponent, hookimp
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Stable Diffusion 1.x, XL and 3.5, and FLUX.1."""
+    """Stable Diffusion 1.x, XL and 3.5, FLUX.1 and FLUX.2."""
     sd = "erasekit.backbones.sd"
     register("sd15", f"{sd}:StableDiffusion", aliases=("sd1.5",), summary="Stable Diffusion 1.5, 860 M UNet, 512 x 512")
     register(
@@ -42,6 +42,15 @@ def register_backbones(register: Register) -> None:
     register(
         "flux-schnell", f"{flux}:FluxSchnell", aliases=("flux.1-schnell",), summary="FLUX.1-schnell, four steps, 512 x 512"
     )
+    for size, gated in (("4B", ""), ("9B", ", gated")):
+        for kind, how in (("Klein", "four steps"), ("KleinBase", "undistilled")):
+            name = f"klein-{'base-' if 'Base' in kind else ''}{size.lower()}"
+            register(
+                f"flux2-{name}",
+                f"erasekit.backbones.flux2:Flux2{kind}{size}",
+                aliases=(f"flux.2-{name}",),
+                summary=f"FLUX.2 [klein] {size}, {how}, 1024 x 1024{gated}",
+            )
 
 
 @hookimpl

@@ -141,7 +141,14 @@ def check_sampling(what: str, loaded: Backbone, size: int | None) -> None:
     owe(image.dim() == 4 and image.shape[:2] == (1, 3), f"{what}: decode gives {tuple(image.shape)}, not (b, 3, h, w).")
     side = {"height": image.shape[2], "width": image.shape[3]}
     generator = torch.Generator().manual_seed(7)
-    theirs = pipe(**call, **side, num_inference_steps=STEPS, generator=generator, output_type="latent").images
+    seen: list[torch.Tensor] = []  # of FLUX.2 the pipeline puts out latents in the VAE's form, not in the denoiser's
+
+    def record(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["latents"])
+        return tensors
+
+    pipe(**call, **side, num_inference_steps=STEPS, generator=generator, output_type="latent", callback_on_step_end=record)
+    theirs = seen[-1]
     owe(mine.shape == theirs.shape, f"{what}: latents are {tuple(mine.shape)}, the pipeline's {tuple(theirs.shape)}.")
     far = float((mine - theirs).abs().max())
     line = f"{what}: {STEPS} steps of its own end {far:.1e} away from the pipeline's latents of the same seed and prompt."

@@ -22,6 +22,7 @@ from erasekit.methods.training import Losses, TrainingConfig, train
 from erasekit.registration.hookspecs import Register, hookimpl
 from erasekit.testing.tiny import TinySD
 from erasekit.testing.tiny_flux import TinyFlux
+from erasekit.testing.tiny_flux2 import TinyFlux2, TinyFlux2Base
 from erasekit.testing.tiny_sd3 import TinySD3
 from erasekit.testing.tiny_xl import TinyXL
 
@@ -140,6 +141,8 @@ def register_backbones(register: Register) -> None:
     register("tiny-flux", TinyFlux, summary="random weights")
     register("tiny-xl", TinyXL, summary="random weights")
     register("tiny-sd3", TinySD3, summary="random weights")
+    register("tiny-flux2", TinyFlux2, summary="random weights")
+    register("tiny-flux2-base", TinyFlux2Base, summary="random weights")
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from erasekit.registration import plugins
 from erasekit.registration.plugins import Registries
-from erasekit.testing import tiny, tiny_flux, tiny_sd3, tiny_xl
+from erasekit.testing import tiny, tiny_flux, tiny_flux2, tiny_sd3, tiny_xl
 
 BACKBONES = ("tiny", "tiny-flux")  # what methods and attacks are tried on: one of each family
 Plugins = str | Path | Sequence[str | Path]
@@ -23,6 +23,8 @@ SAVED: dict[str, Callable[[Path], Path]] = {
     "tiny-flux": tiny_flux.save_pipeline,
     "tiny-xl": tiny_xl.save_pipeline,
     "tiny-sd3": tiny_sd3.save_pipeline,
+    "tiny-flux2": tiny_flux2.save_pipeline,
+    "tiny-flux2-base": partial(tiny_flux2.save_pipeline, distilled=False),
 }
 
 
@@ -43,7 +45,8 @@ def tiny_folder(name: str = "tiny") -> Path:
     """A diffusers folder of a tiny model with random weights, made once and deleted when the process ends.
 
     Args:
-        name: `tiny` (the classes of Stable Diffusion 1.x), `tiny-xl` (of XL), `tiny-sd3` (of 3.5) or `tiny-flux` (of FLUX.1).
+        name: `tiny` (the classes of Stable Diffusion 1.x), `tiny-xl` (of XL), `tiny-sd3` (of 3.5), `tiny-flux` (of FLUX.1),
+            `tiny-flux2` or `tiny-flux2-base` (of FLUX.2 [klein], distilled and not).
     """
     owe(name in SAVED, f"There is no tiny model '{name}'. Choose one of: {', '.join(SAVED)}.")
     folder = Path(tempfile.mkdtemp(prefix="erasekit-tiny-"))
