@@ -50,6 +50,22 @@ def tiny_sd3_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2_folder(tmp_path_factory) -> Path:
+    """A tiny distilled FLUX.2 folder with random weights."""
+    from erasekit.testing import tiny_flux2
+
+    return tiny_flux2.save_pipeline(tmp_path_factory.mktemp("base") / "flux2")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_base_folder(tmp_path_factory) -> Path:
+    """A tiny FLUX.2 folder that is not distilled."""
+    from erasekit.testing import tiny_flux2
+
+    return tiny_flux2.save_pipeline(tmp_path_factory.mktemp("base") / "flux2-base", distilled=False)
+
+
+@pytest.fixture(scope="session")
 def tiny_clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP with random weights, as open_clip keeps its models in a folder."""
     import json
@@ -84,6 +100,14 @@ def sd3(tiny_sd3_folder):
     from erasekit.testing import tiny_sd3
 
     return tiny_sd3.load(tiny_sd3_folder)
+
+
+@pytest.fixture(scope="module")
+def flux2(tiny_flux2_folder):
+    """The tiny distilled FLUX.2, loaded."""
+    from erasekit.testing import tiny_flux2
+
+    return tiny_flux2.load(tiny_flux2_folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention
 
 from erasekit.backbones.attention import attention_maps, token_positions
 from erasekit.errors import UsageError
@@ -88,8 +89,11 @@ def test_cross_attention_is_the_softmax_of_the_scaled_products(sd):
         np.testing.assert_allclose(linear(module.to_out[0], mixed), output.numpy(), atol=1e-4)
 
 
-def test_joint_attention_is_the_texts_columns_of_the_softmax(flux):
-    seen, handles = calls(flux.denoiser, FluxAttention)
+@pytest.mark.parametrize("family", ["flux", "flux2"])
+def test_joint_attention_is_the_texts_columns_of_the_softmax(family, request):
+    """In FLUX.2 text tokens have places, on an axis of their own."""
+    flux = request.getfixturevalue(family)
+    seen, handles = calls(flux.denoiser, FluxAttention if family == "flux" else Flux2Attention)
     x, tau, cond = inputs(flux)
     with attention_maps(flux.denoiser) as maps, torch.no_grad():
         flux.predict(x, tau, cond)
@@ -97,7 +101,9 @@ def test_joint_attention_is_the_texts_columns_of_the_softmax(flux):
     assert list(maps) == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
     text, side = cond.tokens.shape[1], math.isqrt(x.shape[1])
     places = [(0, i // side, i % side) for i in range(side * side)]
-    ids = np.concatenate([np.zeros((text, 3)), np.array(places, dtype=float)])
+    ids, theta = np.concatenate([np.zeros((text, 3)), np.array(places, dtype=float)]), 10000.0
+    if family == "flux2":
+        ids, theta = np.concatenate([ids, np.arange(len(ids))[:, None] * (np.arange(len(ids)) < text)[:, None]], 1), 2000.0
     for name, attention in maps.items():
         module, (_, named, output) = flux.denoiser.get_submodule(name), seen[name]
         image, words = (named[key].double().numpy() for key in ("hidden_states", "encoder_hidden_states"))
@@ -108,7 +114,7 @@ def test_joint_attention_is_the_texts_columns_of_the_softmax(flux):
             ]
         q, k = (
             turned(np.concatenate([rms(getattr(module, f"norm_added_{p}"), a), rms(getattr(module, f"norm_{p}"), b)], 2), ids,
-                   flux.denoiser.config.axes_dims_rope)
+                   flux.denoiser.config.axes_dims_rope, theta)
             for p, (a, b) in (("q", parts["q"]), ("k", parts["k"]))
         )  # fmt: skip
         whole = softmax(q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1]))
@@ -147,7 +153,7 @@ def test_joint_attention_without_places_is_the_texts_columns_of_the_softmax(sd3)
         np.testing.assert_allclose(linear(module.to_out[0], mixed[:, :n]), output[0].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux", "flux2"])
 def test_maps_follow_the_adapters_and_carry_gradients(family, request):
     backbone = request.getfixturevalue(family)
     bank = AdapterBank(backbone)
@@ -183,7 +189,7 @@ def test_a_denoiser_without_attention_to_text_is_refused(sd):
         pass
 
 
-@pytest.mark.parametrize(("family", "begins"), [("sd", [1]), ("flux", [0]), ("sd3", [1, tiny.LENGTH])])
+@pytest.mark.parametrize(("family", "begins"), [("sd", [1]), ("flux", [0]), ("flux2", [3]), ("sd3", [1, tiny.LENGTH])])
 def test_positions_are_the_spans(family, begins, request):
     backbone = request.getfixturevalue(family)
     found = token_positions(backbone, PROMPTS, ["cat", "red ship", "dog"])

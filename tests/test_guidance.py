@@ -16,7 +16,7 @@ from erasekit.erasures.modelcard import load_lines, model_card
 from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.methods.context import RunContext
 from erasekit.registration.plugins import default
-from erasekit.testing import tiny, tiny_flux, tiny_sd3
+from erasekit.testing import tiny, tiny_flux, tiny_flux2, tiny_sd3
 from erasekit_negative_prompt.method import NegativePrompt, NegativePromptConfig
 from erasekit_sld.method import MAX, MEDIUM, Sld, SldConfig
 
@@ -24,12 +24,15 @@ PROMPTS = ["a photo of a cat", "a dog"]
 SCALE = 3.0
 
 
-@pytest.fixture(scope="module", params=["sd", "sd3", "flux", "flux-cfg"])
+@pytest.fixture(scope="module", params=["sd", "sd3", "flux", "flux-cfg", "flux2", "flux2-base"])
 def backbone(request, tiny_folder, tiny_sd3_folder, tiny_flux_folder):
     if request.param == "sd":
         return tiny.load(tiny_folder)
     if request.param == "sd3":
         return tiny_sd3.load(tiny_sd3_folder)
+    if request.param.startswith("flux2"):
+        folder = request.getfixturevalue(f"tiny_{request.param.replace('-', '_')}_folder")
+        return tiny_flux2.load(folder, distilled=request.param == "flux2")
     return tiny_flux.load(tiny_flux_folder, guidance="embedded" if request.param == "flux" else "cfg")
 
 
@@ -44,18 +47,24 @@ def made(backbone, method, config, folder, concepts=("cat:kitten",)):
 
 
 def draw(backbone, pipe, steps=4, guidance=SCALE, **arguments):
-    """Latents of `PROMPTS`."""
-    call = backbone.call_arguments(backbone.encode(PROMPTS), empty=backbone.encode([""]), guidance=guidance) | arguments
+    """Latents of `PROMPTS` after the last step, as the denoiser takes them."""
+    seen = []
+    call = {"callback_on_step_end": lambda p, i, t, tensors: seen.append(tensors["latents"]) or tensors}
+    call |= backbone.call_arguments(backbone.encode(PROMPTS), empty=backbone.encode([""]), guidance=guidance) | arguments
     size = dict.fromkeys(("height", "width"), 16)
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    return pipe(**call, **size, num_inference_steps=steps, generator=generators, output_type="latent").images
+    pipe(**call, **size, num_inference_steps=steps, generator=generators, output_type="latent")
+    return seen[-1] if seen else None
 
 
-def negative(backbone, text, scale):
-    """The arguments of a plain pipeline with a negative prompt."""
+def negative(backbone, pipe, text, scale):
+    """The arguments of a plain pipeline with a negative prompt; FLUX.2's takes one if it is not said to be distilled."""
     cond = backbone.encode([text] * len(PROMPTS))
     arguments = {"negative_prompt_embeds": cond.tokens}
-    if backbone.prefix == "transformer":
+    if pipe.config.get("is_distilled"):
+        pipe.register_to_config(is_distilled=False)
+        return arguments | {"guidance_scale": scale}
+    if cond.pooled is not None and backbone.prefix == "transformer":
         arguments["negative_pooled_prompt_embeds"] = cond.pooled
     if backbone.embedded_guidance:
         arguments["true_cfg_scale"] = scale
@@ -66,7 +75,8 @@ def test_the_negative_prompt_is_the_pipelines_own(backbone, tmp_path):
     folder = made(backbone, NegativePrompt, NegativePromptConfig(scale=2.5), tmp_path / "e")
     pipe = backbone.pipeline()
     load_into(pipe, folder, base=backbone)
-    plain = draw(backbone, backbone.pipeline(), **negative(backbone, "cat, kitten", 2.5))
+    other = backbone.pipeline()
+    plain = draw(backbone, other, **negative(backbone, other, "cat, kitten", 2.5))
     torch.testing.assert_close(draw(backbone, pipe), plain, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, draw(backbone, backbone.pipeline()), rtol=1e-2, atol=1e-2)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erasekit.backbones.flux import Flux
+from erasekit.backbones.flux2 import Flux2KleinBase4B, Flux2KleinBase9B
 from erasekit.backbones.memory import VRAM_GB, out_of_memory, vram_gb
 from erasekit.backbones.sd import StableDiffusion
 from erasekit.backbones.sd3 import StableDiffusion35Large, StableDiffusion35Medium
@@ -40,7 +41,8 @@ def whole(tiny_flux_folder):
 def test_a_size_is_planned_for():
     assert vram_gb("24", torch.device("cpu")) == 24
     assert vram_gb("auto", torch.device("cpu")) == VRAM_GB[-1]
-    for backbone in (StableDiffusion, Flux, StableDiffusion35Medium, StableDiffusion35Large):
+    large = (StableDiffusion35Medium, StableDiffusion35Large, Flux2KleinBase4B, Flux2KleinBase9B)
+    for backbone in (StableDiffusion, Flux, *large):
         assert tuple(backbone.holding) == VRAM_GB
 
 

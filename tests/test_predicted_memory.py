@@ -4,20 +4,22 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from erasekit.backbones.attention import attention_maps
 from erasekit.backbones.flux import Flux
+from erasekit.backbones.flux2 import Flux2KleinBase4B, Flux2KleinBase9B
 from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.sd import StableDiffusion
 from erasekit.backbones.sd3 import StableDiffusion35Large, StableDiffusion35Medium
 from erasekit.backbones.sdxl import StableDiffusionXL
-from tests.fake_memory import Peak, fake, flux_call, gib, sd3_call, unet_call, xl_call
+from tests.fake_memory import Peak, fake, flux2_call, flux_call, gib, sd3_call, unet_call, xl_call
 
 SD = (StableDiffusion, unet_call, ("attn2.to_k", "attn2.to_v"))
 XL = (StableDiffusionXL, xl_call, ("attn2.to_k", "attn2.to_v"))
 FLUX = (Flux, flux_call, ("attn.add_k_proj", "attn.add_v_proj"))
 MEDIUM, LARGE = ((kind, sd3_call, FLUX[2]) for kind in (StableDiffusion35Medium, StableDiffusion35Large))
+KLEIN_4B, KLEIN_9B = ((kind, flux2_call, FLUX[2]) for kind in (Flux2KleinBase4B, Flux2KleinBase9B))
 
 
 def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
@@ -49,6 +51,11 @@ def taken(model, size, *, rows=1, grad=True, checkpointing=False, maps=False):
         (MEDIUM, 1024, "forward", {"grad": False}),
         (MEDIUM, 1024, "checkpointed", {"checkpointing": True}),
         (LARGE, 1024, "checkpointed", {"checkpointing": True}),
+        (KLEIN_4B, 1024, "forward", {"grad": False}),
+        (KLEIN_4B, 1024, "kept", {}),
+        (KLEIN_4B, 512, "checkpointed", {"checkpointing": True}),
+        (KLEIN_9B, 512, "forward", {"grad": False}),
+        (KLEIN_9B, 1024, "checkpointed", {"checkpointing": True}),
     ],
 )
 def test_a_row_takes_what_is_predicted(model, size, what, how):
@@ -57,7 +64,7 @@ def test_a_row_takes_what_is_predicted(model, size, what, how):
     assert found <= said < 1.06 * found
 
 
-@pytest.mark.parametrize(("model", "size"), [(SD, 512), (FLUX, 512), (MEDIUM, 512)])
+@pytest.mark.parametrize(("model", "size"), [(SD, 512), (FLUX, 512), (MEDIUM, 512), (KLEIN_4B, 512)])
 def test_attention_maps_take_what_is_predicted(model, size):
     found, said = taken(model, size, maps=True), model[0].activations(size)
     assert found <= said.kept + said.maps < 1.06 * found
@@ -72,7 +79,13 @@ def test_decoding_takes_what_is_predicted():
         assert gib(peak) <= backbone.activations(512).decode < 1.06 * gib(peak)
 
 
-@pytest.mark.parametrize("model", [SD, XL, FLUX, MEDIUM, LARGE])
+def test_decoding_the_latents_of_flux2_takes_what_is_predicted():
+    with fake(AutoencoderKLFlux2, {}, "", checkpointing=False) as (vae, own), Peak(own) as peak, torch.no_grad():
+        vae.decode(torch.zeros(1, 32, 64, 64, dtype=torch.bfloat16))
+    assert gib(peak) <= Flux2KleinBase4B.activations(512).decode < 1.06 * gib(peak)
+
+
+@pytest.mark.parametrize("model", [SD, XL, FLUX, MEDIUM, LARGE, KLEIN_4B, KLEIN_9B])
 def test_the_sizes_of_the_weights_are_those_of_the_real_configuration(model):
     backbone = model[0]
     name, config = backbone.architecture

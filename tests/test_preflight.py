@@ -44,7 +44,8 @@ def table():
 
 def test_the_table_has_every_method_on_every_size_of_gpu(table):
     methods = {entry.name for entry in REGISTRIES.methods.entries()}
-    models = {(name, 1024) for name in ("sdxl", "sd35-medium", "sd35-large", "flux")} | {("sd15", 512), ("flux", 512)}
+    large = ("sdxl", "sd35-medium", "sd35-large", "flux", "flux2-klein-base-4b", "flux2-klein-base-9b")
+    models = {(name, 1024) for name in large} | {("sd15", 512), ("flux", 512)}
     found = {(row["method"], row["backbone"], row["size"], row["vram"]) for row in table}
     assert found == {(m, *model, gb) for m in methods for model in models for gb in VRAM_GB}
 
@@ -59,7 +60,7 @@ def test_defaults_are_predicted_to_lie_under_every_preset_or_are_refused(table):
     """At 512 pixels only small GPUs are refused, and for training alone: whole weights, attention maps, five or six rows of a
     step (SPM, AdvUnlearn), or 8 GB for FLUX.
 
-    SDXL, at 1024 pixels, needs 12 GB for anything; SD3.5 draws at 8 GB, its text encoders on the CPU.
+    SDXL, at 1024 pixels, needs 12 GB for anything; SD3.5 and FLUX.2 draw at 8 GB, their text encoders on the CPU.
     """
     for row in table:
         if row["fits"]:

@@ -323,6 +323,7 @@ def test_a_name_that_the_class_does_not_have_and_a_file_that_does_not_import(giv
 
 
 def test_there_is_a_folder_for_each_family_and_no_other():
-    assert all((tiny_folder(name) / "model_index.json").is_file() for name in ("tiny", "tiny-flux", "tiny-xl", "tiny-sd3"))
+    names = ("tiny", "tiny-flux", "tiny-xl", "tiny-sd3", "tiny-flux2", "tiny-flux2-base")
+    assert all((tiny_folder(name) / "model_index.json").is_file() for name in names)
     with pytest.raises(AssertionError, match="no tiny model 'tiny-dalle'"):
         tiny_folder("tiny-dalle")

@@ -75,24 +75,25 @@ def compose(texts: TextEncoders, encoder: str, parts: Sequence[str | torch.Tenso
             slots += range(len(ids), len(ids) + part)
             ids += [int(lexicon.usable.nonzero()[0])] * part
         else:
-            ids += _ids(texts, encoder, part, inside=lexicon.spaced and len(ids) > lexicon.begin).tolist()
+            ids += (_words_at(texts, encoder, part, len(ids)) if isinstance(part, str) else part).tolist()
     ids = [*ids[: len(empty) - 1], *empty[lexicon.begin :].tolist()][: len(empty)]  # the end token, and what is behind it
     at = [slot for slot in slots if slot < len(empty) - 1]
     return Slots(torch.tensor([ids]), torch.tensor(at, dtype=torch.long), lexicon)
 
 
-def _ids(texts: TextEncoders, encoder: str, part: str | torch.Tensor, *, inside: bool) -> torch.Tensor:
-    """The ids of a part of a prompt; inside of one that tells words by the space before them, a text has one."""
-    if not isinstance(part, str):
-        return part
-    return words(texts, encoder, f" {part.strip()}" if inside and part.strip() else part)
+def _words_at(texts: TextEncoders, encoder: str, text: str, place: int) -> torch.Tensor:
+    """The ids of a text at a position of a prompt; behind others it has a space before it, where tokens hold that."""
+    lexicon = texts.lexicon(encoder)
+    if lexicon.spaced:
+        text = f"{' ' if place > lexicon.begin else ''}{text.strip()}".rstrip()
+    return words(texts, encoder, text)
 
 
 def words(texts: TextEncoders, encoder: str, text: str) -> torch.Tensor:
-    """The ids of a text alone, without begin, end and pad tokens."""
+    """The ids of a text alone, without begin, end and pad tokens; a long one may have lost its end token (FLUX.2)."""
     lexicon, ids = texts.lexicon(encoder), texts.tokenize([text])[encoder][0]
-    end = int((ids == lexicon.end).int().argmax())
-    return ids[lexicon.begin : end]
+    ends = ids == lexicon.end
+    return ids[lexicon.begin : int(ends.int().argmax()) if ends.any() else len(ids)]
 
 
 def encoders(texts: TextEncoders, chosen: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from erasekit.backbones.schedule import Schedule, flow_sigma, flow_tau
 from erasekit.errors import EnvironmentProblem
 
 ENCODER = "text_encoder"
+READER = "Qwen3ForCausalLM"
 LAYERS = (9, 18, 27)  # of Qwen3, whose states are what a token is encoded as, side by side
 MARK = "\ue000"  # stands for a prompt in the chat template
 
@@ -47,7 +48,7 @@ class Flux2KleinBase4B(Mmdit):
     measured: ClassVar[tuple[int, int, Activations]] = (
         1024,
         512,
-        Activations(forward=0.5, kept=12.0, checkpointed=1.5, maps=20.0, decode=1.55),
+        Activations(forward=0.6, kept=13.8, checkpointed=1.72, maps=12.4, decode=1.55),
     )
     sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 50, "guidance": 4.0, "size": size}
     holding: ClassVar[Mapping[int, Holding]] = {
@@ -222,13 +223,16 @@ class Flux2KleinBase4B(Mmdit):
         return mean.to(like), torch.sqrt(variance + self.vae.config.batch_norm_eps).to(like)
 
     def _check_index(self) -> None:
-        """See that the folder has Qwen3 and is distilled, or not, as the class is.
+        """See that the folder's prompts are read by Qwen3, and that it is distilled, or not, as the class is.
 
         Raises:
             EnvironmentProblem: it is another model of the family.
         """
         super()._check_index()
         index = json.loads((self._folder / "model_index.json").read_text())
+        if index[ENCODER][1] != READER:
+            line = f"'{self.source}' reads prompts with {index[ENCODER][1]}, not {READER}"
+            raise EnvironmentProblem(f"{line}. FLUX.2 [klein] is what erasekit knows of the family; check 'backbone.path'.")
         if bool(index.get("is_distilled")) != self.distilled:
             kinds = ("undistilled (base)", "distilled")
             found, wanted = kinds[not self.distilled], kinds[self.distilled]
@@ -319,7 +323,7 @@ class Flux2KleinBase9B(Flux2KleinBase4B):
     measured: ClassVar[tuple[int, int, Activations]] = (
         1024,
         512,
-        Activations(forward=0.7, kept=20.0, checkpointed=2.0, maps=40.0, decode=1.55),
+        Activations(forward=0.8, kept=23.4, checkpointed=2.53, maps=26.8, decode=1.55),
     )
     holding: ClassVar[Mapping[int, Holding]] = {
         8: Holding(1, "offload", "cpu", checkpointing=True, slicing=True),

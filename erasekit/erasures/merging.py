@@ -21,7 +21,7 @@ from erasekit.erasures.modelcard import merged_card
 from erasekit.erasures.original import checkpoint
 from erasekit.errors import ErasekitError, UsageError
 
-TEXTS = (".json", ".txt", ".model")  # of a part, besides its tensors
+TEXTS = (".json", ".txt", ".model", ".jinja")  # of a part, besides its tensors
 
 
 class Merged(Exporter):

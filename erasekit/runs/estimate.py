@@ -13,6 +13,7 @@ from erasekit.runs.preflight import footprint, prediction
 from erasekit.runs.resolve import resolve
 
 SIZES = {"sd15": (512,), "sdxl": (1024,), "sd35-medium": (1024,), "sd35-large": (1024,), "flux": (512, 1024)}
+SIZES |= {"flux2-klein-base-4b": (1024,), "flux2-klein-base-9b": (1024,)}
 
 
 def table(registries: Registries) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def tokenizer() -> Qwen2TokenizerFast:
         merges=merges,
         eos_token="<|im_end|>",
         additional_special_tokens=marks[1:2],
-        model_max_length=131072,
+        model_max_length=POSITIONS,
     )
     tokens.add_tokens(["<think>", "</think>"])
     tokens.chat_template = TEMPLATE

@@ -34,7 +34,7 @@ from erasekit_trace.slots import Adapter
 from erasekit_trace.step import TraceStep
 
 LEAST_ETA = 0.3  # a smaller damping is a warning
-LARGE = ("flux", "flux-schnell", "sd35-medium", "sd35-large")
+LARGE = ("flux", "flux-schnell", "sd35-medium", "sd35-large", "flux2-klein-base-4b", "flux2-klein-base-9b")
 
 
 class Trace(Method):
@@ -52,7 +52,7 @@ class Trace(Method):
         "dit": {"scope": "qk_dual"},
         # On validation prompts ("dog", sd15-mini) 120 steps left and moved no less than 60.
         **{name: {"steps": 60, "batch": 16} for name in ("sd15-mini", "flux-mini")},
-        # Every trajectory of FLUX.1 is 28 steps of three predictions, of SD3.5 medium 40.
+        # Every trajectory of FLUX.1 is 28 steps of three predictions, of SD3.5 medium 40, of FLUX.2 50.
         **{name: {"trajectories": 8, "clean_trajectories": 24} for name in LARGE},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
