@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from erasekit.backbones.chat import Chat
 from erasekit.backbones.memory import Activations, Holding
 from erasekit.backbones.mmdit import Mmdit
 from erasekit.backbones.protocol import BackboneConfig, Capabilities, Conditioning, Lexicon, Site
@@ -21,7 +21,6 @@ from erasekit.errors import EnvironmentProblem
 ENCODER = "text_encoder"
 READER = "Qwen3ForCausalLM"
 LAYERS = (9, 18, 27)  # of Qwen3, whose states are what a token is encoded as, side by side
-MARK = "\ue000"  # stands for a prompt in the chat template
 
 
 class Flux2KleinBase4B(Mmdit):
@@ -78,6 +77,10 @@ class Flux2KleinBase4B(Mmdit):
         """See `PipelineBackbone`."""
         super().__init__(folder, config, **where)
         self._length = min(self.positions, self._pipe.tokenizer.model_max_length)
+        try:
+            self._chat = Chat(self._pipe.tokenizer, self._length)
+        except ValueError as error:
+            raise self._unloadable(error) from error
 
     @property
     def embedded_guidance(self) -> bool:
@@ -89,19 +92,8 @@ class Flux2KleinBase4B(Mmdit):
         return [Site("context_embedder", "tokens")]
 
     def spans(self, prompt: str, phrase: str) -> list[range]:
-        """Token positions at which `phrase` stands in `prompt` as whole words, in upper or lower case.
-
-        A token of Qwen3 holds the space before its word, so that a phrase has other tokens at the beginning of a prompt.
-        """
-        text, (head, _) = self._templated(prompt), self._template
-        given = self._pipe.tokenizer(text, truncation=True, max_length=self._length, return_offsets_mapping=True)
-        pattern = rf"(?<!\w){re.escape(phrase)}(?!\w)" if phrase else r"(?!)"
-        found = []
-        for match in re.finditer(pattern, prompt, re.IGNORECASE):
-            start, stop = match.start() + len(head), match.end() + len(head)
-            at = [i for i, (first, last) in enumerate(given.offset_mapping) if first < stop and last > start]
-            found += [range(at[0], at[-1] + 1)] if at else []
-        return found
+        """Token positions at which `phrase` stands in `prompt` as whole words, in upper or lower case."""
+        return self._chat.spans(prompt, phrase)
 
     def schedule(self, steps: int, size: int | None = None) -> Schedule:
         """The steps of the pipeline's own scheduler, shifted by the numbers of image tokens and of steps."""
@@ -133,13 +125,11 @@ class Flux2KleinBase4B(Mmdit):
         usable = torch.zeros(len(vectors), dtype=torch.bool)
         usable[[i for i in tokenizer.get_vocab().values() if i < len(vectors)]] = True
         usable[[i for i in (*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids) if i < len(vectors)]] = False
-        return Lexicon(vectors, usable, begin=self._begin, end=self._end, pad=tokenizer.pad_token_id, spaced=True)
+        return Lexicon(vectors, usable, begin=self._chat.begin, end=self._chat.end, pad=tokenizer.pad_token_id, spaced=True)
 
     def spell(self, encoder: str, ids: torch.Tensor) -> str:
         """The text of one prompt's ids (length,) without the template and pads."""
-        end = int(self._lengths(ids[None])[0])
-        text: str = self._pipe.tokenizer.decode(ids[self._begin : end], skip_special_tokens=True)
-        return " ".join(text.split())
+        return self._chat.spell(ids)
 
     def embed(
         self,
@@ -153,9 +143,9 @@ class Flux2KleinBase4B(Mmdit):
             assert like is not None, "There is one text encoder, and it has no tokens."
             return like.to(self.device, self.dtype)
         ids = tokens[ENCODER].cpu()
-        said = ids.ne(self._pipe.tokenizer.pad_token_id).flip(1).cumsum(1).flip(1) > 0  # all before the pads
-        states = self._states(ids, vectors, attention_mask=said.long().to(self._part(ENCODER).device))
-        return Conditioning(states.to(self.device, self.dtype), None, ids, self._lengths(ids))
+        mask = self._chat.unpadded(ids).to(self._part(ENCODER).device)
+        states = self._states(ids, vectors, attention_mask=mask).to(self.device, self.dtype)
+        return Conditioning(states, None, ids, self._chat.lengths(ids))
 
     def vocabulary(self, near: str, n: int) -> list[str]:
         """The `n` words that begin with a space in the tokenizer and that the encoder's table holds nearest to those of a text.
@@ -243,41 +233,9 @@ class Flux2KleinBase4B(Mmdit):
     def _tokenizer(self, encoder: str) -> tuple[Any, int]:
         return self._pipe.tokenizer, self._length
 
-    @cached_property
-    def _template(self) -> tuple[str, str]:
-        """What the chat template has before a prompt and behind it."""
-        head, _, tail = self._chat(MARK).partition(MARK)
-        return head, tail
-
-    @cached_property
-    def _begin(self) -> int:
-        return len(self._pipe.tokenizer(self._template[0]).input_ids)
-
-    @cached_property
-    def _end(self) -> int:
-        end: int = self._pipe.tokenizer(self._template[1]).input_ids[0]
-        return end
-
-    def _chat(self, prompt: str) -> str:
-        said = [{"role": "user", "content": prompt}]
-        text: str = self._pipe.tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return text
-
-    def _templated(self, prompt: str) -> str:
-        head, tail = self._template
-        return f"{head}{prompt}{tail}"
-
-    def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
-        """How many tokens prompts (n, length) have up to the end token; all, where a long one has lost it."""
-        ends = (ids == self._end).int()
-        return torch.where(ends.any(1), ends.argmax(1) + 1, ids.shape[1])
-
     def _tokenized(self, prompt: str, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
-        given = tokenizer(self._chat(prompt), padding="max_length", truncation=True, max_length=length)
-        ids = torch.tensor([given.input_ids])
-        return {"ids": ids, "lengths": self._lengths(ids)}
+        ids = self._chat.ids(prompt)
+        return {"ids": ids, "lengths": self._chat.lengths(ids)}
 
     def _states(self, ids: torch.Tensor, vectors: Mapping[str, torch.Tensor] | None = None, **how: Any) -> torch.Tensor:
         """The states (n, length, 3 x width) of the layers that count, side by side."""
@@ -308,9 +266,7 @@ class Flux2Klein4B(Flux2KleinBase4B):
     name: ClassVar[str] = "flux2-klein-4b"
     path: ClassVar[str] = "black-forest-labs/FLUX.2-klein-4B"
     distilled: ClassVar[bool] = True
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        family="dit", prediction="velocity", guidance="embedded", text="causal"
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(family="dit", prediction="velocity", guidance="embedded", text="causal")
     sampling: ClassVar[Mapping[str, Any]] = Flux2KleinBase4B.sampling | {"steps": 4, "guidance": 1.0}
 
 

@@ -6,7 +6,9 @@ from erasekit.testing import check_backbone, tiny_folder
 
 FAMILIES = {"sd14": "tiny", "sd15": "tiny", "sdxl": "tiny-xl", "flux": "tiny-flux", "flux-schnell": "tiny-flux"}
 FAMILIES |= dict.fromkeys(("sd35-medium", "sd35-large"), "tiny-sd3")
-FAMILIES |= {f"flux2-klein-{kind}": f"tiny-flux2{'-base' if 'base' in kind else ''}" for kind in ("4b", "base-4b", "9b", "base-9b")}
+FAMILIES |= {
+    f"flux2-klein-{kind}": f"tiny-flux2{'-base' if 'base' in kind else ''}" for kind in ("4b", "base-4b", "9b", "base-9b")
+}
 
 
 @pytest.mark.parametrize("backbone", ["tiny", "tiny-flux", "tiny-xl", "tiny-sd3", "tiny-flux2-base", "sd15-mini", "flux-mini"])

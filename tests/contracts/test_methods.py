@@ -40,7 +40,8 @@ def depths(method):
 def pytest_generate_tests(metafunc):
     matrix = metafunc.config.getoption("--matrix")
     metafunc.parametrize(
-        "backbone", ["tiny", "tiny-flux", *(("tiny-xl", "tiny-sd3", "tiny-flux2-base", "sd15-mini", "flux-mini") if matrix else ())]
+        "backbone",
+        ["tiny", "tiny-flux", *(("tiny-xl", "tiny-sd3", "tiny-flux2-base", "sd15-mini", "flux-mini") if matrix else ())],
     )
     if "depth" in metafunc.fixturenames:
         pairs = [(method, depth) for method in METHODS for depth in (depths(method) if matrix else [{}])]
