@@ -121,9 +121,9 @@ class Capabilities:
     Attributes:
         family: architecture of the denoiser.
         prediction: the form of its output.
-        guidance: `cfg` (a second, unconditional pass) or `embedded` (a distilled scale).
-        text: how the encoder of the tokens attends. `causal` (CLIP): a token knows what stands before it, so that after a
-            phrase every token, the end and the pads carry it, and none before it does. `bidirectional` (T5): every word
+        guidance: `cfg` (a second, unconditional pass) or `embedded` (distilled into the model).
+        text: how the encoder of the tokens attends. `causal` (CLIP, Qwen3): a token knows what stands before it, so that after
+            a phrase every token, the end and the pads carry it, and none before it does. `bidirectional` (T5): every word
             of a prompt knows all others. Of two readings this is the last one's.
     """
 
