@@ -17,11 +17,10 @@ from erasekit.backbones.held import of_diffusers
 from erasekit.backbones.protocol import Backbone, guided
 from erasekit.concepts import Concept
 from erasekit.erasures.certificate import PER_POSITION, certificate
-from erasekit.erasures.deltas import LowRank, merged, to_dense
+from erasekit.erasures.deltas import Dense, LowRank, merged, to_dense
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.loading import load_into, unload
 from erasekit.errors import EnvironmentProblem, UsageError
-from erasekit.methods import closedform
 from erasekit.methods.context import RunContext
 from erasekit.methods.sites import last_words
 from erasekit.registration import plugins
@@ -243,23 +242,26 @@ def test_near_words_and_summaries(backbone):
 
 
 @pytest.mark.parametrize(("concept", "neutral"), [("a cat", "a dog"), ("a photo of a cat", "a photo of a ship")])
-def test_an_edit_of_the_one_entrance_makes_the_whole_forward_equal(backbone, concept, neutral):
-    """Exact, pads and template included, for neutral words of as many tokens: text enters nowhere else."""
-    w, u, x = backbone.encode([concept]), backbone.encode([neutral]), backbone.latents([3])
-    mine, goal = align(w, u)
+def test_an_edit_of_the_one_entrance_makes_the_whole_forward_equal(tiny_flux2_base_folder, concept, neutral):
+    """Exact, pads and template included, for neutral words of as many tokens: text enters nowhere else. In float64, since pads
+    are read so much alike that an edit of them all is large."""
+    backbone = tiny_flux2.load(tiny_flux2_base_folder, distilled=False)
+    w, u = backbone.encode([concept]), backbone.encode([neutral])
+    backbone.denoiser.double()
+    backbone.dtype = torch.float64
+    x, (mine, goal) = backbone.latents([3]), align(w, u)
     held = w.tokens[0, : LENGTH - len(mine)].double()  # what both prompts begin with stays as it is
     rows = torch.cat([held, mine]), torch.cat([held, goal])
-    eye = torch.eye(rows[0].shape[1], dtype=torch.float64)
-    sums = closedform.Pairs.empty(len(eye)).add(*rows)
     (site,) = backbone.text_sites()
-    deltas = {site.name: closedform.whitened([sums], eye, error=0)[0].delta(backbone.weight(site.name))}
+    wanted = (rows[1] - rows[0]) @ backbone.weight(site.name).T
+    deltas = {site.name: Dense(torch.linalg.lstsq(rows[0], wanted, driver="gelsd").solution.T)}
     with torch.no_grad():
         for tau in backbone.schedule(4).tau:
             base_w, base_u = (backbone.predict(x, tau[None], cond) for cond in (w, u))
             with merged(backbone.denoiser, deltas):
                 erased = backbone.predict(x, tau[None], w)
-            assert (erased - base_u).norm() < 1e-4 * base_u.norm()
-            assert (base_w - base_u).norm() > 1e-3 * base_u.norm(), "the prompts were the same to begin with"
+            assert (erased - base_u).norm() < 1e-6 * base_u.norm()
+            assert (base_w - base_u).norm() > 1e-2 * base_u.norm(), "the prompts were the same to begin with"
 
 
 def made_up(backbone, folder):

@@ -38,7 +38,8 @@ class Flux2KleinBase4B(Mmdit):
     pipeline_class: ClassVar[str] = "Flux2KleinPipeline"
     unused: ClassVar[tuple[str, ...]] = ()
     # The blocks of a single stream have one layer for queries, keys, values and the way into the MLP, and one for the ways out.
-    scopes: ClassVar[Mapping[str, str]] = Mmdit.scopes | {
+    scopes: ClassVar[Mapping[str, str]] = {
+        **Mmdit.scopes,
         "all_attn": r"\.attn\.(to_[qkv]|to_qkv_mlp_proj|to_out(\.0)?|add_[qkv]_proj|to_add_out)$",
         "text": r"^context_embedder$",
     }
@@ -49,7 +50,13 @@ class Flux2KleinBase4B(Mmdit):
         512,
         Activations(forward=0.6, kept=13.8, checkpointed=1.72, maps=12.4, decode=1.55),
     )
-    sampling: ClassVar[Mapping[str, Any]] = {"sampler": "default", "steps": 50, "guidance": 4.0, "size": size}
+    sampling: ClassVar[Mapping[str, Any]] = {
+        "sampler": "default",
+        "steps": 50,
+        "guidance": 4.0,
+        "size": size,
+        "batch": 2,  # images; each is two rows of 4,600 tokens
+    }
     holding: ClassVar[Mapping[int, Holding]] = {
         8: Holding(1, "nf4", "cpu", checkpointing=True, slicing=True),
         12: Holding(1, "nf4", "released", checkpointing=True, slicing=True),
@@ -267,7 +274,12 @@ class Flux2Klein4B(Flux2KleinBase4B):
     path: ClassVar[str] = "black-forest-labs/FLUX.2-klein-4B"
     distilled: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(family="dit", prediction="velocity", guidance="embedded", text="causal")
-    sampling: ClassVar[Mapping[str, Any]] = Flux2KleinBase4B.sampling | {"steps": 4, "guidance": 1.0}
+    sampling: ClassVar[Mapping[str, Any]] = {
+        "sampler": "default",
+        "steps": 4,
+        "guidance": 1.0,
+        "size": Flux2KleinBase4B.size,
+    }
 
 
 class Flux2KleinBase9B(Flux2KleinBase4B):

@@ -87,7 +87,7 @@ def save_pipeline(folder: Path, *, distilled: bool = True) -> Path:
             pad_token_id=tokens.pad_token_id,
             eos_token_id=tokens.eos_token_id,
         )
-        transformer = Flux2Transformer2DModel(
+        transformer: Any = Flux2Transformer2DModel(
             in_channels=16,
             num_layers=2,
             num_single_layers=2,
@@ -98,6 +98,9 @@ def save_pipeline(folder: Path, *, distilled: bool = True) -> Path:
             axes_dims_rope=(4, 4, 4, 4),
             guidance_embeds=False,
         )
+        with torch.no_grad():  # so that images depend on prompts
+            for name, weight in transformer.named_parameters():
+                weight.mul_(3 if "stream_modulation" in name else 1)
         pipe: Any = Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
             vae=vae(),
@@ -110,9 +113,9 @@ def save_pipeline(folder: Path, *, distilled: bool = True) -> Path:
     return folder
 
 
-def vae() -> AutoencoderKLFlux2:
+def vae() -> Any:
     """An autoencoder for images of 16 pixels whose batch norm has seen latents that are not normal."""
-    model = AutoencoderKLFlux2(
+    model: Any = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -121,8 +124,6 @@ def vae() -> AutoencoderKLFlux2:
         latent_channels=4,
         sample_size=16,
     )
-    assert model.bn.running_mean is not None
-    assert model.bn.running_var is not None
     model.bn.running_mean.normal_()
     model.bn.running_var.uniform_(0.5, 2.0)
     return model
