@@ -14,7 +14,7 @@ from erasekit.registration import plugins
 from erasekit.registration.plugins import default
 from erasekit.runs.config import build
 from erasekit.runs.runner import run
-from erasekit.testing import tiny, tiny_flux
+from erasekit.testing import tiny, tiny_flux, tiny_flux2
 from tests.third_party.tiny_world import Words
 
 SMALL = [("tiny", "8"), ("tiny-flux", "48"), ("tiny-flux", "8")]  # GPUs on which a family recomputes
@@ -62,10 +62,11 @@ def test_recomputed_activations_give_the_same_erasure(which, backbone, vram, wor
         torch.testing.assert_close(to_dense(recomputed[layer]), to_dense(delta), rtol=1e-3, atol=1e-6)
 
 
-@pytest.fixture(params=["sd", "flux"])
-def pair(request, tiny_folder, tiny_flux_folder):
+@pytest.fixture(params=["sd", "flux", "flux2"])
+def pair(request, tiny_folder, tiny_flux_folder, tiny_flux2_folder):
     """The same model twice; the second recomputes."""
-    module, folder = (tiny, tiny_folder) if request.param == "sd" else (tiny_flux, tiny_flux_folder)
+    families = {"sd": (tiny, tiny_folder), "flux": (tiny_flux, tiny_flux_folder), "flux2": (tiny_flux2, tiny_flux2_folder)}
+    module, folder = families[request.param]
     plain, recomputing = module.load(folder), module.load(folder)
     recomputing.denoiser.enable_gradient_checkpointing()
     return plain, recomputing
