@@ -95,6 +95,28 @@ def test_losses_of_the_base_against_numpy(backbone, context):
     assert shifted["late"].item() == pytest.approx(((gap + 0.1) ** 2).mean(), rel=1e-3)
 
 
+def test_what_counts_nothing_is_not_predicted_and_changes_nothing_else(backbone, context):
+    ctx, calls = context(), []
+
+    def predict(x, tau, cond):
+        calls.append(len(x))
+        return ctx.predict(x, tau, cond)
+
+    with torch.no_grad():
+        both, late = (
+            (method := ant(backbone, tau0=0.3, early_weight=weight)).losses(
+                predict, [method.pool(ctx, ctx.concepts[0])], backbone.encode([""])
+            )
+            for weight in (0.05, 0.0)
+        )
+        generators = [ctx.generator("draw"), ctx.generator("draw")]
+        for batch in range(2):
+            wanted, found = both(batch, generators[0]), late(batch, generators[1])
+            assert list(found) == ["late", "late_unconditional"]
+            assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert len(calls) == 2 * (2 + 1)
+
+
 # Who is trained
 
 

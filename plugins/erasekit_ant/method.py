@@ -155,12 +155,13 @@ class Ant(Method):
     config: AntConfig
 
     def footprint(self, plan: Planned) -> Footprint:
-        """Late and early points, each under two prompts."""
+        """Late and, where they count, early points, each under two prompts."""
         config = self.config
+        ends = 2 if config.early_weight else 1
         trained = LORA_GB * len(plan.concepts)
         if config.form == "single":
             trained = BYTES * sum(plan.backbone.linears(plan.backbone_config).values()) / GIB
-        return Footprint(rows=4 * config.batch, trained_gb=trained)
+        return Footprint(rows=2 * ends * config.batch, trained_gb=trained)
 
     def erase(self, ctx: RunContext) -> Erasure:
         """Train on the base's trajectories in one of the two forms."""
@@ -201,6 +202,8 @@ class Ant(Method):
                 ("late", "early"), ends[batch // config.accumulate % len(ends)], (1.0, config.early_weight), strict=True
             ):
                 points = pool.sample(config.batch, generator)
+                if not weight:
+                    continue  # drawn all the same, so that a weight changes no other draw
                 cond = concatenate([points.cond, nothing.repeat(config.batch)])
                 concept, empty = predict(torch.cat([points.x] * 2), torch.cat([points.tau] * 2), cond).chunk(2)
                 base_empty, base_concept = points.predictions.unbind(1)
