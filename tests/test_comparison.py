@@ -56,6 +56,16 @@ def test_runs_stand_side_by_side_with_intervals_front_and_cost(three, tmp_path):
     assert page.count("<script") == 1
 
 
+def test_what_predictions_leave_and_move_stands_beside_the_numbers_of_images(three, tmp_path):
+    assert "drift" not in write_comparison(compared(three), tmp_path / "page.html").read_text()
+    manifest = {"residual": {"cat": {"prompts": 0.123, "other_words": None}}, "drift": 0.456}
+    (three[0][0] / "erasure" / "erasure.json").write_text(json.dumps(manifest))
+    page = write_comparison(compared(three), tmp_path / "page.html").read_text()
+    numbers = page.partition('class="rows"')[2].partition("</table>")[0]
+    assert re.search(r"by predictions: the most that is left.*by predictions: how far what stays", numbers)
+    assert re.findall(r'<td class="number">(0\.123|0\.456)</td>', numbers) == ["0.123", "0.456"]
+
+
 def test_what_is_seen_in_other_words_is_not_gone(three, tmp_path):
     folder, _ = three[0]
     first = read_result(folder / "results.json")

@@ -106,6 +106,30 @@ def test_tables_hold_rows_of_one_protocol_and_those_of_another_stand_apart(tmp_p
     assert by_difference(tables[1]["rows"]).rows == []
 
 
+def test_a_row_says_what_its_erasures_leave_and_move_by_predictions(tmp_path):
+    """Of two concepts the larger residual each; of an erasure that was not measured nothing."""
+    said = {
+        "a/cat": {"residual": {"cat": {"prompts": 0.1, "other_words": 0.3}}, "drift": 0.2},
+        "a/dog": {"residual": {"dog": {"prompts": 0.1, "other_words": None}}, "drift": 0.4},
+        "b/cat": {"residual": {"cat": {"prompts": None, "other_words": None}}, "drift": None},
+        "b/dog": {},
+    }
+    cells = []
+    for path, manifest in said.items():
+        row, concept = path.split("/")
+        (tmp_path / path / "erasure").mkdir(parents=True)
+        (tmp_path / path / "erasure" / "erasure.json").write_text(json.dumps(manifest))
+        (tmp_path / path / "erasure" / "guidance.json").write_bytes(b"0" * 500)
+        write_result(result_of(concept, 0, path, method=row), tmp_path / path / "results.json")
+        cells.append(Cell(row, {}, path))
+    rows = tables_of(cells, tmp_path)[0]["rows"]
+    assert (rows["a"]["residual"], rows["a"]["drift"], rows["a"]["file_kb"]) == pytest.approx((0.2, 0.3, 0.5))
+    assert not {"residual", "drift"} & rows["b"].keys()
+    columns, (a, b, *_) = by_row(rows)
+    assert [a[columns.index(name)] for name in ("residual", "drift")] == ["0.20", "0.30"]
+    assert [b[columns.index(name)] for name in ("residual", "drift")] == ["", ""]
+
+
 TABLES = [p for p in sorted((ROOT / "benchmarks" / "results").glob("*.json")) if "rows" in json.loads(p.read_text())]
 
 

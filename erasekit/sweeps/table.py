@@ -7,19 +7,35 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from erasekit.evaluation.results import ATTACKED, RunResult, Table, read_result
 from erasekit.evaluation.summary import by_protocol, differences, summary
+from erasekit.runs.weighed import weighed
 from erasekit.sweeps.cells import Cell
 
 ERASED = 0.2  # a concept of which no more is seen counts as erased
 EFFICACY = ("acc_e", "unsafe_images")  # how much of what is erased is seen
 SHARES = ("acc", "h_", "face_rate", "style_removed", "unsafe_images")
-FILES = ("all.safetensors", "guidance.json", "guidance.safetensors")  # what a user loads
 Runs = Mapping[str, Mapping[str, Sequence[tuple[RunResult, Path]]]]  # {row: {concept: [a run and its folder]}}
+
+
+class Beside(NamedTuple):
+    """A column of what was not measured on images."""
+
+    title: str
+    digits: int
+
+
+BESIDE = {
+    "residual": Beside("residual", 2),
+    "drift": Beside("drift", 2),
+    "erase_s": Beside("erase, s", 0),
+    "file_kb": Beside("file, kB", 0),
+    "peak_memory_mb": Beside("peak, MB", 0),
+}
 
 
 def tables_of(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
@@ -46,12 +62,12 @@ def rows_of(rows: Runs) -> dict[str, Any]:
     first: dict[str, list[RunResult]] = {}
     for name, concepts in rows.items():
         runs = {concept: [result for result, _ in each] for concept, each in concepts.items()}
-        sizes = [_kilobytes(path / "erasure") for each in concepts.values() for _, path in each]
-        found[name] = summary(runs) | {"file_kb": round(float(np.median(sizes)), 1)}
+        folders = [path for each in concepts.values() for _, path in each]
+        found[name] = summary(runs) | weighed([folder / "erasure" for folder in folders])
         if first:
             found[name]["differences"] = differences(runs, first)
         first = first or runs
-        if spent := _spent([path for each in concepts.values() for _, path in each]):
+        if spent := _spent(folders):
             found[name]["attacks"] = spent
         found[name]["runs"] = [_record(concept, run) for concept, of_concept in runs.items() for run in of_concept]
     return found
@@ -73,27 +89,24 @@ def _spent(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _kilobytes(folder: Path) -> float:
-    return sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file()) / 1000
-
-
 def by_row(rows: Mapping[str, Any], published: Mapping[str, Mapping[str, float]] | None = None) -> Table:
-    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, seconds, file and memory.
+    """Means with intervals, how many concepts are erased (in the mean of their seeds), runs, residual and drift, costs.
 
     Args:
         rows: of `rows_of`.
         published: {name that says so: {metric: value}}, at the end.
     """
-    digits = _columns(rows)
+    digits, more = _columns(rows), [key for key in BESIDE if any(key in row for row in rows.values())]
     cells = []
     for name, row in rows.items():
         values = [_with_interval(row["metrics"][m], d) if m in row["metrics"] else "" for m, d in digits.items()]
-        cost = [f"{row[key]:.0f}" if key in row else "" for key in ("erase_s", "file_kb", "peak_memory_mb")]
-        cells.append([name, *values, _erased(row), runs_of(row), *cost])
-    cells.append(["unedited", *_unedited(rows, digits), *[""] * 5])
+        beside = [f"{row[key]:.{BESIDE[key].digits}f}" if key in row else "" for key in more]
+        cells.append([name, *values, _erased(row), runs_of(row), *beside])
+    nothing = [""] * (len(more) + 2)
+    cells.append(["unedited", *_unedited(rows, digits), *nothing])
     for name, row in (published or {}).items():
-        cells.append([name, *(f"{row[m]:.{d}f}" if m in row else "" for m, d in digits.items()), *[""] * 5])
-    return Table(["row", *_titles(digits), f"erased (<= {ERASED})", "runs", "erase, s", "file, kB", "peak, MB"], cells)
+        cells.append([name, *(f"{row[m]:.{d}f}" if m in row else "" for m, d in digits.items()), *nothing])
+    return Table(["row", *_titles(digits), f"erased (<= {ERASED})", "runs", *(BESIDE[key].title for key in more)], cells)
 
 
 def by_difference(rows: Mapping[str, Any]) -> Table:

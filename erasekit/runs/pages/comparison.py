@@ -20,10 +20,14 @@ from erasekit.runs.pages.heat import heat_map
 from erasekit.runs.pages.images import BUDGET, embedded, is_blurred
 from erasekit.runs.pages.layout import write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
+from erasekit.runs.weighed import weighed
 
 LEFT = ("acc_e", "acc_g", "unsafe_images")  # how much of what was erased is still seen, by its name and in other words
 STAYED = ("acc_s",)  # how much of the rest is
-FILES = ("all.safetensors", "guidance.safetensors")  # what a user loads
+PREDICTED = {
+    "residual": "by predictions: the most that is left of a concept, by its name or in other words",
+    "drift": "by predictions: how far what stays has moved",
+}
 COSTS = {"erase_s": "to erase, s", "file_kb": "file, kB", "peak_memory_mb": "peak memory, MB"}
 SAME = ("method", "backbone", "task", "concepts")
 ROOM = 1.02  # where an axis of shares ends
@@ -100,8 +104,7 @@ def _part(backbone: str, task: str, rows: Rows, share: int, *, reveal: bool) -> 
     """What is measured alike: table, chart, costs and images."""
     found = {name: summary({c: [r for r, _ in runs] for c, runs in concepts.items()}) for name, concepts in rows.items()}
     for name, concepts in rows.items():
-        sizes = [_kilobytes(run.directory / "erasure") for runs in concepts.values() for _, run in runs]
-        found[name]["file_kb"] = sum(sizes) / len(sizes)
+        found[name] |= weighed([run.directory / "erasure" for runs in concepts.values() for _, run in runs])
     first = next(iter(next(iter(rows.values())).values()))[0][1]
     metrics = list(dict.fromkeys(name for row in found.values() for name in row["metrics"]))
     best = front({name: at for name, row in found.items() if (at := _place(row["metrics"])) is not None})
@@ -112,6 +115,7 @@ def _part(backbone: str, task: str, rows: Rows, share: int, *, reveal: bool) -> 
         "concepts": list(dict.fromkeys(c for concepts in rows.values() for c in concepts)),
         "hashes": sorted({r.protocol["hash"] for concepts in rows.values() for runs in concepts.values() for r, _ in runs}),
         "metrics": metrics,
+        "predicted": {key: told for key, told in PREDICTED.items() if any(key in row for row in found.values())},
         "meanings": {name: metric.meaning for name, metric in first.result.metrics.items()},
         "rows": found,
         "counts": {name: sum(map(len, concepts.values())) for name, concepts in rows.items()},
@@ -129,10 +133,6 @@ def interference(concepts: Mapping[str, Sequence[tuple[RunResult, Compared]]]) -
     runs = {", ".join(run.result.concepts): run.directory / "scores.parquet" for run in map(_first, concepts.values())}
     found = interference_of({name: read_scores(file) for name, file in runs.items() if file.is_file()})
     return found if len(found.erased) > 1 and found.asked else None
-
-
-def _kilobytes(folder: Path) -> float:
-    return sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file()) / 1000
 
 
 def _metrics(metrics: Mapping[str, Any], names: Sequence[str]) -> list[Mapping[str, Any]]:
