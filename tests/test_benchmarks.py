@@ -35,6 +35,45 @@ def test_every_script_finds_what_it_imports(path, monkeypatch):
     spec.loader.exec_module(module)
 
 
+def test_what_a_killed_run_did_twice_is_counted(tmp_path, monkeypatch):
+    """Three trainings of four steps, killed after the first, in the third, and again while six images are drawn."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    of_run = importlib.import_module("counted").of_run
+
+    def started(resumed):
+        about = {"method": "m", "backbone": "b", "task": "t", "concepts": ["cat"], "config_hash": "0" * 8, "tracker": ""}
+        return {"event": "RunStarted", **about, "resumed": resumed, "settings": {}}
+
+    def steps(*numbers):
+        return [{"event": "StepEnd", "step": n, "total": 4, "values": {"loss": 1.0}} for n in numbers]
+
+    def images(which, *done):
+        return [{"event": "Sampled", "which": which, "done": n, "total": 6} for n in done]
+
+    saved = {"event": "Saved", "path": "erasure", "sha256": "f" * 64}
+    events = [started(False), *images("base", 2, 6), *steps(1, 2, 3, 4)]
+    events += [started(True), *images("base", 6), *steps(1, 2, 3, 4, 1, 2, 3)]
+    events += [started(True), *images("base", 6), *steps(3, 4), saved, *images("erased", 0, 3)]
+    events += [started(True), *images("erased", 2, 6)]  # one of the three had not reached the disk
+    lines = [json.dumps({"time": "2026-01-01T00:00:00.000+00:00", **event}) for event in events]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    for which in ("base", "erased"):
+        (tmp_path / "images" / which).mkdir(parents=True)
+        index = [{"file": f"{seed}.png", "text": "a cat", "seed": seed} for seed in range(6)]
+        (tmp_path / "images" / which / "index.json").write_text(json.dumps(index))
+    assert dict(of_run(tmp_path)) == {
+        "runs": 1,
+        "starts": 4,
+        "erasures": 1,
+        "training_steps": 13,
+        "training_steps_again": 1,
+        "base_images": 4,
+        "base_images_of_runs": 6,
+        "erased_images": 7,
+        "erased_images_again": 1,
+    }
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
     """At tiny size: a row that is measured, one that fails, each once; then the table."""

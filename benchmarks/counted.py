@@ -1,0 +1,85 @@
+"""What the runs of a sweep computed, and how much of it twice, out of their logs: after workers or the driver were killed.
+
+    python benchmarks/counted.py benchmarks/suites/table1-mini.toml --out runs --into counted.json
+
+A run that was started again says in its log where it went on. An erasure is saved once, or more often than it had to be; a
+training step or an image that is logged again was computed twice. Images of the unedited model belong to all runs: their
+files are counted, and those that the runs drew or waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import cells
+from erasekit.runs.records import read_log
+from record import write
+
+EVENTS = ("RunStarted", "StepEnd", "Saved", "Sampled")
+
+
+def starts(log: Path) -> Iterator[list[dict[str, Any]]]:
+    """The events of a run, start by start."""
+    own: list[dict[str, Any]] = []
+    for event in read_log(log, only=EVENTS):
+        if event["event"] == "RunStarted" and own:
+            yield own
+            own = []
+        own.append(event)
+    yield own
+
+
+def drawn(events: list[dict[str, Any]], which: str) -> int:
+    """Images that came to be there during a start; the first event says how many there were."""
+    done = [event["done"] for event in events if event["event"] == "Sampled" and event["which"] == which]
+    return done[-1] - done[0] if done else 0
+
+
+def again(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> int:
+    """Training steps that a start did once more; a training that was done is followed by the next one's first step."""
+    if not before or not now or before[-1]["step"] == before[-1]["total"]:
+        return 0
+    return max(0, before[-1]["step"] - now[0]["step"] + 1)
+
+
+def of_run(folder: Path) -> Counter[str]:
+    """What one run computed."""
+    found: Counter[str] = Counter(runs=1)
+    before: list[dict[str, Any]] = []
+    for events in starts(folder / "log.jsonl"):
+        now = [event for event in events if event["event"] == "StepEnd"]
+        found["starts"] += 1
+        found["erasures"] += sum(event["event"] == "Saved" for event in events)
+        found["training_steps"] += len(now)
+        found["training_steps_again"] += again(before, now)
+        before = now or before
+        for which in ("erased", "base"):
+            found[f"{which}_images"] += drawn(events, which)
+    indexes = {which: json.loads((folder / "images" / which / "index.json").read_text()) for which in ("erased", "base")}
+    found["erased_images_again"] = found["erased_images"] - len({(row["text"], row["seed"]) for row in indexes["erased"]})
+    found["base_images_of_runs"] = len(indexes["base"])
+    return found
+
+
+def main() -> None:
+    """Count, write, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of the runs")
+    parser.add_argument("--into", type=Path, default=Path("counted.json"))
+    given = parser.parse_args()
+    runs = [given.out / cell["path"] for cell in cells(given.suite, given.out) if cell["state"] == "finished"]
+    found = sum(map(of_run, runs), Counter())
+    found["base_image_files"] = len(list((given.out / "cache" / "base").glob("*/*.png")))
+    write(found, given.into)
+    sys.stdout.write("\n".join(f"{name}: {count}" for name, count in found.items()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
