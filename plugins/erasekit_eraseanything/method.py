@@ -23,7 +23,8 @@ from erasekit.methods.trajectories import at_scale, negative_guidance
 from erasekit_eraseanything import losses
 from erasekit_eraseanything.material import Material, Prompts, material, material_texts
 
-# What erased the objects of the mini world on validation prompts.
+# What erased on validation prompts of the mini world. On flux-mini a style reaches the image by CLIP's pooled prompt as well,
+# past the text's queries and keys: with LoRAs on these alone .96 of a style was left.
 MINI = {
     "attention": 0.1,
     "image_tokens": "mean",
@@ -96,7 +97,7 @@ class EraseAnything(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "unet": {"scope": "kv"},
         "sd15-mini": MINI | {"lr": 5e-3},
-        "flux-mini": MINI,
+        "flux-mini": MINI | {"scope": "all_attn", "steps": 100, "lr": 4e-3},
     }
     # Each family has layers of its own.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"official": EraseAnythingConfig().model_dump(exclude={"scope"})}

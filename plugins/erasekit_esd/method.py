@@ -20,7 +20,8 @@ from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error,
 from erasekit.methods.trajectories import Pool, at_scale, concept_pool, negative_guidance
 from erasekit_esd.layers import matching, modules
 
-# What erased the objects of the mini world on validation prompts.
+# What erased on validation prompts of the mini world. On flux-mini a style reaches the image by CLIP's pooled prompt as well,
+# past attention: with the attentions' layers alone .66 of a style was left, with all layers .02.
 MINI = {
     "variant": "x",
     "anchor": "neutral",
@@ -84,7 +85,7 @@ class Esd(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": FLUX,
         "sd15-mini": MINI,
-        "flux-mini": MINI | {"told": None, "lr": 2e-4, "steps": 200, "eta": 0.25},
+        "flux-mini": MINI | {"told": None, "variant": "all", "lr": 5e-4, "steps": 200, "eta": 0.25},
     }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "official": EsdConfig(trajectories=200).model_dump(),
