@@ -106,6 +106,18 @@ def test_tables_hold_rows_of_one_protocol_and_those_of_another_stand_apart(tmp_p
     assert by_difference(tables[1]["rows"]).rows == []
 
 
+def test_a_row_whose_seeds_were_measured_by_two_protocols_is_no_mean_of_both(tmp_path):
+    cells = []
+    for row, seed, protocol in (("a", 0, "x"), ("a", 1, "y"), ("b", 0, "y"), ("b", 1, "y"), ("c", 0, "x")):
+        path = f"{row}{seed}"
+        (tmp_path / path).mkdir()
+        write_result(result_of("cat", seed, path, protocol=protocol, method=row), tmp_path / path / "results.json")
+        cells.append(Cell(row, {}, path))
+    tables = [table["rows"] for table in tables_of(cells, tmp_path)]
+    seeds = [{name: [run["seed"] for run in row["runs"]] for name, row in rows.items()} for rows in tables]
+    assert seeds == [{"a": [0], "c": [0]}, {"a": [1], "b": [0, 1]}]
+
+
 def test_a_row_says_what_its_erasures_leave_and_move_by_predictions(tmp_path):
     """Of two concepts the larger residual each; of an erasure that was not measured nothing."""
     said = {

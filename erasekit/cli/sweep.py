@@ -139,8 +139,10 @@ def _show_table(swept: Any, *, as_json: bool) -> None:
     content = {"title": swept.suite.title, "suite": swept.suite.model_dump(mode="json"), "tables": tables}
     write_json(swept.folder / "table.json", content)
     parts = [f"# {swept.suite.title or swept.folder.name}"]
-    for table in tables:
+    for number, table in enumerate(tables):
         heading = f"{table['task']} on {table['backbone']}"
+        if any((other["task"], other["backbone"]) == (table["task"], table["backbone"]) for other in tables[:number]):
+            heading += ", measured by another protocol"
         shown = [of(table["rows"]) for of in (by_row, by_difference, by_attack)]
         parts += [f"## {heading}", *(markdown(each) for each in shown if each.rows)]
         for each in shown if not as_json else []:

@@ -67,19 +67,30 @@ def summary(runs: Runs) -> dict[str, Any]:
 def by_protocol(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows in groups whose concepts were measured alike, and attacked with one budget if they were attacked.
 
+    A row that has runs of several protocols stands in several groups, each time with the runs of one.
+
     Args:
         rows: {row: {concept: [(result, anything), ...]}}.
     """
     groups: list[tuple[dict[tuple[str, str], str], dict[str, Any]]] = []
     for name, concepts in rows.items():
-        protocols = {concept: runs[0][0].protocol for concept, runs in concepts.items()}
-        hashes = {(c, key): str(p[key]) for c, p in protocols.items() for key in ("hash", ATTACKS_HASH) if key in p}
-        group = next((g for g in groups if all(g[0].get(c, h) == h for c, h in hashes.items())), None)
-        if group is None:
-            groups.append(group := ({}, {}))
-        group[0].update(hashes)
-        group[1][name] = concepts
+        left = dict(concepts)
+        while left:
+            protocols = {concept: _protocol(runs[0]) for concept, runs in left.items()}
+            hashes = {(c, key): value for c, protocol in protocols.items() for key, value in protocol.items()}
+            group = next((g for g in groups if name not in g[1] and all(g[0].get(c, h) == h for c, h in hashes.items())), None)
+            if group is None:
+                groups.append(group := ({}, {}))
+            group[0].update(hashes)
+            group[1][name] = {c: [run for run in runs if _protocol(run) == protocols[c]] for c, runs in left.items()}
+            others = {c: [run for run in runs if _protocol(run) != protocols[c]] for c, runs in left.items()}
+            left = {concept: runs for concept, runs in others.items() if runs}
     return [members for _, members in groups]
+
+
+def _protocol(run: Any) -> dict[str, str]:
+    """The hashes of how a run was measured and attacked."""
+    return {key: str(run[0].protocol[key]) for key in ("hash", ATTACKS_HASH) if key in run[0].protocol}
 
 
 def _common(runs: Sequence[RunResult]) -> list[str]:

@@ -43,15 +43,14 @@ def compared_rows(folders: Sequence[Path]) -> dict[str, Any]:
 def _unlike(rows: Runs) -> str:
     """What differs between the first two protocols that do."""
     first: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for name, concepts in rows.items():
-        for concept, runs in concepts.items():
-            protocol = runs[0][0].protocol
-            before, other = first.setdefault(concept, (name, protocol))
-            if protocol["hash"] != other["hash"]:
-                one, two = _flat(other), _flat(protocol)
-                keys = [k for k in {**one, **two} if one.get(k) != two.get(k)]
-                each = [f"{k} is {one.get(k, 'not set')} in '{before}' and {two.get(k, 'not set')} in '{name}'" for k in keys]
-                return "; ".join(each) or f"'{before}' and '{name}' drew other prompts or seeds, or other versions of the task"
+    every = [(name, concept, run.protocol) for name, of in rows.items() for concept, runs in of.items() for run, _ in runs]
+    for name, concept, protocol in every:
+        before, other = first.setdefault(concept, (name, protocol))
+        if protocol["hash"] != other["hash"]:
+            one, two = _flat(other), _flat(protocol)
+            keys = [k for k in {**one, **two} if one.get(k) != two.get(k)]
+            each = [f"{k} is {one.get(k, 'not set')} in '{before}' and {two.get(k, 'not set')} in '{name}'" for k in keys]
+            return "; ".join(each) or f"'{before}' and '{name}' drew other prompts or seeds, or other versions of the task"
     return ""
 
 
