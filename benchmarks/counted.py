@@ -2,9 +2,9 @@
 
     python benchmarks/counted.py benchmarks/suites/table1-mini.toml --out runs --into counted.json
 
-A run that was started again says in its log where it went on. An erasure is saved once, or more often than it had to be; a
-training step or an image that is logged again was computed twice. Images of the unedited model belong to all runs: their
-files are counted, and those that the runs drew or waited for.
+A run that was started again says in its log where it went on. An erasure that it finds is saved as soon as the stage begins;
+one that it computes has something logged before. A training step or an image that is logged again was computed twice. Images
+of the unedited model belong to all runs: their files are counted, and those that the runs drew or waited for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine import cells
 from erasekit.runs.records import read_log
 from record import write
 
-EVENTS = ("RunStarted", "StepEnd", "Saved", "Sampled")
+EVENTS = ("RunStarted", "StageStarted", "Progressed", "Watched", "StepEnd", "Saved", "Sampled")
 
 
 def starts(log: Path) -> Iterator[list[dict[str, Any]]]:
@@ -41,6 +41,12 @@ def drawn(events: list[dict[str, Any]], which: str) -> int:
     return done[-1] - done[0] if done else 0
 
 
+def computed(events: list[dict[str, Any]]) -> bool:
+    """Whether an erasure was made in a start, and not found."""
+    saved = [i for i, event in enumerate(events) if event["event"] == "Saved"]
+    return bool(saved) and events[saved[0] - 1]["event"] != "StageStarted"
+
+
 def again(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> int:
     """Training steps that a start did once more; a training that was done is followed by the next one's first step."""
     if not before or not now or before[-1]["step"] == before[-1]["total"]:
@@ -55,7 +61,7 @@ def of_run(folder: Path) -> Counter[str]:
     for events in starts(folder / "log.jsonl"):
         now = [event for event in events if event["event"] == "StepEnd"]
         found["starts"] += 1
-        found["erasures"] += sum(event["event"] == "Saved" for event in events)
+        found["erasures"] += computed(events)
         found["training_steps"] += len(now)
         found["training_steps_again"] += again(before, now)
         before = now or before
@@ -75,7 +81,9 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("counted.json"))
     given = parser.parse_args()
     runs = [given.out / cell["path"] for cell in cells(given.suite, given.out) if cell["state"] == "finished"]
-    found = sum(map(of_run, runs), Counter())
+    found: Counter[str] = Counter()
+    for run in runs:
+        found.update(of_run(run))
     found["base_image_files"] = len(list((given.out / "cache" / "base").glob("*/*.png")))
     write(found, given.into)
     sys.stdout.write("\n".join(f"{name}: {count}" for name, count in found.items()) + "\n")

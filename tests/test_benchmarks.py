@@ -50,11 +50,12 @@ def test_what_a_killed_run_did_twice_is_counted(tmp_path, monkeypatch):
     def images(which, *done):
         return [{"event": "Sampled", "which": which, "done": n, "total": 6} for n in done]
 
+    stage = {"event": "StageStarted", "stage": "erase"}
     saved = {"event": "Saved", "path": "erasure", "sha256": "f" * 64}
-    events = [started(False), *images("base", 2, 6), *steps(1, 2, 3, 4)]
-    events += [started(True), *images("base", 6), *steps(1, 2, 3, 4, 1, 2, 3)]
-    events += [started(True), *images("base", 6), *steps(3, 4), saved, *images("erased", 0, 3)]
-    events += [started(True), *images("erased", 2, 6)]  # one of the three had not reached the disk
+    events = [started(False), *images("base", 2, 6), stage, *steps(1, 2, 3, 4)]
+    events += [started(True), *images("base", 6), stage, *steps(1, 2, 3, 4, 1, 2, 3)]
+    events += [started(True), *images("base", 6), stage, *steps(3, 4), saved, *images("erased", 0, 3)]
+    events += [started(True), stage, saved, *images("erased", 2, 6)]  # one of the three had not reached the disk
     lines = [json.dumps({"time": "2026-01-01T00:00:00.000+00:00", **event}) for event in events]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     for which in ("base", "erased"):
