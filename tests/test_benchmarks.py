@@ -38,7 +38,7 @@ def test_every_script_finds_what_it_imports(path, monkeypatch):
 def test_what_a_killed_run_did_twice_is_counted(tmp_path, monkeypatch):
     """Three trainings of four steps, killed after the first, in the third, and again while six images are drawn."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    of_run = importlib.import_module("counted").of_run
+    of_run = importlib.import_module("computed_twice").of_run
 
     def started(resumed):
         about = {"method": "m", "backbone": "b", "task": "t", "concepts": ["cat"], "config_hash": "0" * 8, "tracker": ""}

@@ -1,6 +1,6 @@
 """What the runs of a sweep computed, and how much of it twice, out of their logs: after workers or the driver were killed.
 
-    python benchmarks/counted.py benchmarks/suites/table1-mini.toml --out runs --into counted.json
+    python benchmarks/computed_twice.py benchmarks/suites/table1-mini.toml --out runs --into computed-twice.json
 
 A run that was started again says in its log where it went on. An erasure that it finds is saved as soon as the stage begins;
 one that it computes has something logged before. A training step or an image that is logged again was computed twice. Images
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of the runs")
-    parser.add_argument("--into", type=Path, default=Path("counted.json"))
+    parser.add_argument("--into", type=Path, default=Path("computed-twice.json"))
     given = parser.parse_args()
     runs = [given.out / cell["path"] for cell in cells(given.suite, given.out) if cell["state"] == "finished"]
     found: Counter[str] = Counter()
