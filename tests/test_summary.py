@@ -119,12 +119,13 @@ def test_a_row_whose_seeds_were_measured_by_two_protocols_is_no_mean_of_both(tmp
 
 
 def test_a_row_says_what_its_erasures_leave_and_move_by_predictions(tmp_path):
-    """Of two concepts the larger residual each; of an erasure that was not measured nothing."""
+    """Of two concepts the larger residual each; of an erasure that was not measured, or is damaged, nothing."""
     said = {
         "a/cat": {"residual": {"cat": {"prompts": 0.1, "other_words": 0.3}}, "drift": 0.2},
         "a/dog": {"residual": {"dog": {"prompts": 0.1, "other_words": None}}, "drift": 0.4},
         "b/cat": {"residual": {"cat": {"prompts": None, "other_words": None}}, "drift": None},
         "b/dog": {},
+        "c/cat": "cut",
     }
     cells = []
     for path, manifest in said.items():
@@ -136,7 +137,7 @@ def test_a_row_says_what_its_erasures_leave_and_move_by_predictions(tmp_path):
         cells.append(Cell(row, {}, path))
     rows = tables_of(cells, tmp_path)[0]["rows"]
     assert (rows["a"]["residual"], rows["a"]["drift"], rows["a"]["file_kb"]) == pytest.approx((0.2, 0.3, 0.5))
-    assert not {"residual", "drift"} & rows["b"].keys()
+    assert not {"residual", "drift"} & (rows["b"].keys() | rows["c"].keys()), "a damaged file costs no table"
     columns, (a, b, *_) = by_row(rows)
     assert [a[columns.index(name)] for name in ("residual", "drift")] == ["0.20", "0.30"]
     assert [b[columns.index(name)] for name in ("residual", "drift")] == ["", ""]

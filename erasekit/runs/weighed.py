@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from pydantic import BaseModel, ConfigDict
+
 from erasekit.erasures.manifest import ALL, MANIFEST, PROMPTS, SETTINGS
-from erasekit.erasures.remains import Remains
+from erasekit.erasures.remains import Residual
+from erasekit.runs.records import read_whole
 
 FILES = (ALL, PROMPTS, SETTINGS)  # what a user loads
+
+
+class Predicted(BaseModel):
+    """What erasure.json says of its own predictions."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    residual: dict[str, Residual] | None = None
+    drift: float | None = None
 
 
 def weighed(folders: Sequence[Path]) -> dict[str, float]:
     """Means over saved erasures, of what they have.
 
     Args:
-        folders: of erasures; one that is not there counts as empty.
+        folders: of erasures; one that is not there counts as empty, one that is damaged as not measured.
 
     Returns:
         `file_kb`; `residual`, the most that is left of a concept by name or in other words; `drift` of what stays.
     """
     found = {"file_kb": mean(_kilobytes(folder) for folder in folders)}
-    manifests = [json.loads((f / MANIFEST).read_text("utf-8")) for f in folders if (f / MANIFEST).is_file()]
-    remains = [Remains.model_validate({"residual": m.get("residual") or {}, "drift": m.get("drift")}) for m in manifests]
-    if left := [
-        own.most for each in remains for own in each.residual.values() if (own.prompts, own.other_words) != (None, None)
-    ]:
+    said = [one for folder in folders if (one := read_whole(Predicted, folder / MANIFEST))]
+    every = [own for one in said for own in (one.residual or {}).values()]
+    if left := [own.most for own in every if (own.prompts, own.other_words) != (None, None)]:
         found["residual"] = mean(left)
-    if moved := [each.drift for each in remains if each.drift is not None]:
+    if moved := [one.drift for one in said if one.drift is not None]:
         found["drift"] = mean(moved)
     return {name: round(value, 4) for name, value in found.items()}
 
