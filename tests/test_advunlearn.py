@@ -98,7 +98,7 @@ def test_prefixes_are_read_by_every_text_encoder(made):
     row = 0
     vectors = {n: torch.zeros(1, own.lexicon.vectors.shape[1]) for n, own in asked.slots[row].items()}
     assert set(vectors) == set(ctx.backbone.encoders)
-    changed = read_soft(ctx.backbone, asked.slots[row], vectors, asked.cond[[row]])
+    changed = read_soft(ctx.backbone, [asked.slots[row]], [vectors], asked.cond[[row]])
     assert not torch.allclose(changed.tokens.cpu(), asked.cond[[row]].tokens)
 
 
@@ -111,10 +111,10 @@ def test_a_step_of_the_attack_follows_the_sign_of_the_gradient(made):
     for name, own in asked.slots[row].items():
         start = own.lexicon.vectors[random_tokens(own.lexicon, len(own.at), generator)]
         vectors[name] = start.float().clone().requires_grad_()
-    prediction = student.predict(at.x, at.tau, read_soft(ctx.backbone, asked.slots[row], vectors, like).repeat(3))
+    prediction = student.predict(at.x, at.tau, read_soft(ctx.backbone, [asked.slots[row]], [vectors], like).repeat(3))
     error = (prediction - at.predictions[:, 0]).square().sum()
     slopes = torch.autograd.grad(error, list(vectors.values()))
     moved = {name: v.detach() - 0.05 * slope.sign() for (name, v), slope in zip(vectors.items(), slopes, strict=True)}
     with torch.no_grad():
-        wanted = read_soft(ctx.backbone, asked.slots[row], moved, like)
+        wanted = read_soft(ctx.backbone, [asked.slots[row]], [moved], like)
     torch.testing.assert_close(found.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)

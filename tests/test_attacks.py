@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from erasekit.atomic import lock_of, one_by_one
 from erasekit.attacks.attack import Attack, AttackConfig
-from erasekit.attacks.campaign import Campaign, allowed
-from erasekit.attacks.draw import Draw
+from erasekit.attacks.attempt import allowed
+from erasekit.attacks.campaign import Campaign
+from erasekit.attacks.draw import Draw, merged
 from erasekit.attacks.drawing import images, latents
 from erasekit.attacks.judge import Judge
 from erasekit.attacks.losses import denoise_loss
@@ -96,6 +98,43 @@ def test_a_killed_attack_goes_on_with_the_next_prompt_to_the_same_result(model, 
     pictures = [[p.read_bytes() for p in sorted((tmp_path / name).glob("*/*.png"))] for name in ("whole", "killed")]
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) == 4
+
+
+def test_prompts_side_by_side_come_to_what_each_comes_to_alone(model, tmp_path):
+    campaign(model, tmp_path / "all", Bright(1e9)).run("wander", Wander(AttackConfig(queries=3)))
+    means = [np.asarray(Image.open(path)).mean() for path in (tmp_path / "all" / "wander").glob("*.png")]
+    for together in (1, 3):  # the median tells some prompts from others
+        judge = Bright(float(np.median(means)))
+        campaign(model, tmp_path / str(together), judge).run("wander", Wander(AttackConfig(queries=3, together=together)))
+    found = outcomes(tmp_path / "1")
+    assert found == outcomes(tmp_path / "3")
+    assert len({o["queries"] for o in found}) > 1
+
+
+def test_a_group_that_was_killed_is_attacked_again_to_the_same_result(model, tmp_path):
+    attack = Wander(AttackConfig(queries=3, together=2))
+    campaign(model, tmp_path / "whole", Bright(1e9)).run("wander", attack)
+    with pytest.raises(KeyboardInterrupt):
+        campaign(model, tmp_path / "killed", Bright(1e9, dies_at=8)).run("wander", attack)
+    assert len(list((tmp_path / "killed" / "wander").glob("*.json"))) == 2
+    campaign(model, tmp_path / "killed", Bright(1e9)).run("wander", attack)
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+    pictures = [[p.read_bytes() for p in sorted((tmp_path / name).glob("*/*.png"))] for name in ("whole", "killed")]
+    assert pictures[0] == pictures[1]
+
+
+def test_what_one_batch_can_draw_is_put_together_and_nothing_else(model):
+    encoded, x = model.ctx.backbone.encode(["a", "b"]), model.ctx.backbone.latents([1], 16)
+    plain = [Draw(encoded[[i]], [i]) for i in range(2)]
+    begun = [Draw(encoded[[i]], [i], x=x + i, first=3) for i in range(2)]
+    bent = Draw(encoded[[0]], [5], bend=lambda x, tau, prediction: prediction)
+    found = merged([plain[0], begun[0], bent, plain[1], begun[1], replace(begun[0], first=2), bent])
+    assert [places for _, places in found] == [[0, 3], [1, 4], [2], [5], [6]]
+    assert [whole.seeds for whole, _ in found] == [[0, 1], [0, 1], [5], [0], [5]]
+    assert found[0][0].cond.tokens.equal(encoded.tokens)
+    assert found[0][0].x is None
+    assert found[1][0].x.equal(torch.cat([x, x + 1]))
+    assert found[2][0] is bent
 
 
 def test_an_outcome_of_another_prompt_is_not_taken(model, tmp_path):

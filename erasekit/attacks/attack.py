@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +19,13 @@ class AttackConfig(Settings):
     """Base of every attack's settings, its budget among them: frozen, and unknown keys are errors."""
 
     queries: int = Field(8, ge=1, le=100_000, description="images that are drawn and judged for a prompt at most")
+    together: int = Field(
+        1, ge=1, le=10_000, description="prompts that are attacked side by side: faster, and takes more memory"
+    )
+
+    def budget(self) -> dict[str, Any]:
+        """What decides the outcome: all settings but how many prompts are attacked at once."""
+        return self.model_dump(mode="json", exclude={"together"})
 
 
 class Attack:
@@ -64,3 +71,18 @@ class Attack:
         At most `queries` images are drawn, whatever is given. The same target and prompt give the same draws.
         """
         raise NotImplementedError
+
+    def side_by_side(self, target: Target, prompts: Sequence[Prompt]) -> Generator[list[Draw | None], Sequence[bool] | None]:
+        """What to draw in place of several prompts, a draw for each in every round; None where nothing is left to be tried.
+
+        Sent back is of which prompts more is wanted; nothing stands for all. Here each prompt has its own `rounds`, and only
+        images are drawn together. Attacks that train are faster if they ask the model for all prompts at once.
+        """
+        with ExitStack() as until_the_end:
+            rounds = [until_the_end.enter_context(closing(self.rounds(target, prompt))) for prompt in prompts]
+            wanted: Sequence[bool] = [True] * len(prompts)
+            while True:
+                draws = [next(own, None) if more else None for own, more in zip(rounds, wanted, strict=True)]
+                if all(draw is None for draw in draws):
+                    return
+                wanted = (yield draws) or [True] * len(prompts)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from erasekit.attacks.attack import Attack
-from erasekit.attacks.draw import Draw
+from erasekit.attacks.attempt import Attempt
+from erasekit.attacks.draw import Draw, merged
 from erasekit.attacks.drawing import images, latents
 from erasekit.attacks.judge import Judge
 from erasekit.attacks.outcomes import NONE, Outcome, digest
 from erasekit.attacks.target import ErasedModel, Target
 from erasekit.concepts import Concept
 from erasekit.evaluation.tasks import Prompt
-from erasekit.safety import is_unsafe
 
 
 @dataclass(frozen=True)
@@ -47,62 +47,80 @@ class Campaign:
     told: Callable[[str, int, int], None] = lambda attack, done, total: None
 
     def run(self, name: str, attack: Attack) -> list[Outcome]:
-        """Try an attack on every prompt whose image does not show the concept anyway."""
+        """Try an attack on every prompt whose image does not show the concept anyway, `together` prompts side by side."""
         folder, found = self.folder / name, dict[int, Outcome]()
         for concept in self.model.ctx.concepts:
             own = [i for i, prompt in enumerate(self.prompts) if prompt.concept == concept.name]
+            found |= {i: self._shown(i, folder) for i in own if self.plain[i]}
+            self.told(name, len(found), len(self.prompts))
             target = self._target(attack, concept, own)
+            unshown, size = [i for i in own if not self.plain[i]], attack.config.together
             with ExitStack() as until_the_end:
                 begun = False
-                for i in own:
-                    key = digest(self.prompts[i].text, self.prompts[i].seed)
-                    outcome = Outcome.read(folder, i, key)
-                    if outcome is None and self.plain[i]:
-                        outcome = Outcome(index=i, prompt=key, shown=True)
-                        outcome.write(folder, None)
-                    if outcome is None:
+                for group in (unshown[k : k + size] for k in range(0, len(unshown), size)):
+                    outcomes = [o for i in group if (o := Outcome.read(folder, i, self._key(i)))]
+                    if len(outcomes) < len(group):
                         if not begun:
                             until_the_end.callback(self.model.restore)
                             until_the_end.enter_context(attack.ready(target))
                             begun = True
-                        outcome = self._attacked(attack, target, i, key, folder)
-                    found[i] = outcome
+                        outcomes = self._attacked(attack, target, group, folder)
+                    found |= dict(zip(group, outcomes, strict=True))
                     self.told(name, len(found), len(self.prompts))
         return [found[i] for i in range(len(self.prompts))]
+
+    def _key(self, index: int) -> str:
+        return digest(self.prompts[index].text, self.prompts[index].seed)
+
+    def _shown(self, index: int, folder: Path) -> Outcome:
+        """Nothing has to be tried for a prompt that shows the concept as it is."""
+        outcome = Outcome(index=index, prompt=self._key(index), shown=True)
+        if Outcome.read(folder, index, outcome.prompt) is None:
+            outcome.write(folder, None)
+        return outcome
 
     def _target(self, attack: Attack, concept: Concept, own: Sequence[int]) -> Target:
         places = {i: place for place, i in enumerate(own)}
         examples = {places[i]: x0 for i, x0 in self.examples.items() if i in places}
         return Target(self.model, attack.name, attack.knows, concept, [self.prompts[i] for i in own], examples)
 
-    def _attacked(self, attack: Attack, target: Target, index: int, key: str, folder: Path) -> Outcome:
-        """Draw what the attack gives until an image shows the concept, or the budget is spent."""
-        prompt, began, passes = self.prompts[index], time.monotonic(), self.model.passes
-        best, image, queries = Outcome(index=index, prompt=key, shown=None), None, 0
-        with closing(attack.rounds(target, prompt)) as rounds:
-            for asked in rounds:
-                draw = allowed(asked, attack.config.queries - queries)
-                queries += len(asked.seeds)
-                if not draw.seeds:
-                    continue
-                drawn = images(self.model, latents(self.model, draw))
-                for i, verdict in enumerate(self.judge(drawn, prompt)):
-                    if image is None or _rank(verdict.shown, verdict.score) > _rank(best.shown, best.score):
-                        best = best.model_copy(update=verdict._asdict() | {"cost": draw.cost} | self._text(draw, i))
-                        image = Image.fromarray(drawn[i].permute(1, 2, 0).numpy())
-                if best.shown or queries >= attack.config.queries:
-                    break
-        tried = {"queries": min(queries, attack.config.queries), "passes": self.model.passes - passes}
-        best = best.model_copy(update=tried | {"seconds": round(time.monotonic() - began, 2)})
-        if image is None:  # nothing was there to be tried
-            best = best.model_copy(update={"shown": False})
-        best.write(folder, image)
-        return best
+    def _attacked(self, attack: Attack, target: Target, group: Sequence[int], folder: Path) -> list[Outcome]:
+        """Draw what the attack gives until an image of each prompt shows the concept, or its budget is spent."""
+        blank = [Outcome(index=i, prompt=self._key(i), shown=None) for i in group]
+        attempts = [Attempt(self.prompts[o.index], o, attack.config.queries, self.keep_texts) for o in blank]
+        with closing(attack.side_by_side(target, [attempt.prompt for attempt in attempts])) as rounds:
+            sent: list[bool] | None = None
+            while going := [attempt for attempt in attempts if attempt.wanted]:
+                began, passes = time.monotonic(), self.model.passes
+                self._draw(attempts, _sent(rounds, sent) or [None] * len(attempts))
+                for attempt in going:
+                    attempt.seconds += (time.monotonic() - began) / len(going)
+                    attempt.passes += (self.model.passes - passes) / len(going)
+                sent = [attempt.wanted for attempt in attempts]
+        return [attempt.end(folder) for attempt in attempts]
 
-    def _text(self, draw: Draw, row: int) -> dict[str, str]:
-        """What was typed for an image: its hash, and itself if texts are kept."""
-        text = draw.texts[row] if draw.texts else ""
-        return {"found": digest(text) if text else "", "text": text if self.keep_texts else ""}
+    def _draw(self, attempts: Sequence[Attempt], draws: Sequence[Draw | None]) -> None:
+        """Draw and judge what is asked for, as far as the budgets allow it, in as few batches as possible."""
+        asked: list[tuple[Attempt, Draw]] = []
+        for attempt, draw in zip(attempts, draws, strict=True):
+            if draw is None:
+                attempt.over = True
+            elif attempt.wanted and len((may := attempt.ask(draw)).seeds):
+                asked.append((attempt, may))
+        for whole, places in merged([draw for _, draw in asked]):
+            drawn = images(self.model, latents(self.model, whole))
+            parts = drawn.split([len(asked[place][1].seeds) for place in places])
+            for place, part in zip(places, parts, strict=True):
+                attempt, draw = asked[place]
+                attempt.take(draw, part, self.judge(part, attempt.prompt))
+
+
+def _sent(rounds: Generator[list[Draw | None], Sequence[bool] | None], wanted: Sequence[bool] | None) -> list[Draw | None]:
+    """The next round; nothing if there is none."""
+    try:
+        return rounds.send(wanted)
+    except StopIteration:
+        return []
 
 
 def plain(campaign: Campaign, batch: int) -> list[Outcome]:
@@ -124,17 +142,3 @@ def plain(campaign: Campaign, batch: int) -> list[Outcome]:
         found += [outcome for outcome in known if outcome]
         campaign.told(NONE, len(found), len(keys))
     return found
-
-
-def _rank(shown: bool | None, score: float | None) -> tuple[bool, bool, float]:
-    return shown is not None, bool(shown), score or 0.0
-
-
-def allowed(draw: Draw, most: int) -> Draw:
-    """What may be drawn of a batch: no more than the budget has left, and nothing that pairs minors with sexual terms."""
-    kept = [i for i in range(len(draw.seeds)) if not (draw.texts and is_unsafe(draw.texts[i]))][:most]
-    if len(kept) == len(draw.seeds):
-        return draw
-    texts = [draw.texts[i] for i in kept] if draw.texts else ()
-    x = None if draw.x is None else draw.x[kept]
-    return replace(draw, cond=draw.cond[kept], seeds=[draw.seeds[i] for i in kept], texts=texts, x=x)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from erasekit.backbones.protocol import Conditioning
+from erasekit.backbones.protocol import Conditioning, concatenate
 from erasekit.backbones.sampler import After
 
 # What an attacker has: nothing but words; the text encoders, which an erasure does not change; the erased model's weights
@@ -41,3 +41,25 @@ class Draw:
     bend: Bend | None = None
     after: After | None = None
     cost: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every image is drawn by itself: nothing that changes a step sees the batch."""
+        return self.bend is None and self.after is None
+
+
+def merged(draws: Sequence[Draw]) -> list[tuple[Draw, list[int]]]:
+    """Draws put together as far as one batch can draw them, each with the places of those that it is made of."""
+    alike: dict[object, list[int]] = {}
+    for place, draw in enumerate(draws):
+        alike.setdefault((draw.first, draw.x is None) if draw.plain else place, []).append(place)
+    found = []
+    for places in alike.values():
+        own = [draws[place] for place in places]
+        x = None if own[0].x is None else torch.cat([draw.x for draw in own if draw.x is not None])
+        seeds = [seed for draw in own for seed in draw.seeds]
+        whole = (
+            own[0] if len(own) == 1 else replace(own[0], cond=concatenate([d.cond for d in own]), seeds=seeds, texts=(), x=x)
+        )
+        found.append((whole, places))
+    return found

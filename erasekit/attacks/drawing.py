@@ -28,7 +28,8 @@ def latents(model: ErasedModel, draw: Draw) -> torch.Tensor:
             return draw.bend(x, tau, prediction).detach()
 
     begin = None if draw.x is None else draw.x.to(backbone.device, backbone.dtype)
-    how: dict[str, Any] = {"steps": protocol.steps, "size": protocol.size, "batch": max(1, len(draw.seeds)), "what": ""}
+    batch = protocol.batch if draw.plain else max(1, len(draw.seeds))
+    how: dict[str, Any] = {"steps": protocol.steps, "size": protocol.size, "batch": batch, "what": ""}
     with torch.no_grad():
         x = follow(backbone, draw.seeds, direction, begin=begin, first=draw.first, after=draw.after, **how)
     if not torch.isfinite(x).all():
@@ -39,5 +40,6 @@ def latents(model: ErasedModel, draw: Draw) -> torch.Tensor:
 @torch.no_grad()
 def images(model: ErasedModel, x0: torch.Tensor) -> torch.Tensor:
     """Images (n, 3, h, w), uint8, of finished latents."""
-    decoded = model.ctx.backbone.decode(x0.to(model.ctx.backbone.device))
+    backbone, batch = model.ctx.backbone, model.ctx.protocol.batch
+    decoded = torch.cat([backbone.decode(rows.to(backbone.device)) for rows in x0.split(batch)])
     return ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -109,11 +109,16 @@ def encoders(texts: TextEncoders, chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_soft(
-    texts: TextEncoders, slots: Mapping[str, Slots], vectors: Mapping[str, torch.Tensor], like: Conditioning
+    texts: TextEncoders,
+    slots: Sequence[Mapping[str, Slots]],
+    vectors: Sequence[Mapping[str, torch.Tensor]],
+    like: Conditioning,
 ) -> Conditioning:
-    """Encode a prompt with vectors in its slots; what other encoders make of it is taken from `like`."""
-    ids = {name: own.ids for name, own in slots.items()}
-    return texts.embed(ids, {name: own.soft(vectors[name]) for name, own in slots.items()}, like=like)
+    """Encode prompts with vectors in their slots; what other encoders make of them is taken from `like`."""
+    names = slots[0].keys()
+    ids = {name: torch.cat([own[name].ids for own in slots]) for name in names}
+    read = {name: torch.cat([own[name].soft(v[name]) for own, v in zip(slots, vectors, strict=True)]) for name in names}
+    return texts.embed(ids, read, like=like)
 
 
 @torch.no_grad()

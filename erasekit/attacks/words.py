@@ -44,7 +44,7 @@ class Word:
 
     def read(self, texts: TextEncoders, template: str, like: Conditioning) -> Conditioning:
         """A template with the word in place of its `{}`, encoded; what other encoders make of it is taken from `like`."""
-        return read_soft(texts, {name: self._slots(texts, name, template) for name in self.vectors}, self.vectors, like)
+        return read_soft(texts, [{name: self._slots(texts, name, template) for name in self.vectors}], [self.vectors], like)
 
     def _slots(self, texts: TextEncoders, name: str, template: str) -> Slots:
         before, _, after = template.partition("{}")

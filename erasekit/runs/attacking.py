@@ -178,14 +178,14 @@ class Stage:
     def _key(self, name: str, attack: type[Attack], config: Any, task: Any, *more: str) -> str:
         """Eight hex digits over an attack with its budget, the task that judges, the seed, and more."""
         judges = [self.registries.evaluators.get(name)().describe() for name in task.evaluators]
-        parts = (name, attack.version, config.model_dump(mode="json"), task.name, task.version, judges, self.plan.config.seed)
+        parts = (name, attack.version, config.budget(), task.name, task.version, judges, self.plan.config.seed)
         return self.plan.protocol.hash(*parts, *more)
 
     def _summary(self, outcomes: Mapping[str, Sequence[Outcome]], never: Found) -> dict[str, Any]:
         """What attacks.json holds: of each attack what it knows, its budget, and what it took."""
         cost = spent(outcomes)
         rows = {
-            name: {"kind": attack.kind, "knows": attack.knows, "settings": config.model_dump(mode="json"), "spent": cost[name]}
+            name: {"kind": attack.kind, "knows": attack.knows, "settings": config.budget(), "spent": cost[name]}
             for name, attack, config in self.plan.attacks
         }
         return {

@@ -85,7 +85,7 @@ class Plan:
 
     def budgets(self) -> list[tuple[str, int, dict[str, Any]]]:
         """Name, version and settings of every attack."""
-        return [(name, attack.version, config.model_dump(mode="json")) for name, attack, config in self.attacks]
+        return [(name, attack.version, config.budget()) for name, attack, config in self.attacks]
 
     def settings(self) -> dict[str, Any]:
         """The settings of the method and of the protocol, resolved: {"method.KEY": value, "protocol.KEY": value}."""

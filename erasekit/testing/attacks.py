@@ -93,7 +93,7 @@ def campaigns(
     own = [(c, [p for p in prompts if p.concept == c.name]) for c in ctx.concepts]
     backbone.encode(["", *(p.text for p in prompts), *(text for c, of in own for text in attack.texts(c, of))])
     found, drawn = [], []
-    for run in ("first", "second"):
+    for run, together in (("first", 1), ("second", 1), ("side by side", len(prompts))):
         model = ErasedModel(ctx, erasure)
         try:
             with model.base():
@@ -101,7 +101,8 @@ def campaigns(
             passes, judge = model.passes, Judge("contract", [_Never()])
             with _nothing_encoded(what, backbone):
                 campaign = Campaign(model, prompts, [False] * len(prompts), examples, judge, folder / run)
-                found.append(campaign.run(kind.name, kind(attack.config)))
+                config = attack.config.model_copy(update={"together": together})
+                found.append(campaign.run(kind.name, kind(config)))
             asks = kind.knows in ("nothing", "text encoder") or model.passes > passes
             owe(asks, f"{what}: it knows '{kind.knows}' and never asks the model.")
         finally:
@@ -115,6 +116,9 @@ def campaigns(
     owe(most <= attack.config.queries, f"{what}: it draws {most} images for a prompt; its budget is {attack.config.queries}.")
     line = f"{what}: the same settings and seed gave other images. Draw all that is random from target.generator(name)."
     owe(drawn[0] == drawn[1], line)
+    alone, beside = ([(o.queries, o.found) for o in outcomes] for outcomes in (found[0], found[2]))
+    line = f"{what}: with '-s attacks.{kind.name}.together={len(prompts)}' it comes to something else than prompt by prompt."
+    owe(alone == beside, f"{line} Set what a prompt needs of the model in `rounds` before each draw.")
     owe(not any(outcome.shown for outcome in found[0]), f"{what}: it says that a concept is shown which no judge has seen.")
     return found[0]
 

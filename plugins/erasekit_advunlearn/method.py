@@ -162,12 +162,12 @@ class AdvUnlearn(Method):
             start = own.lexicon.vectors[random_tokens(own.lexicon, len(own.at), g)]
             vectors[name] = start.float().clone().requires_grad_()
         for _ in range(self.config.attack_steps):
-            cond = read_soft(ctx.backbone, slots, vectors, like).repeat(len(at))
+            cond = read_soft(ctx.backbone, [slots], [vectors], like).repeat(len(at))
             loss = squared_error(student.predict(at.x, at.tau, cond), at.predictions[:, 0])
             for vector, slope in zip(vectors.values(), torch.autograd.grad(loss, list(vectors.values())), strict=True):
                 vector.data -= self.config.attack_lr * slope.sign()
         with torch.no_grad():
-            return read_soft(ctx.backbone, slots, vectors, like)
+            return read_soft(ctx.backbone, [slots], [vectors], like)
 
     def _kept(self, ctx: RunContext) -> Pool:
         """Points of the base under preserved prompts."""

@@ -17,7 +17,7 @@ from erasekit.attacks.words import Points, Word, begun, learn, points
 from erasekit.concepts import NEUTRAL, whole_words
 from erasekit.evaluation.tasks import Prompt
 
-MINI = {"steps": 300, "lr": 2e-2}
+MINI = {"steps": 300, "lr": 2e-2, "together": 16}
 
 
 class InversionConfig(AttackConfig):

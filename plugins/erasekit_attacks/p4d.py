@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from erasekit.attacks.attack import Attack
-from erasekit.attacks.draw import Draw
 from erasekit.attacks.target import Target
-from erasekit.attacks.tokens import Slots, compose, encoders, random_tokens, read_soft, words
-from erasekit.attacks.words import points
-from erasekit.evaluation.tasks import Prompt
-from erasekit_attacks.search import SearchConfig, search
+from erasekit.attacks.tokens import Slots, compose, random_tokens, words
+from erasekit_attacks.search import Batch, Search, SearchConfig
 
-MINI = {"steps": 15, "queries": 8, "points": 4}
+MINI = {"steps": 15, "queries": 8, "points": 4, "together": 16}
 
 
 class P4dConfig(SearchConfig):
@@ -30,7 +26,7 @@ class P4dConfig(SearchConfig):
     every: int = Field(3, ge=1, description="P4D-K: a token after every so many of the prompt (published: 3)")
 
 
-class P4d(Attack):
+class P4d(Search):
     """Needs both models. Vectors are trained, and at each step the nearest tokens take their place (Wen et al. 2023, PEZ).
 
     What the paper calls the latent of the target prompt is an image of the unedited model at a random progress.
@@ -41,40 +37,28 @@ class P4d(Attack):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
     config: P4dConfig
 
-    def slots(self, target: Target, name: str, text: str) -> Slots:
-        """Where the tokens of the attack stand."""
-        raise NotImplementedError
+    def begun(self, slots: Slots, generator: torch.Generator) -> torch.Tensor:
+        """The vectors of tokens at random."""
+        return slots.lexicon.vectors[random_tokens(slots.lexicon, len(slots.at), generator)].float().clone()
 
-    def rounds(self, target: Target, prompt: Prompt) -> Generator[Draw]:
-        """An image after every `steps` steps."""
-        config, latent = self.config, target.example(prompt).to(target.backbone.device, target.backbone.dtype)
-        like = target.encode([prompt.text])
-        slots = {name: self.slots(target, name, prompt.text) for name in encoders(target, config.encoders)}
-        vectors: dict[str, torch.Tensor] = {}
-        optimizer: list[torch.optim.Optimizer] = []
+    def vectors(self, slots: Slots, trained: torch.Tensor) -> torch.Tensor:
+        """The nearest tokens' vectors; gradients go to what is trained."""
+        nearest = slots.lexicon.vectors[self.tokens(slots, trained)].float()
+        return nearest + trained - trained.detach()
 
-        def begin(generator: torch.Generator) -> None:
-            for name, own in slots.items():
-                drawn = random_tokens(own.lexicon, len(own.at), generator)
-                vectors[name] = own.lexicon.vectors[drawn].float().clone().requires_grad_()
-            optimizer[:] = [torch.optim.AdamW(vectors.values(), config.lr, weight_decay=config.weight_decay)]
+    @torch.no_grad()
+    def tokens(self, slots: Slots, trained: torch.Tensor) -> torch.Tensor:
+        """The usable tokens with the largest cosine to each vector."""
+        table = slots.lexicon.vectors
+        cosine = normalize(trained, dim=1) @ normalize(table.float(), dim=1).T
+        return cosine.masked_fill(~slots.lexicon.usable.to(table.device), -2).argmax(1)
 
-        def step(generator: torch.Generator) -> None:
-            at = points(target.backbone, target.protocol, latent, config.points, generator)
-            x = target.backbone.add_noise(latent.expand_as(at.noise), at.noise, at.tau)
-            with torch.no_grad(), target.base():
-                wanted = target.predict(x, at.tau, like.repeat(config.points))
-            nearest = {name: own.lexicon.vectors[_nearest(own, vectors[name])].float() for name, own in slots.items()}
-            read = {name: (near + vectors[name] - vectors[name].detach()) for name, near in nearest.items()}
-            prediction = target.predict(x, at.tau, read_soft(target, slots, read, like).repeat(config.points))
-            optimizer[0].zero_grad()
-            (prediction.float() - wanted.float()).square().mean().backward()
-            optimizer[0].step()
-
-        def tokens() -> dict[str, torch.Tensor]:
-            return {name: _nearest(own, vectors[name]) for name, own in slots.items()}
-
-        yield from search(target, prompt, config, slots, like, begin, step, tokens)
+    def loss(self, target: Target, at: Batch) -> torch.Tensor:
+        """How far the erased model's prediction is from the unedited one's for the plain prompt."""
+        x = target.backbone.add_noise(at.latent, at.noise, at.tau)
+        with torch.no_grad(), target.base():
+            wanted = target.predict(x, at.tau, at.plain)
+        return (target.predict(x, at.tau, at.read).float() - wanted.float()).square().mean()
 
 
 class P4dN(P4d):
@@ -98,11 +82,3 @@ class P4dK(P4d):
         for some in words(target, name, text).split(self.config.every):
             parts += [some, 1]
         return compose(target, name, parts or [1])
-
-
-@torch.no_grad()
-def _nearest(slots: Slots, vectors: torch.Tensor) -> torch.Tensor:
-    """The usable tokens with the largest cosine to each vector, (k,)."""
-    table = slots.lexicon.vectors
-    cosine = normalize(vectors, dim=1) @ normalize(table.float(), dim=1).T
-    return cosine.masked_fill(~slots.lexicon.usable.to(table.device), -2).argmax(1)

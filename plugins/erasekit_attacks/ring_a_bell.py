@@ -15,7 +15,7 @@ from erasekit.attacks.target import Target
 from erasekit.attacks.tokens import Slots, compose, encoders, random_tokens, read_hard, spelled
 from erasekit.evaluation.tasks import Prompt
 
-MINI = {"population": 64, "generations": 40, "queries": 4}
+MINI = {"population": 64, "generations": 40, "queries": 4, "together": 16}
 
 
 class RingABellConfig(AttackConfig):
