@@ -2,10 +2,10 @@
 
     python benchmarks/computed_twice.py benchmarks/suites/table1-mini.toml --out runs --into computed-twice.json
 
-A run that was started again says in its log where it went on. An erasure that it finds is saved as soon as the stage begins;
-one that it computes has something logged before. A training step or an image that is logged again was computed twice; what a
-kill cut short before it was logged (a step, a batch of images) is not seen here. Images of the unedited model belong to all
-runs: their files are counted, and those that the runs drew or waited for.
+A run that was started again says in its log where it went on. An erasure that it finds, or takes from
+another run, is saved as soon as the stage begins; one that it computes has something logged before. A training step or an
+image that is logged again was computed twice; what a kill cut short before it was logged (a step, a batch of images) is not
+seen here. Images of the unedited model belong to all runs: their files are counted, and those that the runs drew or waited for.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def command(
     if dry_run or not all(finished(path_of(out, single)) for single in singles):
         check_packages(plan, registries)
     if dry_run:
-        _show_plan(plan, out, as_json=as_json)
+        _show_plan(plan, out, anew=force, as_json=as_json)
         _check(plan, out, registries)
         return
 
@@ -84,7 +84,7 @@ def command(
     if not here().first:  # one of several processes at this run, of which the first one tells
         run(wanted, out=out, force=force, registries=registries)
         return
-    with listener(forecast(plan, out, _images(plan))) as told:
+    with listener(forecast(plan, out, _images(plan), anew=force)) as told:
         result = run(wanted, out=out, force=force, listener=told, registries=registries)
     if not told.started:
         say("Finished before: these are its numbers. Begin anew with --force.")
@@ -108,19 +108,20 @@ def _check(plan: Plan, out: Path, registries: Registries) -> None:
         ready(each, drawn, out, registries)
 
 
-def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, out: Path, *, anew: bool, as_json: bool) -> None:
     """Print what would be done: every setting with what it means, and the directory of every run."""
     from erasekit.runs.cost import cost
 
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
     parts |= {f"attacks.{name}": config for name, _, config in plan.attacks}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
-    images, known, whole = _images(plan), earlier(out, plan), cost(plan, out)
+    images, known, whole = _images(plan), earlier(out, plan), cost(plan, out, anew=anew)
     drawing = _about([images * seconds for seconds in known.image], whole.image_s and images * whole.image_s)
+    erasing = _about(known.erase, whole.erase_s) + _taken(plan, whole)
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
         "base_images": f"{images} images, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
-        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{_about(known.erase, whole.erase_s)}",
+        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{erasing}",
         "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
         "together": _together(whole),
@@ -157,6 +158,14 @@ def _about(seconds: list[float], estimate: float | None) -> str:
     if seconds:
         return f", about {median(seconds):.0f} s (as {len(seconds)} earlier runs here)"
     return ", time unknown (no such run here yet)" if estimate is None else f", about {duration(estimate)} (an estimate)"
+
+
+def _taken(plan: Plan, whole: Cost) -> str:
+    """How many erasures need not be computed."""
+    if not whole.taken:
+        return ""
+    how_many = f"{whole.taken} of {len(plan.concepts)} erasures are" if plan.separate else "the erasure is"
+    return f"; {how_many} taken from earlier runs, unless --force is given"
 
 
 def _together(whole: Cost) -> str:

@@ -31,7 +31,7 @@ class Method:
 
     Attributes:
         name: the registered name.
-        version: rises when equal settings give another erasure, so that a finished run of before is not taken for it.
+        version: rises when equal settings give another erasure, so that no run or erasure of before is taken for it.
         Config: the settings; field descriptions are the documentation.
         defaults: settings that differ per backbone name or family, e.g. {"flux": {...}}.
         presets: named sets of settings.
@@ -57,7 +57,10 @@ class Method:
 
     @property
     def seeded(self) -> bool:
-        """Whether another seed gives another erasure at these settings. If not, a sweep runs the first of its seeds only."""
+        """Whether another seed gives another erasure at these settings.
+
+        If not, a sweep runs the first of its seeds only, and runs of several seeds have one erasure in common.
+        """
         return True
 
     def footprint(self, plan: Planned) -> Footprint:

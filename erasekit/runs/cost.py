@@ -16,6 +16,7 @@ from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import erase_rows, image_rows, to_download
 from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.room import Runs, base_images, disk_gb
+from erasekit.runs.taking import offered
 
 ESTIMATE = "an estimate, from the model's shapes and a timing of this device"
 
@@ -28,7 +29,8 @@ class Cost(NamedTuple):
         erased_images: of erased models.
         passes: forward passes of the denoiser, a row each; a row of training counts as three.
         image_s: seconds that an image takes; None if nothing is known.
-        erase_s: seconds that the erasing of a run takes.
+        erase_s: seconds that the erasing of a run takes, if it is computed.
+        taken: how many runs take their erasure from an earlier one, so that it is not computed.
         hours: of drawing and erasing; judging comes on top.
         basis: where the seconds come from.
         disk_gb: that has still to be written, at most.
@@ -40,6 +42,7 @@ class Cost(NamedTuple):
     passes: float
     image_s: float | None
     erase_s: float | None
+    taken: int
     hours: float | None
     basis: str
     disk_gb: float
@@ -51,9 +54,16 @@ def runs_of(plan: Plan) -> Runs:
     return [(each, evaluation_prompts(each)) for each in (plan.singles() if plan.separate else [plan])]
 
 
-def cost(plan: Plan, out: Path) -> Cost:
-    """What a plan takes; its time as earlier runs under `out` took, or else estimated for a model of natural images."""
+def cost(plan: Plan, out: Path, *, anew: bool = False) -> Cost:
+    """What a plan takes; its time as earlier runs under `out` took, or else estimated for a model of natural images.
+
+    Args:
+        plan: what is done.
+        out: where earlier runs are.
+        anew: take no erasure from them.
+    """
     runs = runs_of(plan)
+    taken = 0 if anew or plan.erasure_sha256 else sum(bool(offered(out, each)) for each, _ in runs)
     images = base_images(runs), sum(len(prompts) for _, prompts in runs)
     per_image = image_rows(plan)
     erasing = 0.0 if plan.erasure_sha256 else erase_rows(runs[0][0])
@@ -61,13 +71,14 @@ def cost(plan: Plan, out: Path) -> Cost:
     basis = f"as {len(known.image)} earlier runs here" if known.image else ESTIMATE
     image_s = median(known.image) if known.image else _estimated(plan, runs, per_image)
     erase_s = median(known.erase) if known.erase else None if image_s is None else image_s / per_image * erasing
-    seconds = None if image_s is None or erase_s is None else image_s * sum(images) + erase_s * len(runs)
+    seconds = None if image_s is None or erase_s is None else image_s * sum(images) + erase_s * (len(runs) - taken)
     return Cost(
         base_images=images[0],
         erased_images=images[1],
-        passes=per_image * sum(images) + erasing * len(runs),
+        passes=per_image * sum(images) + erasing * (len(runs) - taken),
         image_s=image_s,
         erase_s=erase_s,
+        taken=taken,
         hours=None if seconds is None else seconds / 3600,
         basis="" if seconds is None else basis,
         disk_gb=disk_gb(runs, out),

@@ -17,6 +17,7 @@ from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import erase_rows, image_rows
 from erasekit.runs.records import read_log
 from erasekit.runs.rundir import path_of, read_status
+from erasekit.runs.taking import offered
 
 STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "attack", "report")
 DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images, and which
@@ -191,17 +192,21 @@ class Forecast:
             self.stage_s[self._stage] = now - self._stage_began
 
 
-def forecast(plan: Plan, out: Path, images: int) -> Forecast:
+def forecast(plan: Plan, out: Path, images: int, *, anew: bool = False) -> Forecast:
     """What is known before a plan begins.
 
     Args:
         plan: what is done, perhaps a run for each concept.
         out: where earlier runs are looked for.
         images: that a run draws of each side.
+        anew: no erasure is taken from an earlier run.
     """
     known = earlier(out, plan)
     singles = plan.singles() if plan.separate else [plan]
     waiting = [p for p in singles if not finished(path_of(out, p))]
+    erase = _median("erase", known.erase)
+    if waiting and not anew and all(offered(out, p) for p in waiting):
+        erase = {"erase": 0.0}
     stages: Mapping[str, list[float]] = {k: v for k, v in known.stages.items() if k not in DRAWING}
     return Forecast(
         images=images,
@@ -209,7 +214,7 @@ def forecast(plan: Plan, out: Path, images: int) -> Forecast:
         image_rows=image_rows(plan),
         runs=max(1, len(waiting)),
         image_s=median(known.image) if known.image else None,
-        stage_s={stage: median(seconds) for stage, seconds in stages.items()} | _median("erase", known.erase),
+        stage_s={stage: median(seconds) for stage, seconds in stages.items()} | erase,
     )
 
 

@@ -31,6 +31,7 @@ class Plan:
         attacks: what tries to bring the concepts back: name, class, settings.
         only_attacks: nothing else is measured.
         sources: digests of the code of plugins that do not come with erasekit.
+        erasing_sources: those of them that the erasure depends on: not the evaluators' and the attacks'.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Plan:
     attacks: tuple[tuple[str, type[Attack], AttackConfig], ...] = ()
     only_attacks: bool = False
     sources: tuple[str, ...] = ()
+    erasing_sources: tuple[str, ...] = ()
 
     @property
     def task_name(self) -> str:
@@ -56,13 +58,29 @@ class Plan:
     @property
     def hash(self) -> str:
         """Eight hex digits over all that decides the result, resolved: equal runs spelled differently are one."""
-        content = {
-            **self.config.model_dump(include={"method", "backbone", "seed", "limit"}),
+        content = self._deciding(self.sources)
+        content |= {"limit": self.config.limit, "separate": self.separate, "erasure": self.erasure_sha256}
+        if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
+            content["evaluators"] = judged
+        if self.attacks:
+            content["attacks"] = [*self.budgets(), self.only_attacks, self.config.keep_texts]
+        return _digest(content)
+
+    @property
+    def erasing(self) -> str:
+        """Eight hex digits over all that decides the erasure: runs that measure it differently have it in common."""
+        content = self._deciding(self.erasing_sources)
+        if not self.method(self.method_config).seeded:
+            del content["seed"]
+        return _digest(content)
+
+    def _deciding(self, sources: tuple[str, ...]) -> dict[str, Any]:
+        """All that decides the erasure, resolved; `sources` are digests of the code of plugins."""
+        content: dict[str, Any] = {
+            **self.config.model_dump(include={"method", "backbone", "seed"}),
             "task": self.task_name,
             "task_version": self.task.version,
             "method_version": self.method.version,
-            "separate": self.separate,
-            "erasure": self.erasure_sha256,
             "concepts": [c.model_dump() for c in self.concepts],
             "settings": [c.model_dump(mode="json") for c in (self.backbone_config, self.method_config, self.protocol)],
         }
@@ -70,13 +88,9 @@ class Plan:
             content["files"] = self.config.files
         if self.task.digest:
             content["task_content"] = self.task.digest
-        if self.sources:
-            content["sources"] = self.sources
-        if judged := {name: settings for name, c in self.evaluators.items() if (settings := c.model_dump(mode="json"))}:
-            content["evaluators"] = judged
-        if self.attacks:
-            content["attacks"] = [*self.budgets(), self.only_attacks, self.config.keep_texts]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        if sources:
+            content["sources"] = sources
+        return content
 
     @property
     def seeded(self) -> bool:
@@ -97,3 +111,7 @@ class Plan:
         names = [c.name for c in self.concepts]
         configs = [self.config.model_copy(update={"concepts": (name,)}) for name in names]
         return [replace(self, config=k, concepts=(c,), separate=False) for k, c in zip(configs, self.concepts, strict=True)]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from erasekit.documents import LARGEST, Damaged, plain_file, read_document
 from erasekit.texts import Line
 
 Model = TypeVar("Model", bound=BaseModel)
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 LONGEST_LOG = 2**28  # bytes
 
 
@@ -30,6 +31,20 @@ class Status(BaseModel):
     timings_s: dict[str, float] = Field(default_factory=dict, description="seconds of each stage, over all attempts")
     starts: int = Field(0, ge=-1, description="how often it was begun since a stage was last finished")
     error: str = ""
+
+
+class Computed(BaseModel):
+    """The content of computed.json: the erasure that a run has, which run has computed it, and what that took."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1] = 1
+    erasing: Hash = Field(description="the hash over all that decides the erasure")
+    erasure_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="which one it is")]
+    run: Hash = Field(description="the run that has computed it, under the same method")
+    computed: Line = Field(description="when")
+    erase_s: float = Field(description="seconds that it took, over all attempts")
+    peak_memory_mb: float = Field(description="the most memory that was held until it was done")
 
 
 class Environment(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from erasekit.concepts import Concept, contradictions
@@ -77,21 +77,32 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     separate = not config.concepts and len(concepts) > 1
     canonical = config.model_copy(update=names)
     parts = (backbone, backbone_config, method, method_config, task, concepts, protocol, evaluators, separate)
-    plan = Plan(canonical, *parts, attacks=attacks, sources=_sources(registries, canonical, task, method_config, given))
+    erasing = _sources(registries, canonical, task, method_config, given)
+    measuring = _measuring_sources(registries, canonical, task)
+    every = tuple(sorted({*erasing, *measuring}))
+    plan = Plan(canonical, *parts, attacks=attacks, sources=every, erasing_sources=erasing)
     check_drawing(backbone, protocol)
     method(method_config).check(plan)
     return fitted(plan)
 
 
 def _sources(registries: Registries, config: RunConfig, task: Any, values: Any, given: Any) -> tuple[str, ...]:
-    """Digests of the code of chosen plugins that do not come with erasekit."""
-    entries = [registries.backbones.entry(config.backbone), *map(registries.evaluators.entry, task.evaluators)]
-    entries += map(registries.attacks.entry, config.attacks)
-    modules = [type(task).__module__, *(entry.module for entry in entries)]
+    """Digests of the code that an erasure depends on, of plugins that do not come with erasekit."""
+    modules = [type(task).__module__, registries.backbones.entry(config.backbone).module]
     if given is None:
         method = registries.methods.entry(config.method)
         choices = [registries.components.entry_of(*choice) for choice in _choices(method.load(), values)]
         modules += [entry.module for entry in (method, *choices)]
+    return _digests(modules)
+
+
+def _measuring_sources(registries: Registries, config: RunConfig, task: Any) -> tuple[str, ...]:
+    """The same of evaluators and attacks."""
+    judging, attacking = map(registries.evaluators.entry, task.evaluators), map(registries.attacks.entry, config.attacks)
+    return _digests([entry.module for entry in (*judging, *attacking)])
+
+
+def _digests(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({digest for module in modules if (digest := source_digest(module))}))
 
 

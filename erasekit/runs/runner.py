@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from erasekit.atomic import replacing, replacing_folder
+from erasekit.atomic import replacing
 from erasekit.backbones.memory import peak_memory_mb, reset_peak
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.certificate import certify, content_of
-from erasekit.erasures.contents import copy_erasure
 from erasekit.erasures.erasure import Erasure
 from erasekit.erasures.manifest import MANIFEST, read_manifest
 from erasekit.erasures.modelcard import model_card
@@ -51,7 +51,8 @@ from erasekit.runs.preflight import check_tracker
 from erasekit.runs.ready import evaluation_prompts, ready
 from erasekit.runs.resolve import resolve
 from erasekit.runs.room import check_room
-from erasekit.runs.rundir import open_run, write_json
+from erasekit.runs.rundir import RunDirectory, open_run, write_json
+from erasekit.runs.taking import alone, copy_whole, note_computed, take, taken
 from erasekit.runs.watching import watch
 
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")
@@ -75,7 +76,7 @@ def run(
     Args:
         config: what to do.
         out: where runs are kept, as `<backbone>/<task>/<method>/<hash>/`.
-        force: begin anew, even if the run is finished.
+        force: begin anew, even if the run is finished, and compute the erasure, even if another run has it.
         listener: is told every event.
         registries: what names stand for; what is installed, if left out.
         erasure: measure this one instead of computing it.
@@ -101,12 +102,12 @@ def run(
         this = Run(plan, registries, directory, Dispatcher(registries.manager, directory, listener))
         reset_peak()
         with _announced(this):
-            result = stages(this, out, kept, given=erasure)
+            result = stages(this, out, kept, given=erasure, anew=force)
             here().wait()
     return result
 
 
-def stages(this: Run, out: Path, kept: Kept, *, given: Path | None) -> RunResult:
+def stages(this: Run, out: Path, kept: Kept, *, given: Path | None, anew: bool) -> RunResult:
     """Everything that a run does, in its order; a stage that is finished finds its work done."""
     plan, registries, cache = this.plan, this.registries, out / "cache"
     check_packages(plan, registries)
@@ -119,7 +120,7 @@ def stages(this: Run, out: Path, kept: Kept, *, given: Path | None) -> RunResult
     with _stage("base_images", this):
         base = base_images(this, backbone, cache=cache)
     with _stage("erase", this):
-        sha256 = erase(this, backbone, given=given)
+        sha256 = erase(this, backbone, out, given=given, anew=anew)
     with _stage("certify", this):
         write_certificate(this, backbone)
     with _stage("sample", this):
@@ -195,20 +196,28 @@ def _stage(name: str, this: Run) -> Iterator[None]:
         yield
 
 
-def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
-    """Compute the erasure (or take the one that is given) and save it, unless the run has it already; its sha256."""
+def erase(this: Run, backbone: Backbone, out: Path, *, given: Path | None = None, anew: bool = False) -> str:
+    """Compute the erasure and save it, unless the run has it already, it is given, or another run under `out` has it.
+
+    Args:
+        this: the run.
+        backbone: the model.
+        out: where other runs are.
+        given: the erasure to take.
+        anew: take none from another run.
+
+    Returns:
+        The erasure's sha256.
+    """
     folder = this.directory.path / "erasure"
     if given is not None and not (folder / MANIFEST).is_file():
-        _copy(given, folder, backbone)
-    if not here().says((folder / MANIFEST).is_file()):
-
-        def log(step: int, total: int, values: Mapping[str, float]) -> None:
-            this.emit(StepEnd(step, total, dict(values)))
-
-        watching = partial(watch, this.plan, this.directory, this.emit, this.prompts)
-        path = this.directory.path
-        erasure = compute(this.plan, backbone, this.registries, directory=path, log=log, watching=watching)
-        erasure.save(folder, dtype=this.plan.config.files)
+        copy_whole(given, folder, backbone)
+    may_take = not (anew or (folder / MANIFEST).is_file())
+    with alone(this) if may_take else nullcontext():
+        if may_take:
+            take(this, backbone, out)
+        if not here().says((folder / MANIFEST).is_file()):
+            _compute(this, backbone, folder)
     here().wait()
     record = read_manifest(folder, backbone)
     sha256: str = record["erasure_sha256"]
@@ -218,12 +227,17 @@ def erase(this: Run, backbone: Backbone, *, given: Path | None = None) -> str:
     return sha256
 
 
-def _copy(given: Path, folder: Path, backbone: Backbone) -> None:
-    """Copy an erasure, checked, so that it is there whole or not at all."""
-    Erasure.load(given, backbone)
-    with replacing_folder(folder) as temporary:
-        copy_erasure(given, temporary, read_manifest(given, backbone))
-    Erasure.load(folder, backbone)
+def _compute(this: Run, backbone: Backbone, folder: Path) -> None:
+    """Compute the erasure and save it."""
+
+    def log(step: int, total: int, values: Mapping[str, float]) -> None:
+        this.emit(StepEnd(step, total, dict(values)))
+
+    start, path = time.monotonic(), this.directory.path
+    watching = partial(watch, this.plan, this.directory, this.emit, this.prompts)
+    erasure = compute(this.plan, backbone, this.registries, directory=path, log=log, watching=watching)
+    sha256 = erasure.save(folder, dtype=this.plan.config.files)
+    note_computed(this, sha256, time.monotonic() - start)
 
 
 def write_certificate(this: Run, backbone: Backbone) -> None:
@@ -256,6 +270,7 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
     given = [key for key in ("guidance", "width", "height") if any(getattr(p, key) is not None for p in this.prompts)]
     if given:  # prompts have their own
         hashes["own"] = given
+    seconds, peak = _cost(directory, sha256)
     result = RunResult(
         method=config.method,
         backbone=config.backbone,
@@ -267,14 +282,21 @@ def record(this: Run, evaluators: Sequence[Evaluator], evaluation: Evaluation, s
         protocol=plan.protocol.model_dump() | plan.task.describe() | {"evaluators": judges} | hashes,
         counts=evaluation.counts,
         metrics=evaluation.metrics,
-        timings_s={stage: directory.timings_s.get(stage, 0.0) for stage in (*TIMED, *(["attack"] if plan.attacks else []))},
-        peak_memory_mb=round(peak_memory_mb(), 1),
+        timings_s={stage: seconds.get(stage, 0.0) for stage in (*TIMED, *(["attack"] if plan.attacks else []))},
+        peak_memory_mb=round(peak, 1),
         erasure_sha256=sha256,
         warnings=(*read_manifest(directory.path / "erasure").get("warnings", ()), *plan.task.notes()),
     )
     write_scores(evaluation.rows, directory.path / "scores.parquet")
     write_result(result, directory.path / "results.json")
     return result
+
+
+def _cost(directory: RunDirectory, sha256: str) -> tuple[dict[str, float], float]:
+    """Seconds of each stage and the peak of memory: of an erasure that was taken, what computing it took where it was made."""
+    if (made := taken(directory.path, sha256)) is None:
+        return directory.timings_s, peak_memory_mb()
+    return directory.timings_s | {"erase": made.erase_s}, max(peak_memory_mb(), made.peak_memory_mb)
 
 
 def report(this: Run, result: RunResult) -> None:

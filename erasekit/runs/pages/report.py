@@ -23,6 +23,7 @@ from erasekit.runs.pages.images import embedded, grid, is_blurred
 from erasekit.runs.pages.layout import is_share, write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
 from erasekit.runs.records import Environment, read_text, read_whole
+from erasekit.runs.taking import taken
 
 TILES = 4
 GRID = 12  # pairs of a grid under samples/
@@ -33,8 +34,8 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
     """Write `report.html`, and a grid per prompt set under `samples/`, from the files of a finished run.
 
     Reads results.json, scores.parquet, the images under images/base and images/erased, and where they exist log.jsonl,
-    config.toml, env.json, certificate.json, strength.json, interference.json, attacks.json and attacks/, samples/step-N.webp
-    and erasure/erasure.json.
+    config.toml, env.json, computed.json, certificate.json, strength.json, interference.json, attacks.json and attacks/,
+    samples/step-N.webp and erasure/erasure.json.
 
     Args:
         directory: the run directory.
@@ -57,6 +58,7 @@ def write_report(directory: Path, task: Task, *, reveal: bool = False, meanings:
         "blur": _why(task) if blur else "",
         "curves": training.curves(training.history(log), meanings or {}),
         "film": training.film(directory, log),
+        "elsewhere": _elsewhere(directory, result),
         "strength": _strength(Strength.read(directory / "strength.json"), result),
         "attacks": attacks(directory, result, blur=blur),
         "interference": heat_map(Interference.read(directory / "interference.json")),
@@ -142,6 +144,12 @@ def _write_grids(directory: Path, pairs: Sequence[Pair], *, blur: bool) -> None:
         grid(paths[0], paths[1], directory / "samples" / f"{name}.png", captions=captions, blur=blur)
 
 
+def _elsewhere(directory: Path, result: RunResult) -> str:
+    """The run that has trained the erasure of this one, if another has."""
+    made, settings = taken(directory, result.erasure_sha256), _record(directory / "erasure").get("config", {})
+    return made.run if made and settings.get("steps") else ""
+
+
 def _strength(measured: Strength | None, result: RunResult) -> dict[str, Any]:
     """A chart of all shares together, and one of each other number."""
     if measured is None:
@@ -215,7 +223,7 @@ def _drift(rows: Sequence[Mapping[str, float]]) -> Chart | None:
 
 def _provenance(directory: Path, result: RunResult) -> dict[str, Any]:
     record, environment = _record(directory / "erasure"), read_whole(Environment, directory / "env.json")
-    base = record.get("base", {})
+    base, made = record.get("base", {}), taken(directory, result.erasure_sha256)
     rows = {
         "method": result.method,
         "base": " ".join(dict.fromkeys(filter(None, [result.backbone, base.get("repo"), base.get("revision")]))),
@@ -223,6 +231,7 @@ def _provenance(directory: Path, result: RunResult) -> dict[str, Any]:
         "erasure, SHA-256": result.erasure_sha256,
         "files": ", ".join(record.get("files", ())),
         "made": record.get("created"),
+        "computed by": f"run {made.run}, whose seconds of erasing these are" if made else "",
         "task": f"{result.domain}/{result.task}",
         "seed": result.seed,
         "configuration": result.config_hash,
