@@ -37,7 +37,8 @@ from erasekit.testing import tiny, world
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 USAGE, ENVIRONMENT = 2, 3
 PER_SEQUENCE = 4  # attempts to kill a command before it is left alone
-MOVING = {"timings_s", "peak_memory_mb", "created", "environment", "manifest_sha256", "log.jsonl", "status.json", "env.json"}
+MOVING = {"timings_s", "peak_memory_mb", "created", "environment", "manifest_sha256"}
+MOVING |= {"log.jsonl", "status.json", "env.json", "computed.json"}
 PAGES = {".html", ".md", ".webp"}  # they say how long it took, and how often it was begun
 UNFINISHED = (".tmp", ".old", ".unfinished")
 FULL, KILLED = "full disk", "killed"

@@ -55,7 +55,8 @@ def test_what_a_killed_run_did_twice_is_counted(tmp_path, monkeypatch):
     events = [started(False), *images("base", 2, 6), stage, *steps(1, 2, 3, 4)]
     events += [started(True), *images("base", 6), stage, *steps(1, 2, 3, 4, 1, 2, 3)]
     events += [started(True), *images("base", 6), stage, *steps(3, 4), saved, *images("erased", 0, 3)]
-    events += [started(True), stage, saved, *images("erased", 2, 6)]  # one of the three had not reached the disk
+    taken = {"event": "Noted", "line": "Run 00000000 has computed this erasure"}  # as if it had been taken from another run
+    events += [started(True), stage, taken, saved, *images("erased", 2, 6)]  # one of the three had not reached the disk
     lines = [json.dumps({"time": "2026-01-01T00:00:00.000+00:00", **event}) for event in events]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     for which in ("base", "erased"):

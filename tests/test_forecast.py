@@ -113,6 +113,18 @@ def test_of_images_that_were_there_in_part_only_the_others_say_something(clock):
     assert told.left() == pytest.approx(100)
 
 
+def test_an_erasure_that_was_taken_from_another_run_says_nothing_of_the_next(clock):
+    told = Forecast(images=10, image_s=1.0, stage_s={"erase": 500.0}, runs=2)
+    for event in (STARTED, StageStarted("erase"), StageStarted("certify")):
+        told(event)
+        clock.now += 1
+    assert told.stage_s["erase"] == 500
+    for event in (StageStarted("erase"), StepEnd(1, 1, {}), StageStarted("certify")):
+        told(event)
+        clock.now += 1
+    assert told.stage_s["erase"] == 2
+
+
 def test_several_runs_are_counted_and_their_own_time_is_learnt(clock):
     told = Forecast(images=10, image_s=1.0, stage_s={"erase": 10.0}, runs=3)
     assert told.left() == pytest.approx(3 * 30)

@@ -125,6 +125,11 @@ def test_two_processes_go_on_with_a_run_that_has_its_erasure(registries, configu
     assert not [line for line in lines_of(counts) if "erased" in line]
     assert hashes(path) == before
     assert json.loads((path / "results.json").read_text())["metrics"] == result.model_dump(mode="json")["metrics"]
+    fewer = configured("method.steps=2", limit=1)
+    both(lambda: run(fewer, out=tmp_path, registries=registries))  # the first takes the erasure, and both know
+    assert not [line for line in lines_of(counts) if "erased" in line]
+    taken = json.loads((path_of(tmp_path, resolve(fewer, registries)) / "results.json").read_text())
+    assert taken["erasure_sha256"] == result.erasure_sha256
 
 
 @pytest.mark.parametrize("clip", [0, 1e-2])

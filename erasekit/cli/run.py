@@ -49,7 +49,9 @@ def command(
     prompts: options.Prompts = None,
     out: options.Out = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan; load nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Begin anew, even if the run is finished.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew, even if the run is finished, and compute the erasure again.")
+    ] = False,
     plugin: options.Plugin = None,
     as_json: options.Json = False,
 ) -> None:

@@ -188,7 +188,7 @@ class Forecast:
         drawn = self._part[1] - self._first[0] if self._part[0] == "images" else 0
         if self._stage in DRAWING and drawn:  # images that were there already say nothing
             self.image_s = (now - self._first[1]) / drawn
-        elif self._stage not in DRAWING:
+        elif self._stage not in DRAWING and (self._stage != "erase" or self._part[0]):  # one that was taken counted nothing
             self.stage_s[self._stage] = now - self._stage_began
 
 
