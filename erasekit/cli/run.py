@@ -119,11 +119,10 @@ def _show_plan(plan: Plan, out: Path, *, anew: bool, as_json: bool) -> None:
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
     images, known, whole = _images(plan), earlier(out, plan), cost(plan, out, anew=anew)
     drawing = _about([images * seconds for seconds in known.image], whole.image_s and images * whole.image_s)
-    erasing = _about(known.erase, whole.erase_s) + _taken(plan, whole)
     stages = {
         "load": f"{plan.backbone.weights_gb(plan.backbone_config):.2f} GB of weights at once",
         "base_images": f"{images} images, {plan.protocol.steps} steps each{drawing}; fewer if another run drew them",
-        "erase": f"{getattr(plan.method_config, 'steps', 0)} training steps{erasing}",
+        "erase": _erasing(plan, whole, _about(known.erase, whole.erase_s)),
         "sample": f"{images} images{drawing}",
         "evaluate": ", ".join(plan.task.evaluators),
         "together": _together(whole),
@@ -162,12 +161,13 @@ def _about(seconds: list[float], estimate: float | None) -> str:
     return ", time unknown (no such run here yet)" if estimate is None else f", about {duration(estimate)} (an estimate)"
 
 
-def _taken(plan: Plan, whole: Cost) -> str:
-    """How many erasures need not be computed."""
-    if not whole.taken:
-        return ""
-    how_many = f"{whole.taken} of {len(plan.concepts)} erasures are" if plan.separate else "the erasure is"
-    return f"; {how_many} taken from earlier runs, unless --force is given"
+def _erasing(plan: Plan, whole: Cost, about: str) -> str:
+    """What computing the erasures takes, and how many need not be computed."""
+    runs = len(plan.concepts) if plan.separate else 1
+    if whole.taken == runs:
+        return "nothing: an earlier run has the erasure, which is taken unless --force is given"
+    some = f"; {whole.taken} of {runs} erasures are taken from earlier runs, unless --force is given" if whole.taken else ""
+    return f"{getattr(plan.method_config, 'steps', 0)} training steps{about}{some}"
 
 
 def _together(whole: Cost) -> str:
