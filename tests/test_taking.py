@@ -13,10 +13,10 @@ from erasekit.registration import plugins
 from erasekit.runs.config import build
 from erasekit.runs.cost import cost
 from erasekit.runs.forecast import forecast
+from erasekit.runs.offers import offered
 from erasekit.runs.resolve import resolve
 from erasekit.runs.rundir import path_of
 from erasekit.runs.runner import run
-from erasekit.runs.taking import offered
 from tests.conftest import THIRD_PARTY
 
 ATTACK = """

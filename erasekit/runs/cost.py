@@ -12,11 +12,11 @@ import torch
 from erasekit.backbones.held import find_device
 from erasekit.backbones.timing import tflops
 from erasekit.runs.forecast import earlier
+from erasekit.runs.offers import offered
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import erase_rows, image_rows, to_download
 from erasekit.runs.ready import evaluation_prompts
 from erasekit.runs.room import Runs, base_images, disk_gb
-from erasekit.runs.taking import offered
 
 ESTIMATE = "an estimate, from the model's shapes and a timing of this device"
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from erasekit.errors import ErasekitError
 from erasekit.events import Event, Progressed, RunFailed, RunFinished, RunStarted, Sampled, StageStarted, StepEnd
+from erasekit.runs.offers import offered
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import erase_rows, image_rows
 from erasekit.runs.records import read_log
 from erasekit.runs.rundir import path_of, read_status
-from erasekit.runs.taking import offered
 
 STAGES = ("load", "encode", "base_images", "erase", "certify", "sample", "evaluate", "attack", "report")
 DRAWING = {"base_images": "base", "sample": "erased"}  # stages that draw images, and which

@@ -44,6 +44,7 @@ from erasekit.runs.config import RunConfig
 from erasekit.runs.current import Run
 from erasekit.runs.drawing import base_images, erased_images
 from erasekit.runs.kept import Kept
+from erasekit.runs.offers import taken
 from erasekit.runs.packages import check_packages
 from erasekit.runs.pages.report import write_report
 from erasekit.runs.plan import Plan
@@ -52,7 +53,7 @@ from erasekit.runs.ready import evaluation_prompts, ready
 from erasekit.runs.resolve import resolve
 from erasekit.runs.room import check_room
 from erasekit.runs.rundir import RunDirectory, open_run, write_json
-from erasekit.runs.taking import alone, copy_whole, note_computed, take, taken
+from erasekit.runs.taking import alone, copy_whole, note_computed, take
 from erasekit.runs.watching import watch
 
 TIMED = ("load", "encode", "base_images", "erase", "sample", "evaluate")

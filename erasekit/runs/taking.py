@@ -1,8 +1,4 @@
-"""An erasure that several runs want is computed by the first of them, and copied by the others.
-
-Each run that has one says in `computed.json` what it is the erasure of. Nothing else points to it: a run that is deleted,
-damaged or begun anew is simply not taken from.
-"""
+"""An erasure that several runs want is computed by the first of them, and copied by the others."""
 
 from __future__ import annotations
 
@@ -19,26 +15,13 @@ from erasekit.backbones.memory import peak_memory_mb
 from erasekit.backbones.protocol import Backbone
 from erasekit.erasures.contents import copy_erasure
 from erasekit.erasures.erasure import Erasure
-from erasekit.erasures.manifest import MANIFEST, read_manifest
+from erasekit.erasures.manifest import read_manifest
 from erasekit.errors import ErasekitError
 from erasekit.events import Noted
 from erasekit.runs.current import Run
-from erasekit.runs.plan import Plan
-from erasekit.runs.records import Computed, read_whole
-from erasekit.runs.rundir import path_of, write_json
-
-COMPUTED = "computed.json"
-RUNS = "[0-9a-f]" * 8  # folders of runs, not of those that are being removed
-
-
-def offered(out: Path, plan: Plan) -> list[tuple[Path, Computed]]:
-    """Runs under `out` that say they have the erasure of a plan, the one computed last first; their files are not looked at."""
-    found = []
-    for path in path_of(out, plan).parent.glob(f"{RUNS}/{COMPUTED}"):
-        record = read_whole(Computed, path)
-        if record and record.erasing == plan.erasing and (path.parent / "erasure" / MANIFEST).is_file():
-            found.append((path.parent, record))
-    return sorted(found, key=lambda run: run[1].computed, reverse=True)
+from erasekit.runs.offers import COMPUTED, offered
+from erasekit.runs.records import Computed
+from erasekit.runs.rundir import write_json
 
 
 @contextmanager
@@ -108,9 +91,3 @@ def note_computed(this: Run, sha256: str, seconds: float) -> None:
         peak_memory_mb=round(peak_memory_mb(), 1),
     )
     write_json(directory.path / COMPUTED, record.model_dump())
-
-
-def taken(path: Path, sha256: str) -> Computed | None:
-    """Who has computed the erasure of the run in a directory, and what it took, if another run has; None if this one has."""
-    record = read_whole(Computed, path / COMPUTED)
-    return record if record and record.erasure_sha256 == sha256 and record.run != path.name else None

@@ -15,6 +15,7 @@ from erasekit.errors import ErasekitError
 from erasekit.evaluation.curves import Interference, Strength
 from erasekit.evaluation.results import RunResult, read_result, read_scores
 from erasekit.evaluation.tasks import Task
+from erasekit.runs.offers import taken
 from erasekit.runs.pages import gallery, plots, training
 from erasekit.runs.pages.attacks import attacks
 from erasekit.runs.pages.gallery import Pair, Thing
@@ -23,7 +24,6 @@ from erasekit.runs.pages.images import embedded, grid, is_blurred
 from erasekit.runs.pages.layout import is_share, write_page
 from erasekit.runs.pages.plots import Axis, Chart, Mark, Series
 from erasekit.runs.records import Environment, read_text, read_whole
-from erasekit.runs.taking import taken
 
 TILES = 4
 GRID = 12  # pairs of a grid under samples/
