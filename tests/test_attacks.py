@@ -18,7 +18,7 @@ from erasekit.attacks.judge import Judge
 from erasekit.attacks.losses import denoise_loss
 from erasekit.attacks.outcomes import Outcome, digest, either, median_cost, share
 from erasekit.attacks.target import ErasedModel, Target
-from erasekit.errors import UsageError
+from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.evaluation.evaluators import Evaluator, Scores
 from erasekit.evaluation.intervals import wilson
 from erasekit.evaluation.results import ATTACKS_HASH, Metric, RunResult, compare, mean_over_concepts
@@ -121,6 +121,23 @@ def test_a_group_that_was_killed_is_attacked_again_to_the_same_result(model, tmp
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
     pictures = [[p.read_bytes() for p in sorted((tmp_path / name).glob("*/*.png"))] for name in ("whole", "killed")]
     assert pictures[0] == pictures[1]
+
+
+class Large(Attack):
+    """Needs more memory than there is."""
+
+    name = "large"
+
+    def rounds(self, target, prompt):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+
+def test_prompts_that_need_too_much_memory_side_by_side_are_told_how_many_to_try(model, tmp_path):
+    with pytest.raises(EnvironmentProblem, match=r"'large' was tried on 4 prompts .*Try '-s attacks.large.together=2'"):
+        campaign(model, tmp_path, Bright()).run("large", Large(AttackConfig(together=8)))
+    with pytest.raises(torch.OutOfMemoryError):  # the run says what to do then
+        campaign(model, tmp_path, Bright()).run("large", Large(AttackConfig()))
 
 
 def test_what_one_batch_can_draw_is_put_together_and_nothing_else(model):

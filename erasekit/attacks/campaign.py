@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from erasekit.attacks.judge import Judge
 from erasekit.attacks.outcomes import NONE, Outcome, digest
 from erasekit.attacks.target import ErasedModel, Target
 from erasekit.concepts import Concept
+from erasekit.errors import EnvironmentProblem
 from erasekit.evaluation.tasks import Prompt
 
 
@@ -64,7 +65,8 @@ class Campaign:
                             until_the_end.callback(self.model.restore)
                             until_the_end.enter_context(attack.ready(target))
                             begun = True
-                        outcomes = self._attacked(attack, target, group, folder)
+                        with _room(name, len(group)):
+                            outcomes = self._attacked(attack, target, group, folder)
                     found |= dict(zip(group, outcomes, strict=True))
                     self.told(name, len(found), len(self.prompts))
         return [found[i] for i in range(len(self.prompts))]
@@ -113,6 +115,19 @@ class Campaign:
             for place, part in zip(places, parts, strict=True):
                 attempt, draw = asked[place]
                 attempt.take(draw, part, self.judge(part, attempt.prompt))
+
+
+@contextmanager
+def _room(attack: str, together: int) -> Iterator[None]:
+    """Say which way is out where prompts side by side need more memory than there is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if together == 1:
+            raise
+        fewer = f"Try '-s attacks.{attack}.together={together // 2}'."
+        line = f"The GPU ran out of memory as '{attack}' was tried on {together} prompts side by side. {fewer}"
+        raise EnvironmentProblem(line) from error
 
 
 def _sent(rounds: Generator[list[Draw | None], Sequence[bool] | None], wanted: Sequence[bool] | None) -> list[Draw | None]:
