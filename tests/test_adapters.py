@@ -111,6 +111,23 @@ def test_all_active_one_trainable(backbone, bank):
     assert all(p.grad is None for p in bank.train_only("cat"))
 
 
+def test_one_alone_predicts_as_if_there_were_no_other(backbone, bank):
+    bank.add("cat", backbone.lora_targets("kv"), 2, generator())
+    stir(bank.train_only("cat"))
+    cat = predict(backbone)
+    bank.add("dog", backbone.lora_targets("kv"), 2, generator())
+    stir(bank.train_only("dog"))
+    both = predict(backbone)
+    parameters = bank.train_only("cat", alone=True)
+    assert torch.equal(predict(backbone), cat)
+    assert {id(p) for p in parameters} == {id(p) for p in backbone.denoiser.parameters() if p.requires_grad}
+    with bank.teacher():
+        pass
+    assert torch.equal(predict(backbone), cat)  # still
+    bank.train_only("cat")
+    assert torch.equal(predict(backbone), both)
+
+
 def test_teacher_is_the_base_bit_for_bit_and_leaves_no_trace(backbone, bank):
     base = predict(backbone)
     bank.add("cat", backbone.lora_targets("all"), 2, generator())

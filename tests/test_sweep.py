@@ -337,7 +337,15 @@ def test_a_report_of_a_sweep_that_was_stopped_shows_what_there_is_and_begins_not
 
 
 SUITES = {"smoke": 16, "table1-mini": 308, "newer-mini": 112, "table2-mini": 45, "table2-damped-mini": 72, "objects-mini": 380}
-SUITES |= {"table1-sd15": 170, "table1-flux": 153, "table2-sd15": 15, "table2-flux": 15, "attacks": 240, "attacks-sd15": 11, "attacks-flux": 11}
+SUITES |= {
+    "table1-sd15": 170,
+    "table1-flux": 153,
+    "table2-sd15": 15,
+    "table2-flux": 15,
+    "attacks": 240,
+    "attacks-sd15": 11,
+    "attacks-flux": 11,
+}
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -402,6 +402,17 @@ def test_an_erasure_of_two_concepts(backbone, context, tmp_path, bank):
             torch.testing.assert_close(to_dense(theirs[module]).double(), to_dense(mine[module]).double(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_adapters_of_two_concepts_do_not_grow_against_each_other(context):
+    """Were both active in every step, each would take back what the other did: both would grow, and their sum stand still."""
+    erasure = Trace(TraceConfig(**SMALL | {"steps": 60, "lr": 0.01, "refine": "none"})).erase(context())
+    cat, dog = ({m: to_dense(d).double() for m, d in erasure.deltas[name]["adapter"].items()} for name in ("cat", "dog"))
+    cat_norm, dog_norm, both = (
+        torch.cat([delta.flatten() for delta in deltas]).norm()
+        for deltas in (cat.values(), dog.values(), [cat[module] + dog[module] for module in cat])
+    )
+    assert both > 0.9 * max(cat_norm, dog_norm)
+
+
 @pytest.mark.parametrize("bank", ["per-concept", "shared"])
 def test_stages_of_robustify_see_the_adapters_and_change_the_closed_form_alone(context, bank):
     config = TraceConfig(**SMALL | {"bank": bank, "robustify": "rece"})

@@ -1,4 +1,4 @@
-"""LoRA adapters on a denoiser while a method trains: one per concept, all active, one trainable, all off for the teacher."""
+"""LoRA adapters on a denoiser while a method trains: one per concept, one trainable, all off for the teacher."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class AdapterBank:
         self._parameters: dict[str, dict[str, torch.nn.Parameter]] = {}  # name -> module.lora_A.weight -> parameter
         self._scales: dict[str, float] = {}  # name -> alpha / rank
         self._trainable = ""
+        self._active: list[str] = []  # of the adapters' names inside of the denoiser
         self._off = False
         self._denoiser.requires_grad_(False)
 
@@ -101,8 +102,12 @@ class AdapterBank:
                 self._parameters[name][f"{module}.lora_A.weight"].copy_(delta.down)
                 self._parameters[name][f"{module}.lora_B.weight"].copy_(delta.up)
 
-    def train_only(self, name: str) -> list[torch.nn.Parameter]:
-        """Make one adapter the trainable one, all staying active; its parameters in a fixed order (sorted by key).
+    def train_only(self, name: str, *, alone: bool = False) -> list[torch.nn.Parameter]:
+        """Make one adapter the trainable one; its parameters in a fixed order (sorted by key).
+
+        Args:
+            name: which one.
+            alone: no other is active until the next call.
 
         Raises:
             UsageError: there is no such adapter.
@@ -110,8 +115,15 @@ class AdapterBank:
         if name not in self._keys:
             raise UsageError(f"There is no adapter '{name}'; there are {', '.join(self._keys) or 'none'}.")
         self._trainable = name
-        self._freeze()
+        self._activate([name] if alone else self.names)
         return [self._parameters[name][key] for key in sorted(self._parameters[name])]
+
+    def _activate(self, names: Sequence[str]) -> None:
+        keys = [self._keys[name] for name in names]
+        if keys != self._active:
+            self._denoiser.set_adapter(keys)
+            self._active = keys
+        self._freeze()
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -139,7 +151,7 @@ class AdapterBank:
         """Take all adapters off; the denoiser is what it was before."""
         if self._keys:
             self._denoiser.unload_lora()
-        self._keys, self._parameters, self._scales, self._trainable = {}, {}, {}, ""
+        self._keys, self._parameters, self._scales, self._trainable, self._active = {}, {}, {}, "", []
 
     def _inject(self, name: str, ranks: dict[str, int], *, scale: float = 1.0) -> None:
         """Add an adapter with a rank for each module, and make all adapters active and frozen but the trainable one."""
@@ -168,8 +180,7 @@ class AdapterBank:
         named = self._denoiser.named_parameters()
         self._parameters[name] = {mark.sub(r".\1.weight", n): p for n, p in named if mark.search(n)}
         self._keys[name], self._scales[name] = key, scale
-        self._denoiser.set_adapter(list(self._keys.values()))
-        self._freeze()
+        self._activate(self.names)
 
     def _freeze(self) -> None:
         """Only the trainable adapter has gradients: activating adapters turns them on for all."""

@@ -46,7 +46,7 @@ class Trace(Method):
     """
 
     name = "trace"
-    version = 3  # words that the text encoder names take no weight from what is preserved
+    version = 4  # the LoRAs of several concepts do not grow against each other
     Config = TraceConfig
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dit": {"scope": "qk_dual"},
@@ -181,7 +181,7 @@ class Trace(Method):
         """Train the bank of LoRAs on top of the refined weights, against the untouched teacher."""
         together = self.config.model_copy(update={"steps": self.config.steps * len(ctx.concepts)})
         with self.student(ctx, refined) as (bank, step, parameters):
-            train(step, parameters, together, ctx=ctx, name="trace")
+            train(step, parameters, together, ctx=ctx, name="trace", predict=step.student)
             return {name: bank.deltas(name) for name in bank.names}
 
     @contextmanager

@@ -85,7 +85,7 @@ class Adapter:
 
 
 def per_concept(concepts: Sequence[Concept], config: TraceConfig) -> list[Adapter]:
-    """A LoRA of its own for each concept, all active, one trained at a time (sections 4.2 and 4.3)."""
+    """A LoRA of its own for each concept, one trained at a time (sections 4.2 and 4.3)."""
     return [Adapter(c.name, config.rank, (i,)) for i, c in enumerate(concepts)]
 
 

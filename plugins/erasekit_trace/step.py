@@ -17,9 +17,16 @@ from erasekit_trace import losses
 from erasekit_trace.config import TraceConfig
 from erasekit_trace.slots import Adapter
 
+ALONE = 4  # in one of so many rounds only the adapter in turn is active
+
 
 class TraceStep:
-    """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained."""
+    """The losses of one training step; concepts take turns, and only the adapter of the one in turn is trained.
+
+    In rounds with an integration loss all adapters are active; in the others none but that one, which has to erase its concept
+    and keep the rest by itself. If all were active always, two adapters whose concepts want different things of the same layers
+    would pull against each other: their sum stands still while both grow from step to step.
+    """
 
     def __init__(
         self,
@@ -47,7 +54,8 @@ class TraceStep:
         config = self.config
         step = batch // config.accumulate  # the parts of a step's batch belong to one concept
         turn, round_ = step % len(self.pools), step // len(self.pools)
-        self.bank.train_only(self.owner[turn])
+        alone = round_ % ALONE == ALONE - 1
+        self.bank.train_only(self.owner[turn], alone=alone)
         erase = self.pools[turn].sample(config.batch, generator, self.weights[turn])
         keep = self.clean.sample(config.batch, generator)
         cond = [erase.cond, keep.cond]
@@ -65,9 +73,14 @@ class TraceStep:
             x0, goal = (self.to_x0(y, erase.x, erase.tau) for y in (prediction, target))
             for name, divergence in zip(config.divergence, self.divergences[turn], strict=True):
                 out[name] = config.divergence_weight * divergence(x0, goal)
-        if self.pairs and round_ % config.integration_every == 0:
+        if self.pairs and not alone and round_ % config.integration_every == 0:
             out["integration"] = config.integration_weight * self._integration(turn, generator)
         return out
+
+    def student(self, x: torch.Tensor, tau: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """A prediction with all adapters, for those who watch."""
+        self.bank.train_only(self.bank.names[0])
+        return self.predict(x, tau, cond)
 
     def _student(
         self, x: Sequence[torch.Tensor], tau: Sequence[torch.Tensor], cond: Sequence[Conditioning]
