@@ -124,8 +124,13 @@ def contradictions(concepts: Sequence[Concept]) -> list[str]:
 
 
 def _bare(phrase: str) -> str:
-    """A phrase without its article, for comparing."""
-    return re.sub(r"^(an?|the) ", "", " ".join(phrase.split()).casefold())
+    """A phrase as it is compared."""
+    return without_article(phrase.casefold())
+
+
+def without_article(phrase: str) -> str:
+    """A phrase without its article: "cat" of "a cat"."""
+    return re.sub(r"^(an?|the) ", "", " ".join(phrase.split()), flags=re.IGNORECASE)
 
 
 def whole_words(phrase: str) -> re.Pattern[str]:

@@ -32,6 +32,22 @@ def register_attacks(register):
 """
 
 
+STAGE = """
+import os
+
+from erasekit import hookimpl
+
+
+def same(ctx, deltas, config):
+    return dict(deltas)
+
+
+@hookimpl
+def register_components(register):
+    register("robustify", "same", same, version=int(os.environ["STAGE_VERSION"]))
+"""
+
+
 @pytest.fixture
 def registries(world):
     return plugins.load([world, THIRD_PARTY / "single_file_method.py"])
@@ -125,6 +141,17 @@ def test_another_version_of_a_method_or_of_a_task_is_another_erasure(registries,
         before = plan.erasing
         monkeypatch.setattr(what, "version", what.version + 1)
         assert plan.erasing != before
+
+
+def test_another_version_of_a_component_is_another_erasure_of_those_who_use_it(world, configured, tmp_path, monkeypatch):
+    (tmp_path / "stage.py").write_text(STAGE)
+
+    def erasing(version, *overrides):
+        monkeypatch.setenv("STAGE_VERSION", str(version))
+        return resolve(configured(*overrides, method="uce"), plugins.load([world, tmp_path / "stage.py"])).erasing
+
+    assert erasing(1) == erasing(2)
+    assert erasing(1, "method.robustify=same") != erasing(2, "method.robustify=same")
 
 
 def test_a_plugin_that_measures_is_no_part_of_the_erasure(world, configured, tmp_path):

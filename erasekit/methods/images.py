@@ -31,14 +31,16 @@ def images_of(ctx: RunContext, prompts: Sequence[str], n: int, generator: torch.
     return draw(ctx, ctx.backbone.encode(chosen), torch.randint(2**31, (n,), generator=generator).tolist()), chosen
 
 
-def kept_images(ctx: RunContext, n: int, name: str) -> tuple[torch.Tensor, Conditioning]:
+def kept_images(ctx: RunContext, n: int, name: str, *, unasked: bool = True) -> tuple[torch.Tensor, Conditioning]:
     """`n` images of what is kept, x0 (n, ...), and their prompts; `name` names the generator of their seeds.
 
-    Every fifth is of the empty prompt, the others of preserved prompts and of captions in turns.
+    They are of preserved prompts and of captions in turns, and every fifth of the empty prompt. Unasked, a model draws what it
+    has often seen, the concept too; without `unasked` there is none of these.
     """
     preserved, captions = preserve_prompts(ctx)[1:], [p.text for p in ctx.prompts("captions")]
     turns = itertools.cycle([p for pair in itertools.zip_longest(preserved, captions) for p in pair if p is not None] or [""])
-    x0, chosen = images_of(ctx, ["" if i % 5 == 4 else next(turns) for i in range(n)], n, ctx.generator(name))
+    chosen = ["" if unasked and i % 5 == 4 else next(turns) for i in range(n)]
+    x0, _ = images_of(ctx, chosen, n, ctx.generator(name))
     return x0, ctx.backbone.encode(chosen)
 
 

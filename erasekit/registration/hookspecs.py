@@ -33,8 +33,8 @@ class Register(Protocol):
 class RegisterComponent(Protocol):
     """Adds one choice for a slot of a method."""
 
-    def __call__(self, slot: str, name: str, target: Any, *, summary: str = "", paper: str = "") -> None:
-        """Register `target` as the choice `name` of `slot`.
+    def __call__(self, slot: str, name: str, target: Any, *, summary: str = "", paper: str = "", version: int = 1) -> None:
+        """Register `target` as the choice `name` of `slot`; another `version` makes other runs of those that use it.
 
         Raises:
             DuplicateName: somebody else has registered the choice.

@@ -200,8 +200,8 @@ def _register(names: Names, plugin: str, source: str, folder: Path) -> hookspecs
 
 
 def _register_component(names: Names, plugin: str, source: str) -> hookspecs.RegisterComponent:
-    def register(slot: str, name: str, target: Any, *, summary: str = "", paper: str = "") -> None:
-        names.add(Entry(f"{slot}/{name}", target, plugin, source, summary=summary, paper=paper))
+    def register(slot: str, name: str, target: Any, *, summary: str = "", paper: str = "", version: int = 1) -> None:
+        names.add(Entry(f"{slot}/{name}", target, plugin, source, summary=summary, paper=paper, version=version))
 
     return register
 

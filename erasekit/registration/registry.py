@@ -40,6 +40,7 @@ class Entry:
         aliases: other names for the same thing.
         summary: one line for `erasekit ls`.
         paper: where it was published.
+        version: of a component, raised when it gives other results; part of the hash of a run.
         kind: what the class has to be called like, e.g. "method": its `name` is the registered one (of a task with its domain
             in front); "" for things without a name of their own.
     """
@@ -51,6 +52,7 @@ class Entry:
     aliases: tuple[str, ...] = ()
     summary: str = ""
     paper: str = ""
+    version: int = 1
     kind: str = ""
 
     def load(self) -> Any:

@@ -30,7 +30,7 @@ class Plan:
         erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
         attacks: what tries to bring the concepts back: name, class, settings.
         only_attacks: nothing else is measured.
-        sources: digests of the code of plugins that do not come with erasekit.
+        sources: digests of code that does not come with erasekit, and versions of components.
         erasing_sources: those of them that the erasure depends on: not the evaluators' and the attacks'.
     """
 
@@ -75,7 +75,7 @@ class Plan:
         return _digest(content)
 
     def _deciding(self, sources: tuple[str, ...]) -> dict[str, Any]:
-        """All that decides the erasure, resolved; `sources` are digests of the code of plugins."""
+        """All that decides the erasure, resolved; `sources` as in the attribute."""
         content: dict[str, Any] = {
             **self.config.model_dump(include={"method", "backbone", "seed"}),
             "task": self.task_name,

@@ -87,13 +87,15 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
 
 
 def _sources(registries: Registries, config: RunConfig, task: Any, values: Any, given: Any) -> tuple[str, ...]:
-    """Digests of the code that an erasure depends on, of plugins that do not come with erasekit."""
+    """What decides an erasure beside settings: digests of foreign code, and versions of components from the second on."""
+    versions = list[str]()
     modules = [type(task).__module__, registries.backbones.entry(config.backbone).module]
     if given is None:
         method = registries.methods.entry(config.method)
         choices = [registries.components.entry_of(*choice) for choice in _choices(method.load(), values)]
         modules += [entry.module for entry in (method, *choices)]
-    return _digests(modules)
+        versions = [f"{entry.name}@{entry.version}" for entry in choices if entry.version > 1]
+    return (*_digests(modules), *versions)
 
 
 def _measuring_sources(registries: Registries, config: RunConfig, task: Any) -> tuple[str, ...]:

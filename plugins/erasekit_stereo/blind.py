@@ -1,4 +1,4 @@
-"""Half-drawn images of a concept, finished as something else whatever the words: a stage that hardens other methods' edits."""
+"""A denoiser that neither begins nor finishes a concept, whatever it is told: a stage that hardens other methods' edits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from erasekit.attacks.tokens import compose, on_cpu, random_tokens
+from erasekit.attacks.tokens import words as spelled
 from erasekit.backbones.protocol import Backbone, Conditioning, concatenate
-from erasekit.concepts import Concept
+from erasekit.concepts import Concept, without_article
 from erasekit.erasures.deltas import Deltas, merged, summed
 from erasekit.methods.adapters import AdapterBank
 from erasekit.methods.context import RunContext
@@ -19,8 +21,8 @@ from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
 from erasekit_stereo.words import learned, read
 
-MINI = {"word_steps": 100, "word_lr": 2e-2, "blind_lr": 2e-3, "blind_steps": 120, "batch": 16}
-SCOPES = {"unet": "all", "dit": "all_attn"}
+MINI = {"word_steps": 100, "word_lr": 2e-2, "blind_lr": 3e-3, "blind_steps": 120, "batch": 16}
+LENGTHS, SAID = range(12, 17), range(2, 9)  # tokens of a scrambled prompt, and words of the concept in it
 
 
 class Blinding(BaseModel):
@@ -29,17 +31,19 @@ class Blinding(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     blind_rounds: int = Field(1, ge=0, description="how often words are learned and trained against")
-    words: int = Field(2, ge=0, description="words in a round, for each concept")
+    words: int = Field(4, ge=0, description="words in a round, for each concept")
     word_steps: int = Field(3000, ge=1, description="training steps of a word")
     word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word")
+    scrambled: int = Field(256, ge=0, description="prompts of the concept's words among random tokens")
     blind_steps: int = Field(1000, ge=1, description="training steps of a round")
     blind_lr: float = Field(1e-4, gt=0, description="peak rate of AdamW")
     blind_rank: int = Field(16, ge=1, description="rank of the LoRA of a round")
-    blind_scope: str = Field(
-        "", description="linear layers that carry it, a scope of the backbone; none: all, on FLUX all attention"
-    )
+    blind_scope: str = Field("all", description="linear layers that carry it, a scope of the backbone")
+    blind_from: float = Field(0.25, ge=0, le=1, description="progress from which an image shows what it will be")
+    blind_repel: float = Field(1.0, ge=0, description="how far beyond the neutral words to aim before that")
     blind_until: float = Field(0.6, gt=0, le=1, description="progress up to which a half-drawn image is trained on")
     blind_images: int = Field(32, ge=1, description="images of the concept; three times as many of what is kept")
+    blind_preserve: float = Field(3.0, ge=0, description="weight of what is kept")
     batch: int = Field(4, ge=1, description="points of the concept and points of what is kept in a step, each")
 
 
@@ -49,29 +53,35 @@ class Seen:
 
     Attributes:
         concept: what is erased.
-        asked: prompts that ask for it.
-        others: conditionings that do not: the neutral prompts, and the empty one.
+        scrambled: prompts in which its words stand among random tokens; None without any.
+        plain: its neutral words in its templates.
         shown: images of it by the base, x0 (n, ...).
+        asked: the prompt of each.
+        neutral: what takes the place of that prompt.
         goals: of each what the base draws from the same noise for the neutral prompt.
         kept: images of what is kept, x0, and `prompts` of each.
     """
 
     concept: Concept
-    asked: Conditioning
-    others: Sequence[Conditioning]
+    scrambled: Conditioning | None
+    plain: Conditioning
     shown: torch.Tensor
+    asked: Conditioning
+    neutral: Conditioning
     goals: torch.Tensor
     kept: torch.Tensor
     prompts: Conditioning
 
 
 def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) -> dict[str, Deltas]:
-    """Train the denoiser not to finish the concept, whatever it is told: the component `blind` of the slot `robustify`.
+    """Train the denoiser not to draw the concept, whatever it is told: the component `blind` of the slot `robustify`.
 
     In each round words are learned that bring the concept back in the model with all deltas on. Then a LoRA is trained on
-    noised images of the concept: under its prompts, the learned words, the neutral prompts and the empty one, the model is to
-    predict the image that the base draws from the same noise for the neutral prompt. Noised images of what is kept, under
-    their own prompts or the empty one, are held at the base's predictions.
+    noised images of the concept, mostly under the learned words and under its own words among random tokens, now and then
+    under their own prompts, the neutral ones and the empty one. Before `blind_from` little is drawn yet: there the aim is what
+    the base predicts for the neutral prompt, and `blind_repel` times as far again from what it predicts for the concept's.
+    After it the base would go on with what it sees, so the aim is the image that it draws from the same noise for the neutral
+    prompt. Noised images of what is kept, under their own prompts or the empty one, are held at the base's predictions.
 
     Args:
         ctx: the run.
@@ -98,13 +108,35 @@ def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) 
 
 
 def _seen(ctx: RunContext, concept: Concept, settings: Blinding) -> Seen:
-    encode, n = ctx.backbone.encode, settings.blind_images
+    encode, n, name = ctx.backbone.encode, settings.blind_images, f"blind/{concept.name}"
     asked, neutral = (encode(list(side)) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
-    seeds = torch.randint(2**31, (n,), generator=ctx.generator(f"blind/{concept.name}")).tolist()
-    turns = torch.arange(n) % len(asked)
-    kept, prompts = kept_images(ctx, 3 * n, f"blind/{concept.name}/kept")
-    shown, goals = (draw(ctx, side[turns], seeds) for side in (asked, neutral))
-    return Seen(concept, asked, [neutral, encode([""])], shown, goals, kept, prompts)
+    seeds = torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()
+    whose = torch.linspace(0, len(asked) - 1, n).round().long()  # of all of the concept's words, also where they are many
+    shown, goals = (draw(ctx, side[whose], seeds) for side in (asked, neutral))
+    near = scrambled(ctx.backbone, concept, settings.scrambled, ctx.generator(f"{name}/scrambled"))
+    kept, prompts = kept_images(ctx, 3 * n, f"{name}/kept", unasked=False)  # unasked, the base may draw the concept
+    plain = encode([concept.neutralise(text) for text in concept.prompts()])
+    return Seen(concept, near, plain, shown, asked[whose], neutral[whose], goals, kept, prompts)
+
+
+@torch.no_grad()
+def scrambled(backbone: Backbone, concept: Concept, n: int, generator: torch.Generator) -> Conditioning | None:
+    """`n` prompts in which the words of a concept stand among random tokens, other ones for each text encoder; None for none.
+
+    Attacks that search for tokens find such prompts. They are no language, so an edit fitted on sentences need not reach them.
+    """
+    names, rows = [without_article(phrase) for phrase in concept.phrases], list[Conditioning]()
+    like = backbone.encode([""])
+    for _ in range(n):
+        ids: dict[str, torch.Tensor] = {}
+        for encoder in backbone.encoders:
+            length, lexicon = _one_of(LENGTHS, generator), backbone.lexicon(encoder)
+            said = torch.randperm(length, generator=generator) < _one_of(SAID, generator)
+            own = [spelled(backbone, encoder, _one_of(names, generator)) for _ in range(length)]
+            other = random_tokens(lexicon, length, generator).split(1)
+            ids[encoder] = compose(backbone, encoder, [own[k] if said[k] else other[k] for k in range(length)]).ids
+        rows.append(on_cpu(backbone.embed(ids, like=like)))
+    return concatenate(rows) if rows else None
 
 
 def _trained(
@@ -113,34 +145,43 @@ def _trained(
     """A LoRA on top of all deltas, trained against the words so far."""
     backbone, n = ctx.backbone, settings.batch
     schedule = backbone.schedule(ctx.protocol.steps, ctx.protocol.size)
-    early, empty = schedule.tau[schedule.tau <= settings.blind_until], seen.others[-1]
-    sides = [seen.asked, *seen.others, *words]
+    early, empty = schedule.tau[schedule.tau <= settings.blind_until], backbone.encode([""])
+    kinds = [of for of in (words, [seen.scrambled] if seen.scrambled else []) * 3 if of] + [None]
+
+    def told(k: int, i: int, generator: torch.Generator) -> tuple[Conditioning, Conditioning]:
+        """What the model is told at the k-th point of a step, which shows the image i, and what it should take it for."""
+        of = kinds[k % len(kinds)]
+        if of is None:
+            return _one_of([seen.asked[[i]], seen.neutral[[i]], empty], generator), seen.neutral[[i]]
+        return _any_row(_one_of(of, generator), generator), _any_row(seen.plain, generator)
 
     def losses(batch: int, generator: torch.Generator) -> Losses:
         def pick(most: int) -> torch.Tensor:
             return torch.randint(most, (n,), generator=generator)
 
-        i, tau = pick(len(seen.shown)), early[pick(len(early))]
+        i, tau, first = pick(len(seen.shown)), early[pick(len(early))], int(pick(len(kinds))[0])
         x = noised(ctx, seen.shown[i], tau, generator)
-        target, rate = towards(backbone, x, seen.goals[i], tau)
-        pools = [words if words and k % 2 else sides for k in range(n)]  # every second point is under a learned word
-        told = [pool[int(k) % len(pool)] for pool, k in zip(pools, pick(2**20), strict=True)]
-        cond = concatenate([side[[int(k) % len(side)]] for side, k in zip(told, pick(2**20), strict=True)])
+        cond, aims = zip(*(told(first + m, int(i[m]), generator) for m in range(n)), strict=True)
         j, tau_kept = pick(len(seen.kept)), schedule.tau[pick(len(schedule))]
         x_kept = noised(ctx, seen.kept[j], tau_kept, generator)
-        plain = torch.rand(n, generator=generator) < 0.3
-        asked = concatenate([empty if plain[k] else seen.prompts[[int(j[k])]] for k in range(n)])
+        bare = torch.rand(n, generator=generator) < 0.3
+        asked = concatenate([empty if bare[m] else seen.prompts[[int(j[m])]] for m in range(n)])
+        places, progress = torch.cat([x, x_kept]), torch.cat([tau, tau_kept])
         with torch.no_grad(), bank.teacher():
-            held = ctx.predict(x_kept, tau_kept, asked)
-        both = ctx.predict(torch.cat([x, x_kept]), torch.cat([tau, tau_kept]), concatenate([cond, asked]))
-        mine, kept = both.chunk(2)
-        return {"blind": squared_error(mine * rate, target * rate), "preserve": squared_error(kept, held)}
+            base, held = ctx.predict(places, progress, concatenate([*aims, asked])).chunk(2)
+            away = base - ctx.predict(x, tau, seen.asked[i])
+        finished, rate = towards(backbone, x, seen.goals[i], tau)
+        little = tau.view(-1, *[1] * (x.ndim - 1)).to(x.device) < settings.blind_from
+        target = torch.where(little, base + settings.blind_repel * away, finished)
+        mine, kept = ctx.predict(places, progress, concatenate([*cond, asked])).chunk(2)
+        preserved = settings.blind_preserve * squared_error(kept, held)
+        return {"blind": squared_error(mine * rate, target * rate), "preserve": preserved}
 
     training = LoraTrainingConfig(steps=settings.blind_steps, lr=settings.blind_lr, warmup=10, clip=1.0, schedule="cosine")
     with AdapterBank(backbone) as bank:
         if so_far:
             bank.add_frozen("so far", so_far)
-        layers = backbone.lora_targets(settings.blind_scope or SCOPES[backbone.capabilities.family])
+        layers = backbone.lora_targets(settings.blind_scope)
         bank.add(name, layers, settings.blind_rank, ctx.generator(f"{name}/init"))
         train(losses, bank.train_only(name), training, ctx=ctx, name=name.replace("/", "-"))
         return bank.deltas(name)
@@ -152,3 +193,11 @@ def towards(backbone: Backbone, x: torch.Tensor, goal: torch.Tensor, tau: torch.
     rate = backbone.add_noise(none, one, tau)
     noise = (x - backbone.add_noise(goal, none, tau)) / rate
     return (noise if backbone.capabilities.prediction == "epsilon" else noise - goal), rate
+
+
+def _one_of(of: Sequence[Any], generator: torch.Generator) -> Any:
+    return of[int(torch.randint(len(of), (1,), generator=generator))]
+
+
+def _any_row(cond: Conditioning, generator: torch.Generator) -> Conditioning:
+    return cond[torch.randint(len(cond), (1,), generator=generator)]

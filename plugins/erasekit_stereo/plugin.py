@@ -30,5 +30,6 @@ def register_components(register: RegisterComponent) -> None:
         "robustify",
         "blind",
         "erasekit_stereo.blind:robustify",
-        summary="the denoiser is trained not to finish images of the concept, whatever the words",
+        summary="the denoiser is trained neither to begin nor to finish the concept, whatever the words",
+        version=2,
     )
