@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/reach.json"))
     args = parser.parse_args()
     registries = default()
-    plan = resolve(
-        build({"method": "uce", "backbone": "sd15-mini", "task": "objects", "concepts": (args.concept,)}), registries
-    )
+    flags = {"method": "uce", "backbone": "sd15-mini", "task": "objects", "concepts": (args.concept,)}
+    stages = [f"method.robustify={args.robustify}"] if args.robustify else []
+    plan = resolve(build(flags, overrides=stages), registries)
     ctx = context(plan, plan.backbone.load(plan.backbone_config), registries)
-    deltas = registries.methods.get("uce")(plan.method_config).erase(ctx).total()
+    deltas = plan.method(plan.method_config.model_copy(update={"robustify": ()})).erase(ctx).total()
     p_DD, facts = text_map(ctx, deltas)
     if args.robustify:
         hardened = ctx.component("robustify", args.robustify)(ctx, {args.concept: deltas}, plan.method_config)

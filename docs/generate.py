@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -168,6 +169,10 @@ def components(registries: Registries) -> Iterator[str]:
     yield "## Slots of methods\n"
     rows = [[f"`{m}`", f"`method.{s}`", ", ".join(f"`{c}`" for c in registries.components.choices(s))] for m, s in slots]
     yield table(["method", "slot", "choices"], rows)
+    with_settings = [
+        replace(e, name=e.name.partition("/")[2]) for e in own(registries.components) if hasattr(e.load(), "Config")
+    ]
+    yield from configured("Settings of components", "-s components.{}.KEY=VALUE", with_settings)
 
 
 def configuration(registries: Registries) -> Iterator[str]:

@@ -19,6 +19,7 @@ _PUBLIC = {
     "Concept": "erasekit.concepts",
     "Method": "erasekit.methods.method",
     "MethodConfig": "erasekit.methods.method",
+    "Component": "erasekit.methods.component",
     "RunContext": "erasekit.methods.context",
     "Backbone": "erasekit.backbones.protocol",
     "BackboneConfig": "erasekit.backbones.protocol",

@@ -64,6 +64,14 @@ def read_toml(path: Path, what: str, instead: str) -> dict[str, Any]:
         raise UsageError(f"'{path}' is nested too deeply. Give fewer brackets within brackets.") from None
 
 
+def layered(defaults: Mapping[str, Mapping[str, Any]], family: str, name: str, *more: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of a backbone's family, those of its name over them, then `more`, each over what was before it."""
+    values: dict[str, Any] = {}
+    for layer in (defaults.get(family, {}), defaults.get(name, {}), *more):
+        values = merge(values, layer)
+    return values
+
+
 def merge(base: Any, over: Any) -> Any:
     """`base` with the values of `over`, tables within tables merged too."""
     if not isinstance(base, dict):

@@ -5,6 +5,7 @@ import torch
 from erasekit.attacks.tokens import words
 from erasekit.erasures.deltas import merged
 from erasekit.methods.images import kept_images, noised
+from erasekit.settings import Settings
 from erasekit_stereo import blind
 
 
@@ -17,14 +18,13 @@ def test_the_target_is_the_prediction_that_ends_in_the_goal(backbone):
 
 def stage(ctx, **settings):
     """The deltas of a short stage, and what it looked at."""
-    small = {"words": 1, "word_steps": 2, "scrambled": 4, "blind_images": 3, "batch": 6}
-    small |= {"blind_steps": 25, "blind_lr": 1e-2, "blind_rank": 4}
-    settings = blind.Blinding(**small | settings)
-    deltas = ctx.component("robustify", "blind")(ctx, {"cat": {}}, settings)
+    small = {"words": 1, "word_steps": 2, "scrambled": 4, "images": 3, "batch": 6, "steps": 25, "lr": 1e-2, "rank": 4}
+    config = blind.BlindConfig(**small | settings)
+    deltas = blind.Blind(config)(ctx, {"cat": {}}, Settings())
     assert set(deltas) == {"cat"}
     text = {site.name for site in ctx.backbone.text_sites()}
     assert set(deltas["cat"]) - text, "more is trained than what reads text"
-    return deltas["cat"], blind._seen(ctx, ctx.concepts[0], settings)
+    return deltas["cat"], blind._seen(ctx, ctx.concepts[0], config)
 
 
 def test_images_of_the_concept_are_finished_as_something_else_and_the_rest_is_held(ctx):
@@ -46,7 +46,7 @@ def test_images_of_the_concept_are_finished_as_something_else_and_the_rest_is_he
 
 def test_an_image_that_shows_little_yet_turns_away_from_the_concept_under_its_words_among_others(ctx):
     repel = 10.0
-    deltas, seen = stage(ctx, blind_until=0.1, blind_repel=repel, blind_lr=5e-3, blind_steps=50)  # nothing later is trained on
+    deltas, seen = stage(ctx, until=0.1, repel=repel, lr=5e-3, steps=50)  # nothing later is trained on
     n, tau = torch.arange(24), torch.zeros(24)
     x = noised(ctx, seen.shown[n % 3], tau, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -78,5 +78,5 @@ def test_nothing_that_is_drawn_unasked_is_held(ctx):
     held = {flag: kept_images(ctx, 10, "held", unasked=flag)[1].tokens for flag in (True, False)}
     assert [k for k in range(10) if torch.equal(held[True][k], empty)] == [4, 9]
     assert not any(torch.equal(row, empty) for row in held[False])
-    seen = blind._seen(ctx, ctx.concepts[0], blind.Blinding(blind_images=2, scrambled=1))
+    seen = blind._seen(ctx, ctx.concepts[0], blind.BlindConfig(images=2, scrambled=1))
     assert not any(torch.equal(row, empty) for row in seen.prompts.tokens)

@@ -12,6 +12,7 @@ from erasekit.errors import ErasekitError
 from erasekit.registration import plugins
 from erasekit.runs.compute import compute
 from erasekit.runs.config import build
+from erasekit.runs.preflight import footprint
 from erasekit.runs.resolve import resolve
 from erasekit.runs.runner import run
 from tests.conftest import THIRD_PARTY
@@ -75,10 +76,23 @@ def test_no_call_has_more_rows_than_the_preset(small, method):
     seen = watched(backbone.denoiser)  # the encoders are gone: what `texts` leaves out cannot be encoded any more
     compute(plan, backbone, REGISTRIES)
     assert max(seen[False], default=0) <= ROWS
-    trained = plan.method(plan.method_config).footprint(plan)
+    trained = footprint(plan)
     assert max(seen[True], default=0) <= trained.rows
     if trained.rows:
         assert plan.method_config.batch == 1
+
+
+def test_a_component_of_a_method_that_trains_nothing_itself_has_a_batch_that_fits_too(small):
+    more = [f"components.blind.{key}=2" for key in ("words", "word_steps", "steps", "images", "scrambled")]
+    plan = planned(small, "uce", more=["method.robustify=blind", *more])
+    [component] = plan.components.values()
+    assert (component.config.batch, component.config.accumulate) == (1, 4)
+    backbone = plan.backbone.load(plan.backbone_config)
+    backbone.expect(lambda: plan.method(plan.method_config).texts(_context(plan, backbone)))
+    seen = watched(backbone.denoiser)
+    compute(plan, backbone, REGISTRIES)
+    assert max(seen[False]) <= ROWS
+    assert max(seen[True]) == footprint(plan).rows == 2
 
 
 def _context(plan, backbone):

@@ -11,6 +11,7 @@ from erasekit.methods.context import RunContext
 from erasekit.methods.images import images_of
 from erasekit.methods.sites import site_weights
 from erasekit.registration.plugins import default
+from erasekit.settings import Settings
 from erasekit_stereo import harden
 from erasekit_stereo.method import Stereo, StereoConfig, composed
 from erasekit_stereo.words import learned, read
@@ -88,9 +89,9 @@ def test_words_are_sent_to_the_neutral_words_at_every_site(wide):
     """After a round the sites read the learned words in the concept's templates as its neutral words."""
     ctx = RunContext(wide, (Words().concept("cat"),), Words(), component=default().components.get)
     concept, backbone = ctx.concepts[0], ctx.backbone
-    config = harden.Hardening(word_rounds=1, words=2, word_steps=5, word_lr=0.05, word_images=3)
-    stage, base = ctx.component("robustify", "words"), site_weights(backbone)
-    hardened = stage(ctx, {"cat": {}}, config)
+    config = harden.WordsConfig(rounds=1, words=2, word_steps=5, word_lr=0.05, images=3)
+    base = site_weights(backbone)
+    hardened = harden.Words(config)(ctx, {"cat": {}}, Settings())
     x0, _ = images_of(ctx, harden.concept_prompts(concept, ctx.prompts("erase")), 3, ctx.generator("harden/images/cat"))
     word = learned(ctx, concept, x0, name="harden/cat/0/1", steps=5, batch=4, lr=0.05)
     goals = backbone.encode([concept.neutralise(t.format(concept.phrases[0])) for t in concept.templates])

@@ -115,6 +115,7 @@ def _show_plan(plan: Plan, out: Path, *, anew: bool, as_json: bool) -> None:
     from erasekit.runs.cost import cost
 
     parts = {"backbone": plan.backbone_config, "method": plan.method_config, "protocol": plan.protocol}
+    parts |= {f"components.{name}": component.config for (_, name), component in plan.components.items()}
     parts |= {f"attacks.{name}": config for name, _, config in plan.attacks}
     names = plan.config.model_dump(include={"method", "backbone", "task", "seed", "limit"})
     images, known, whole = _images(plan), earlier(out, plan), cost(plan, out, anew=anew)

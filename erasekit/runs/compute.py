@@ -70,13 +70,17 @@ def _predicts(plan: Plan, backbone: Backbone) -> bool:
 
 def context(plan: Plan, backbone: Backbone, registries: Registries, **more: Any) -> RunContext:
     """What the plan's method is handed; `more` are the directory and the log of a run."""
+
+    def component(slot: str, name: str) -> Any:
+        return plan.components.get((slot, name)) or registries.components.get(slot, name)
+
     return RunContext(
         backbone=backbone,
         concepts=plan.concepts,
         task=plan.task,
         protocol=plan.protocol,
         seed=plan.config.seed,
-        component=registries.components.get,
+        component=component,
         **more,
     )
 

@@ -14,7 +14,10 @@ from erasekit.concepts import EMPTY_PROMPT, Kind
 from erasekit.errors import UsageError, unknown
 from erasekit.settings import merge, mistakes, read_toml
 
-PARTS = "method.key=value, backbone.key=..., protocol.key=..., task.key=..., evaluators.name.key=... or attacks.name.key=..."
+PARTS = (
+    "method.key=value, backbone.key=..., protocol.key=..., task.key=..., components.name.key=..., evaluators.name.key=... "
+    "or attacks.name.key=..."
+)
 
 
 class Options(BaseModel):
@@ -26,6 +29,9 @@ class Options(BaseModel):
     backbone: dict[str, Any] = Field(default_factory=dict, description="settings of the backbone")
     protocol: dict[str, Any] = Field(default_factory=dict, description="how images are drawn")
     task: dict[str, Any] = Field(default_factory=dict, description="what a task's TOML file says otherwise")
+    components: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the method's components that have any, a table for each"
+    )
     evaluators: dict[str, Any] = Field(default_factory=dict, description="settings of the task's evaluators, a table for each")
     attacks: dict[str, Any] = Field(default_factory=dict, description="settings of the attacks, a table for each")
 
@@ -68,7 +74,8 @@ class RunConfig(BaseModel):
     attacks: tuple[str, ...] = Field((), description="what tries to bring the concepts back, once they are erased")
     keep_texts: bool = Field(False, description="keep the texts that attacks find, and not only their hashes")
     options: Options = Field(
-        default_factory=Options, description="settings of the method, the backbone, the protocol, the task, evaluators, attacks"
+        default_factory=Options,
+        description="settings of the method, its components, the backbone, the protocol, the task, evaluators and attacks",
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they import torch
     from erasekit.backbones.protocol import Backbone, BackboneConfig
     from erasekit.evaluation.evaluators import EvaluatorConfig
     from erasekit.evaluation.tasks import Protocol, Task
+    from erasekit.methods.component import Component
     from erasekit.methods.method import Method, MethodConfig
 
 
@@ -28,6 +29,7 @@ class Plan:
         evaluators: the settings of each of the task's evaluators.
         separate: each concept is a run of its own, and this plan is their summary.
         erasure_sha256: of the erasure that is measured, if it is not computed by this plan.
+        components: those of the method's components that have settings, with them, by slot and name.
         attacks: what tries to bring the concepts back: name, class, settings.
         only_attacks: nothing else is measured.
         sources: digests of code that does not come with erasekit, and versions of components.
@@ -45,6 +47,7 @@ class Plan:
     evaluators: Mapping[str, EvaluatorConfig] = field(default_factory=dict)
     separate: bool = False
     erasure_sha256: str = ""
+    components: Mapping[tuple[str, str], Component] = field(default_factory=dict)
     attacks: tuple[tuple[str, type[Attack], AttackConfig], ...] = ()
     only_attacks: bool = False
     sources: tuple[str, ...] = ()
@@ -86,6 +89,10 @@ class Plan:
         }
         if self.config.files != "float32":  # the name of a run does not change with a setting that is as it always was
             content["files"] = self.config.files
+        on = self.backbone.capabilities.family, self.config.backbone
+        unusual = {"/".join(key): c.config for key, c in self.components.items() if c.config != c.usual(*on)}
+        if unusual:
+            content["components"] = {key: settings.model_dump(mode="json") for key, settings in unusual.items()}
         if self.task.digest:
             content["task_content"] = self.task.digest
         if sources:

@@ -26,10 +26,15 @@ UNVALIDATED_GB = 1.0  # closed forms of a model with more weights are not valida
 
 def prediction(plan: Plan) -> Prediction:
     """The predicted peaks of a plan's stages in GiB."""
+    return _prediction(plan, footprint(plan))
+
+
+def _prediction(plan: Plan, step: Footprint) -> Prediction:
+    """The same for one of the plan's trainings."""
     backbone, protocol = plan.backbone, plan.protocol
     needs = backbone.needs(plan.backbone_config, protocol.size)
     passes = 2 if backbone.capabilities.guidance == "cfg" else 1
-    return predict(needs, footprint(plan), images=protocol.batch, passes=passes)
+    return predict(needs, step, images=protocol.batch, passes=passes)
 
 
 def planned_gb(plan: Plan) -> int | None:
@@ -45,21 +50,27 @@ def planned_gb(plan: Plan) -> int | None:
 
 
 def fitted(plan: Plan) -> Plan:
-    """The plan with a batch that is predicted to fit the GPU, whoever set it: the same gradient comes in more, smaller parts.
+    """The plan with batches that are predicted to fit the GPU, whoever set them: the same gradient comes in smaller parts.
 
-    A plan that does not train, that is for a CPU, or that fits as it is stays as it is; one that fits at no batch gets 1.
+    What does not train, is for a CPU, or fits as it is stays as it is; what fits at no batch gets 1.
     """
-    gb, config = planned_gb(plan), plan.method_config
-    batch = getattr(config, "batch", 1)
-    if gb is None or not footprint(plan).rows or "accumulate" not in type(config).model_fields:
+    gb = planned_gb(plan)
+    if gb is None:
         return plan
-    parts = plan
+    components = {key: type(c)(_cut(plan, gb, type(c), c.config)) for key, c in plan.components.items()}
+    return replace(plan, method_config=_cut(plan, gb, plan.method, plan.method_config), components=components)
+
+
+def _cut(plan: Plan, gb: int, kind: type[Any], config: Any) -> Any:
+    """Settings of the method or of a component with a smaller batch, and more of them for a step."""
+    batch, cut = getattr(config, "batch", 1), config
+    if "accumulate" not in type(config).model_fields or not kind(config).footprint(plan).rows:
+        return config
     for size in (n for n in range(batch, 0, -1) if batch % n == 0):
-        changed = {"batch": size, "accumulate": getattr(config, "accumulate", 1) * batch // size}
-        parts = replace(plan, method_config=config.model_copy(update=changed))
-        if prediction(parts).train <= budget_gb(gb):
+        cut = config.model_copy(update={"batch": size, "accumulate": config.accumulate * batch // size})
+        if _prediction(plan, kind(cut).footprint(plan)).train <= budget_gb(gb):
             break
-    return parts
+    return cut
 
 
 def preflight(plan: Plan, *, images: int = 0) -> None:
@@ -210,8 +221,10 @@ def _check_download(plan: Plan) -> None:
 
 
 def footprint(plan: Plan) -> Footprint:
-    """What a training step of the plan's method holds at once."""
-    return plan.method(plan.method_config).footprint(plan)
+    """What a training step of the plan's method, or of one of its components, holds at once: the most of each."""
+    parts: list[Any] = [plan.method(plan.method_config), *plan.components.values()]
+    steps = [step for part in parts if (step := part.footprint(plan)).rows]
+    return Footprint(*(max(of) for of in zip(*steps, strict=True))) if steps else Footprint()
 
 
 def _device(plan: Plan) -> Any:

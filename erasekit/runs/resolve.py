@@ -15,11 +15,12 @@ from erasekit.runs.config import RunConfig, settings_of
 from erasekit.runs.plan import Plan
 from erasekit.runs.preflight import fitted
 from erasekit.safety import is_unsafe, reject_unsafe
-from erasekit.settings import merge
+from erasekit.settings import layered, merge
 
 if TYPE_CHECKING:  # they import torch
     from erasekit.backbones.protocol import Backbone
     from erasekit.evaluation.tasks import Protocol
+    from erasekit.methods.component import Component
 
 DEFAULT_TASKS = {"mini": "objects", "natural": "free"}
 
@@ -60,10 +61,12 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     backbone_config = backbone and faults.attempt(settings_of, backbone.Config, options.backbone, "backbone.")
     if given is None:
         method_name, method, method_config = _method(config, backbone_entry, registries, faults)
+        chosen = _choices(method, method_config) if method_config else []
+        components = _components(config, chosen, backbone_entry, registries, faults)
     else:
         from erasekit.runs.given import stand_in  # imports torch
 
-        method_name, method, method_config = given["method"], *stand_in(given)
+        method_name, method, method_config, components = given["method"], *stand_in(given), {}
     values = task and backbone and _sampling(task, backbone) | options.protocol
     protocol = task and faults.attempt(settings_of, type(task.protocol), values, "protocol.")
     evaluators = _evaluators(task, options.evaluators, registries, faults) if task else {}
@@ -80,7 +83,7 @@ def resolve(config: RunConfig, registries: Registries, *, given: Mapping[str, An
     erasing = _sources(registries, canonical, task, method_config, given)
     measuring = _measuring_sources(registries, canonical, task)
     every = tuple(sorted({*erasing, *measuring}))
-    plan = Plan(canonical, *parts, attacks=attacks, sources=every, erasing_sources=erasing)
+    plan = Plan(canonical, *parts, components=components, attacks=attacks, sources=every, erasing_sources=erasing)
     check_drawing(backbone, protocol)
     method(method_config).check(plan)
     return fitted(plan)
@@ -162,8 +165,6 @@ def _method(config: RunConfig, backbone_entry: Any, registries: Registries, faul
     if method is None:
         return "", None, None
     values = faults.attempt(_method_config, method, backbone_entry, backbone, config)
-    for slot, choice in _choices(method, values) if values else ():
-        faults.attempt(registries.components.entry_of, slot, choice)
     if backbone:
         faults.lines += _unmet(entry.name, method, backbone_entry.name, backbone)
     return entry.name, method, values
@@ -189,13 +190,30 @@ def _method_config(method: Any, backbone_entry: Any, backbone: Any, config: RunC
     """The method's settings: its own, then the backbone's family's and name's, then the preset's, then the user's."""
     if config.preset and config.preset not in method.presets:
         raise unknown(f"preset of '{config.method}'", config.preset, method.presets, "erasekit ls methods")
-    layers = [method.presets.get(config.preset, {}), config.options.method]
-    if backbone:
-        layers = [method.defaults.get(backbone.capabilities.family, {}), method.defaults.get(backbone_entry.name, {}), *layers]
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values = merge(values, layer)
+    on = (backbone.capabilities.family, backbone_entry.name) if backbone else ("", "")
+    values = layered(method.defaults, *on, method.presets.get(config.preset, {}), config.options.method)
     return settings_of(method.Config, values, "method.")
+
+
+def _components(
+    config: RunConfig, chosen: Sequence[tuple[str, str]], backbone_entry: Any, registries: Registries, faults: _Mistakes
+) -> dict[tuple[str, str], Component]:
+    """Of the method's components those that have settings, with them, by slot and name."""
+    from erasekit.methods.component import Component  # imports torch
+
+    found: dict[tuple[str, str], Component] = {}
+    asked, backbone = dict(config.options.components), backbone_entry and backbone_entry.load()
+    for slot, name in chosen:
+        entry = faults.attempt(registries.components.entry_of, slot, name)
+        kind = entry and entry.load()
+        if backbone and isinstance(kind, type) and issubclass(kind, Component):
+            on = backbone.capabilities.family, backbone_entry.name
+            values = layered(kind.defaults, *on, asked.pop(name, {}))
+            found[slot, name] = kind(faults.attempt(settings_of, kind.Config, values, f"components.{name}."))
+    for name in asked if backbone else ():
+        said = "has no settings" if name in {name for _, name in chosen} else "is not chosen"
+        faults.lines.append(f"There are settings for the component '{name}', which {said}. See 'erasekit ls components'.")
+    return found
 
 
 def _attacks(
@@ -212,10 +230,8 @@ def _attacks(
         attack = faults.attempt(_class, entry, "attack")
         if attack is None:
             continue
-        own, values = attack.defaults, dict[str, Any]()
-        for layer in (own.get(backbone.capabilities.family, {}), own.get(backbone_entry.name, {})):
-            values = merge(values, layer)
-        values = merge(values, config.options.attacks.get(name, config.options.attacks.get(entry.name, {})))
+        asked = config.options.attacks.get(name, config.options.attacks.get(entry.name, {}))
+        values = layered(attack.defaults, backbone.capabilities.family, backbone_entry.name, asked)
         settings = faults.attempt(settings_of, attack.Config, values, f"attacks.{entry.name}.")
         faults.lines += _unmet(entry.name, attack, backbone_entry.name, backbone)
         found.append((entry.name, attack, settings))

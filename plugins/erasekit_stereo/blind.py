@@ -4,47 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from erasekit.attacks.tokens import compose, on_cpu, random_tokens
 from erasekit.attacks.tokens import words as spelled
+from erasekit.backbones.memory import GIB, Footprint
 from erasekit.backbones.protocol import Backbone, Conditioning, concatenate
 from erasekit.concepts import Concept, without_article
 from erasekit.erasures.deltas import Deltas, merged, summed
 from erasekit.methods.adapters import AdapterBank
-from erasekit.methods.context import RunContext
+from erasekit.methods.component import Component
+from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.images import draw, kept_images, noised
 from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.settings import Settings
 from erasekit_stereo.words import learned, read
 
-MINI = {"word_steps": 100, "word_lr": 2e-2, "blind_lr": 3e-3, "blind_steps": 120, "batch": 16}
+MINI = {"word_steps": 100, "word_lr": 2e-2, "lr": 3e-3, "steps": 120, "batch": 16}
 LENGTHS, SAID = range(12, 17), range(2, 9)  # tokens of a scrambled prompt, and words of the concept in it
+BYTES = 4 + 4 + 8  # for each number of a LoRA: itself, gradient and moments
+SIDES = 2.5  # of a layer, one to four: their sum is so many times the root of its weights
 
 
-class Blinding(BaseModel):
-    """Settings of the stage; a method's own of the same name go before these. Nothing was chosen for real models."""
+class BlindConfig(Settings):
+    """Settings of the stage; nothing was chosen for real models."""
 
-    model_config = ConfigDict(frozen=True)
-
-    blind_rounds: int = Field(1, ge=0, description="how often words are learned and trained against")
+    rounds: int = Field(1, ge=0, description="how often words are learned and trained against")
     words: int = Field(4, ge=0, description="words in a round, for each concept")
     word_steps: int = Field(3000, ge=1, description="training steps of a word")
     word_lr: float = Field(5e-3, gt=0, description="rate of AdamW for a word")
     scrambled: int = Field(256, ge=0, description="prompts of the concept's words among random tokens")
-    blind_steps: int = Field(1000, ge=1, description="training steps of a round")
-    blind_lr: float = Field(1e-4, gt=0, description="peak rate of AdamW")
-    blind_rank: int = Field(16, ge=1, description="rank of the LoRA of a round")
-    blind_scope: str = Field("all", description="linear layers that carry it, a scope of the backbone")
-    blind_from: float = Field(0.25, ge=0, le=1, description="progress from which an image shows what it will be")
-    blind_repel: float = Field(1.0, ge=0, description="how far beyond the neutral words to aim before that")
-    blind_until: float = Field(0.6, gt=0, le=1, description="progress up to which a half-drawn image is trained on")
-    blind_images: int = Field(32, ge=1, description="images of the concept; three times as many of what is kept")
-    blind_preserve: float = Field(3.0, ge=0, description="weight of what is kept")
-    batch: int = Field(4, ge=1, description="points of the concept and points of what is kept in a step, each")
+    steps: int = Field(1000, ge=1, description="training steps of a round")
+    lr: float = Field(1e-4, gt=0, description="peak rate of AdamW")
+    rank: int = Field(16, ge=1, description="rank of the LoRA of a round")
+    scope: str = Field("all", description="linear layers that carry it, a scope of the backbone")
+    seen_from: float = Field(0.25, ge=0, le=1, description="progress from which an image shows what it will be")
+    repel: float = Field(1.0, ge=0, description="how far beyond the neutral words to aim before that")
+    until: float = Field(0.6, gt=0, le=1, description="progress up to which a half-drawn image is trained on")
+    images: int = Field(32, ge=1, description="images of the concept; three times as many of what is kept")
+    preserve_scale: float = Field(3.0, ge=0, description="weight of what is kept")
+    batch: int = Field(4, ge=1, description="points of the concept and points of what is kept in a batch, each")
+    accumulate: int = Field(1, ge=1, description="batches whose mean gradient makes one step")
 
 
 @dataclass(frozen=True)
@@ -73,42 +77,52 @@ class Seen:
     prompts: Conditioning
 
 
-def robustify(ctx: RunContext, deltas: Mapping[str, Deltas], config: BaseModel) -> dict[str, Deltas]:
-    """Train the denoiser not to draw the concept, whatever it is told: the component `blind` of the slot `robustify`.
+class Blind(Component):
+    """The stage `blind` of `robustify`: the denoiser learns neither to begin nor to finish the concept, whatever it is told.
 
     In each round words are learned that bring the concept back in the model with all deltas on. Then a LoRA is trained on
     noised images of the concept, mostly under the learned words and under its own words among random tokens, now and then
-    under their own prompts, the neutral ones and the empty one. Before `blind_from` little is drawn yet: there the aim is what
-    the base predicts for the neutral prompt, and `blind_repel` times as far again from what it predicts for the concept's.
-    After it the base would go on with what it sees, so the aim is the image that it draws from the same noise for the neutral
-    prompt. Noised images of what is kept, under their own prompts or the empty one, are held at the base's predictions.
-
-    Args:
-        ctx: the run.
-        deltas: {concept: deltas of the base weights}; further names, e.g. of an adapter, count and stay as they are.
-        config: the settings of the method that calls, of which those are used that `Blinding` has too.
-
-    Returns:
-        The deltas with the LoRAs added.
+    under their own prompts, the neutral ones and the empty one. Before `seen_from` little is drawn yet: there the aim is what
+    the base predicts for the neutral prompt, and `repel` times as far again from what it predicts for the concept's. After it
+    the base would go on with what it sees, so the aim is the image that it draws from the same noise for the neutral prompt.
+    Noised images of what is kept, under their own prompts or the empty one, are held at the base's predictions.
     """
-    own = {name: getattr(config, name) for name in Blinding.model_fields if hasattr(config, name)}
-    settings, total = Blinding(**(MINI if ctx.backbone.domain == "mini" else {}) | own), dict(deltas)
-    for concept in ctx.concepts:
-        seen = _seen(ctx, concept, settings)
-        words: list[Conditioning] = []
-        for k in range(settings.blind_rounds):
-            together, name = summed(list(total.values())), f"blind/{concept.name}/{k}"
-            how: dict[str, Any] = {"steps": settings.word_steps, "batch": min(4, settings.batch), "lr": settings.word_lr}
-            with merged(ctx.backbone.denoiser, together):
-                found = [learned(ctx, concept, seen.shown, name=f"{name}/{i}", **how) for i in range(settings.words)]
-            words += [read(ctx, word, concept.templates) for word in found]
-            trained = _trained(ctx, seen, words, together, settings, name)
-            total[concept.name] = summed([total.get(concept.name, {}), trained])
-    return total
+
+    Config = BlindConfig
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sd15-mini": MINI, "flux-mini": MINI}
+    config: BlindConfig
+
+    def footprint(self, plan: Planned) -> Footprint:
+        """Points of one concept and of what is kept, and the LoRA of a round."""
+        layers = plan.backbone.linears(plan.backbone_config, self.config.scope)
+        numbers = self.config.rank * SIDES * sum(n**0.5 for n in layers.values())
+        return Footprint(rows=2 * self.config.batch if self.config.rounds else 0, trained_gb=BYTES * numbers / GIB)
+
+    def __call__(self, ctx: RunContext, deltas: Mapping[str, Deltas], method: Settings) -> dict[str, Deltas]:
+        """Add the LoRAs to the deltas.
+
+        Args:
+            ctx: the run.
+            deltas: {concept: deltas of the base weights}; further names, e.g. of an adapter, count and stay as they are.
+            method: the settings of the method that calls, of which none is used.
+        """
+        settings, total = self.config, dict(deltas)
+        for concept in ctx.concepts:
+            seen = _seen(ctx, concept, settings)
+            words: list[Conditioning] = []
+            for k in range(settings.rounds):
+                together, name = summed(list(total.values())), f"blind/{concept.name}/{k}"
+                how: dict[str, Any] = {"steps": settings.word_steps, "batch": min(4, settings.batch), "lr": settings.word_lr}
+                with merged(ctx.backbone.denoiser, together):
+                    found = [learned(ctx, concept, seen.shown, name=f"{name}/{i}", **how) for i in range(settings.words)]
+                words += [read(ctx, word, concept.templates) for word in found]
+                trained = _trained(ctx, seen, words, together, settings, name)
+                total[concept.name] = summed([total.get(concept.name, {}), trained])
+        return total
 
 
-def _seen(ctx: RunContext, concept: Concept, settings: Blinding) -> Seen:
-    encode, n, name = ctx.backbone.encode, settings.blind_images, f"blind/{concept.name}"
+def _seen(ctx: RunContext, concept: Concept, settings: BlindConfig) -> Seen:
+    encode, n, name = ctx.backbone.encode, settings.images, f"blind/{concept.name}"
     asked, neutral = (encode(list(side)) for side in zip(*concept_pairs(concept, ctx.prompts("erase")), strict=True))
     seeds = torch.randint(2**31, (n,), generator=ctx.generator(name)).tolist()
     whose = torch.linspace(0, len(asked) - 1, n).round().long()  # of all of the concept's words, also where they are many
@@ -140,12 +154,12 @@ def scrambled(backbone: Backbone, concept: Concept, n: int, generator: torch.Gen
 
 
 def _trained(
-    ctx: RunContext, seen: Seen, words: Sequence[Conditioning], so_far: Deltas, settings: Blinding, name: str
+    ctx: RunContext, seen: Seen, words: Sequence[Conditioning], so_far: Deltas, settings: BlindConfig, name: str
 ) -> Deltas:
     """A LoRA on top of all deltas, trained against the words so far."""
     backbone, n = ctx.backbone, settings.batch
     schedule = backbone.schedule(ctx.protocol.steps, ctx.protocol.size)
-    early, empty = schedule.tau[schedule.tau <= settings.blind_until], backbone.encode([""])
+    early, empty = schedule.tau[schedule.tau <= settings.until], backbone.encode([""])
     kinds = [of for of in (words, [seen.scrambled] if seen.scrambled else []) * 3 if of] + [None]
 
     def told(k: int, i: int, generator: torch.Generator) -> tuple[Conditioning, Conditioning]:
@@ -171,18 +185,19 @@ def _trained(
             base, held = ctx.predict(places, progress, concatenate([*aims, asked])).chunk(2)
             away = base - ctx.predict(x, tau, seen.asked[i])
         finished, rate = towards(backbone, x, seen.goals[i], tau)
-        little = tau.view(-1, *[1] * (x.ndim - 1)).to(x.device) < settings.blind_from
-        target = torch.where(little, base + settings.blind_repel * away, finished)
+        little = tau.view(-1, *[1] * (x.ndim - 1)).to(x.device) < settings.seen_from
+        target = torch.where(little, base + settings.repel * away, finished)
         mine, kept = ctx.predict(places, progress, concatenate([*cond, asked])).chunk(2)
-        preserved = settings.blind_preserve * squared_error(kept, held)
+        preserved = settings.preserve_scale * squared_error(kept, held)
         return {"blind": squared_error(mine * rate, target * rate), "preserve": preserved}
 
-    training = LoraTrainingConfig(steps=settings.blind_steps, lr=settings.blind_lr, warmup=10, clip=1.0, schedule="cosine")
+    how = {"steps": settings.steps, "lr": settings.lr, "accumulate": settings.accumulate}
+    training = LoraTrainingConfig(**how, warmup=10, clip=1.0, schedule="cosine")
     with AdapterBank(backbone) as bank:
         if so_far:
             bank.add_frozen("so far", so_far)
-        layers = backbone.lora_targets(settings.blind_scope)
-        bank.add(name, layers, settings.blind_rank, ctx.generator(f"{name}/init"))
+        layers = backbone.lora_targets(settings.scope)
+        bank.add(name, layers, settings.rank, ctx.generator(f"{name}/init"))
         train(losses, bank.train_only(name), training, ctx=ctx, name=name.replace("/", "-"))
         return bank.deltas(name)
 

@@ -22,14 +22,14 @@ def register_components(register: RegisterComponent) -> None:
     register(
         "robustify",
         "words",
-        "erasekit_stereo.harden:robustify",
+        "erasekit_stereo.harden:Words",
         summary="words are learned that bring the concept back, and edited in closed form",
         paper="arXiv:2408.16807",
     )
     register(
         "robustify",
         "blind",
-        "erasekit_stereo.blind:robustify",
+        "erasekit_stereo.blind:Blind",
         summary="the denoiser is trained neither to begin nor to finish the concept, whatever the words",
         version=2,
     )
