@@ -93,11 +93,13 @@ def preflight(plan: Plan, *, images: int = 0) -> None:
         _check_base(path)
     if plan.backbone.domain == "mini":
         return
-    step = footprint(plan)
-    if held.weights == "offload" and step.rows:
+    if held.weights == "offload" and footprint(plan).rows:
+        solved = not footprint(replace(plan, components={})).rows
+        stages = " and ".join(f"'{name}'" for _, name in plan.components)
+        otherwise = f"leave {stages} out" if solved else "take a method that solves in closed form, e.g. uce"
         raise EnvironmentProblem(
             f"'{plan.config.backbone}' cannot be trained with --vram {gb}: its layers are in RAM. "
-            f"Use a larger GPU, or a method that solves in closed form, e.g. uce."
+            f"Use a larger GPU, or {otherwise}."
         )
     _check_memory(plan, gb, device, images)
     _check_patience(plan, device, images)
