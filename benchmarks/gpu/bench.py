@@ -30,7 +30,7 @@ from models import DONE  # noqa: E402
 from row import Row  # noqa: E402
 
 TRAINED = ("trace", "esd", "mace", "eraseanything", "ant")
-NEWER = ("gem", "stereo", "advunlearn")
+NEWER = ("gem", "stereo", "advunlearn", "spm", "eraseflow")
 
 # The most telling come first: a budget may end the list anywhere.
 ROWS = (
