@@ -9,7 +9,7 @@ from erasekit.errors import EnvironmentProblem, UsageError
 from erasekit.registration import plugins
 from erasekit.runs.compute import compute, context
 from erasekit.runs.config import build, to_toml
-from erasekit.runs.preflight import footprint, preflight
+from erasekit.runs.preflight import erase_rows, footprint, preflight
 from erasekit.runs.resolve import resolve
 from erasekit_stereo.blind import Blind, BlindConfig
 from tests.conftest import THIRD_PARTY
@@ -72,6 +72,12 @@ def test_the_training_of_a_component_is_counted():
     layers = plan.backbone.linears(plan.backbone_config)
     assert step.rows == 8
     assert 16 * rank * sum(2 * n**0.5 for n in layers.values()) / GIB < step.trained_gb < 3.0  # of squares, and of all
+
+
+def test_the_work_of_a_component_is_counted():
+    """Four words of 3,000 steps of four rows, 1,000 steps of eight, each with gradients, and 160 images of 28 steps."""
+    alone, whole = (erase_rows(planned(*more, backbone="flux")) for more in ((), (STAGE,)))
+    assert whole - alone == 3 * (4 * 3000 * 4 + 1000 * 8) + 160 * 28
 
 
 def test_the_estimate_of_a_lora_covers_real_layers():

@@ -36,3 +36,7 @@ class Component:
     def footprint(self, plan: Planned) -> Footprint:
         """What a training step of the component holds at once, from which its memory is predicted; by default nothing."""
         return Footprint()
+
+    def rows(self, plan: Planned) -> float:
+        """About how many rows of the denoiser it predicts for a concept, those with gradients three times; by default none."""
+        return 0.0

@@ -164,21 +164,18 @@ def erase_rows(plan: Plan) -> float:
     """About how many rows of the denoiser a plan's method predicts, in its training, before it, and when it is validated."""
     config, concepts = plan.method_config, len(plan.concepts)
     steps = getattr(config, "steps", 0)
-    trained = BACKWARD * training_rows(plan) * steps * concepts
+    own = plan.method(config).footprint(plan).rows * int(getattr(config, "accumulate", 1))
+    trained = BACKWARD * own * steps * concepts
     drawn = sum(getattr(config, name, 0) for name in POOLS) * concepts
     large = plan.backbone.weights_gb(plan.backbone_config) > UNVALIDATED_GB
     validated = 0.0 if not steps and large and _device(plan).type == "cpu" else VALIDATION
-    return trained + PREDICTIONS * plan.protocol.steps * drawn + validated
+    hardened = concepts * sum(component.rows(plan) for component in plan.components.values())
+    return trained + hardened + PREDICTIONS * plan.protocol.steps * drawn + validated
 
 
 def image_rows(plan: Plan) -> int:
     """How many rows drawing an image takes."""
     return plan.protocol.steps * (2 if plan.backbone.capabilities.guidance == "cfg" else 1)
-
-
-def training_rows(plan: Plan) -> int:
-    """Rows of the denoiser that a training step of a plan predicts."""
-    return footprint(plan).rows * int(getattr(plan.method_config, "accumulate", 1))
 
 
 def _check_patience(plan: Plan, device: Any, images: int) -> None:

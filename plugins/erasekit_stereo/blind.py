@@ -98,6 +98,12 @@ class Blind(Component):
         numbers = self.config.rank * SIDES * sum(n**0.5 for n in layers.values())
         return Footprint(rows=2 * self.config.batch if self.config.rounds else 0, trained_gb=BYTES * numbers / GIB)
 
+    def rows(self, plan: Planned) -> float:
+        """The words', the LoRA's, and those of images of the concept, of what takes its place and of what is kept."""
+        own, passes = self.config, 2 if plan.backbone.capabilities.guidance == "cfg" else 1
+        trained = own.words * own.word_steps * min(4, own.batch) + own.steps * own.accumulate * 2 * own.batch
+        return 3.0 * own.rounds * trained + 5 * own.images * plan.protocol.steps * passes
+
     def __call__(self, ctx: RunContext, deltas: Mapping[str, Deltas], method: Settings) -> dict[str, Deltas]:
         """Add the LoRAs to the deltas.
 

@@ -54,6 +54,11 @@ class Words(Component):
         """The images of a word's step; a word itself is small."""
         return Footprint(rows=self.config.batch if self.config.rounds else 0)
 
+    def rows(self, plan: Planned) -> float:
+        """The words', and those of images of the concept."""
+        own, passes = self.config, 2 if plan.backbone.capabilities.guidance == "cfg" else 1
+        return 3.0 * own.rounds * own.words * own.word_steps * own.batch + own.images * plan.protocol.steps * passes
+
     def __call__(self, ctx: RunContext, deltas: Mapping[str, Deltas], method: Settings) -> dict[str, Deltas]:
         """Add the edits to the deltas.
 
