@@ -58,6 +58,18 @@ def test_an_image_that_shows_little_yet_turns_away_from_the_concept_under_its_wo
     assert after < 0.95 * before
 
 
+def test_prompts_of_the_concept_are_held_at_the_neutral_ones_where_nothing_shows_it(ctx):
+    deltas, seen = stage(ctx, gone=0.5, preserve_scale=1e3, lr=3e-3, steps=40)  # little but what is held counts
+    n, tau = torch.arange(24), torch.full((24,), 0.5)
+    x = noised(ctx, seen.goals[n % 3], tau, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        neutral = ctx.predict(x, tau, seen.neutral[n % 3])
+        before = (ctx.predict(x, tau, seen.asked[n % 3]) - neutral).square().mean()
+        with merged(ctx.backbone.denoiser, deltas):
+            after = (ctx.predict(x, tau, seen.asked[n % 3]) - neutral).square().mean()
+    assert after < 0.8 * before
+
+
 def test_scrambled_prompts_hold_a_word_of_the_concept_among_tokens_of_any_kind(ctx):
     backbone, concept = ctx.backbone, ctx.concepts[0].model_copy(update={"phrases": ("a cat", "the kitten")})
     found = blind.scrambled(backbone, concept, 12, torch.Generator().manual_seed(0))

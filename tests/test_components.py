@@ -29,7 +29,8 @@ def test_a_component_has_its_backbones_settings_and_the_users_over_them():
     assert isinstance(stage, Blind)
     assert (stage.config.steps, stage.config.batch) == (7, 16)
     assert stage.config.rank == BlindConfig().rank
-    assert planned(STAGE, backbone="sd15").components["robustify", "blind"].config == BlindConfig()
+    assert planned(STAGE, backbone="flux").components["robustify", "blind"].config == BlindConfig()
+    assert planned(STAGE, backbone="sd15").components["robustify", "blind"].config.gone == 0.25
 
 
 def test_settings_of_components_are_read_back_from_a_file(tmp_path):

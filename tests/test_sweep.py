@@ -342,7 +342,7 @@ SUITES |= {
     "table1-flux": 153,
     "table2-sd15": 15,
     "table2-flux": 15,
-    "attacks": 240,
+    "attacks": 360,
     "attacks-sd15": 11,
     "attacks-flux": 11,
 }
