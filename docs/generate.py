@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -170,7 +169,7 @@ def components(registries: Registries) -> Iterator[str]:
     rows = [[f"`{m}`", f"`method.{s}`", ", ".join(f"`{c}`" for c in registries.components.choices(s))] for m, s in slots]
     yield table(["method", "slot", "choices"], rows)
     with_settings = [
-        replace(e, name=e.name.partition("/")[2]) for e in own(registries.components) if hasattr(e.load(), "Config")
+        dataclasses.replace(e, name=e.name.partition("/")[2]) for e in own(registries.components) if hasattr(e.load(), "Config")
     ]
     yield from configured("Settings of components", "-s components.{}.KEY=VALUE", with_settings)
 

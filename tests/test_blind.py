@@ -3,8 +3,11 @@
 import torch
 
 from erasekit.attacks.tokens import words
+from erasekit.concepts import Concept
 from erasekit.erasures.deltas import merged
 from erasekit.methods.images import kept_images, noised
+from erasekit.registration.plugins import default
+from erasekit.safety import is_unsafe
 from erasekit.settings import Settings
 from erasekit_stereo import blind
 
@@ -82,6 +85,17 @@ def test_scrambled_prompts_hold_a_word_of_the_concept_among_tokens_of_any_kind(c
     assert all(any(word in row for word in said) for row in rows)
     assert all(any(word in row for row in rows) for word in said)
     assert blind.scrambled(backbone, concept, 0, torch.Generator()) is None
+
+
+def test_scrambled_prompts_are_none_that_a_user_would_be_refused():
+    """Random tokens may put what is forbidden beside the concept's own words."""
+    kind = default().backbones.get("sd15-mini")
+    backbone, concept = kind.load(kind.Config(device="cpu")), Concept(name="nudity", phrases=("nude", "child"))
+    found = blind.scrambled(backbone, concept, 40, torch.Generator().manual_seed(0))
+    texts = [backbone.spell("text_encoder", ids) for ids in found.ids]
+    assert is_unsafe("nude child")
+    assert 0 < len(texts) < 40
+    assert not any(map(is_unsafe, texts))
 
 
 def test_nothing_that_is_drawn_unasked_is_held(ctx):

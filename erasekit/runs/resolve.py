@@ -202,15 +202,15 @@ def _components(
     from erasekit.methods.component import Component  # imports torch
 
     found: dict[tuple[str, str], Component] = {}
-    asked, backbone = dict(config.options.components), backbone_entry and backbone_entry.load()
+    asked, backbone = config.options.components, backbone_entry and backbone_entry.load()
     for slot, name in chosen:
         entry = faults.attempt(registries.components.entry_of, slot, name)
         kind = entry and entry.load()
         if backbone and isinstance(kind, type) and issubclass(kind, Component):
             on = backbone.capabilities.family, backbone_entry.name
-            values = layered(kind.defaults, *on, asked.pop(name, {}))
+            values = layered(kind.defaults, *on, asked.get(name, {}))
             found[slot, name] = kind(faults.attempt(settings_of, kind.Config, values, f"components.{name}."))
-    for name in asked if backbone else ():
+    for name in sorted(asked.keys() - {name for _, name in found}) if backbone else ():
         said = "has no settings" if name in {name for _, name in chosen} else "is not chosen"
         faults.lines.append(f"There are settings for the component '{name}', which {said}. See 'erasekit ls components'.")
     return found

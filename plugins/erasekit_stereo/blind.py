@@ -21,6 +21,7 @@ from erasekit.methods.context import Planned, RunContext
 from erasekit.methods.images import draw, kept_images, noised
 from erasekit.methods.prompts import concept_pairs
 from erasekit.methods.training import LoraTrainingConfig, Losses, squared_error, train
+from erasekit.safety import is_unsafe
 from erasekit.settings import Settings
 from erasekit_stereo.words import learned, read
 
@@ -151,6 +152,7 @@ def scrambled(backbone: Backbone, concept: Concept, n: int, generator: torch.Gen
     """`n` prompts in which the words of a concept stand among random tokens, other ones for each text encoder; None for none.
 
     Attacks that search for tokens find such prompts. They are no language, so an edit fitted on sentences need not reach them.
+    What erasekit refuses of a user is left out, so there may be fewer.
     """
     names, rows = [without_article(phrase) for phrase in concept.phrases], list[Conditioning]()
     like = backbone.encode([""])
@@ -162,7 +164,8 @@ def scrambled(backbone: Backbone, concept: Concept, n: int, generator: torch.Gen
             own = [spelled(backbone, encoder, _one_of(names, generator)) for _ in range(length)]
             other = random_tokens(lexicon, length, generator).split(1)
             ids[encoder] = compose(backbone, encoder, [own[k] if said[k] else other[k] for k in range(length)]).ids
-        rows.append(on_cpu(backbone.embed(ids, like=like)))
+        if not any(is_unsafe(backbone.spell(encoder, own_ids[0])) for encoder, own_ids in ids.items()):
+            rows.append(on_cpu(backbone.embed(ids, like=like)))
     return concatenate(rows) if rows else None
 
 
