@@ -90,10 +90,10 @@ def test_scrambled_prompts_hold_a_word_of_the_concept_among_tokens_of_any_kind(c
 def test_scrambled_prompts_are_none_that_a_user_would_be_refused():
     """Random tokens may put what is forbidden beside the concept's own words."""
     kind = default().backbones.get("sd15-mini")
-    backbone, concept = kind.load(kind.Config(device="cpu")), Concept(name="nudity", phrases=("nude", "child"))
+    backbone, concept = kind.load(kind.Config(device="cpu")), Concept(name="nudity", phrases=("nsfw", "child"))
     found = blind.scrambled(backbone, concept, 40, torch.Generator().manual_seed(0))
     texts = [backbone.spell("text_encoder", ids) for ids in found.ids]
-    assert is_unsafe("nude child")
+    assert is_unsafe("nsfw child")
     assert 0 < len(texts) < 40
     assert not any(map(is_unsafe, texts))
 
